@@ -1,0 +1,34 @@
+# make repro   set up, run whatever of the pipeline is out of date, and show the comparison
+# make test    set up and run the tests
+# make clean   remove the environment
+#
+# PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: repro test setup clean
+repro: setup
+	@dvc repro
+	@python -m firstsight.reporting.table
+
+test: setup
+	@ruff check .
+	@python -m pytest
+
+# From an unpacked archive there is no git, and DVC has to be told.
+setup: $(READY)
+	@if [ ! -e .git ]; then dvc config --local core.no_scm true; fi
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

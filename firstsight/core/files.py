@@ -1,0 +1,85 @@
+"""Outputs that appear whole or not at all, and fingerprints of what went into them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from firstsight.core.errors import UserError
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `path` when the block ends, or vanishes when it raises.
+
+    It is made beside `path`, on the same file system, so that taking its place is a rename. An earlier `path` is
+    removed only then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(stage: str) -> Iterator[Path]:
+    """A folder for a stage's checkpoints, outside its outputs, gone when the block ends.
+
+    Under `$FIRSTSIGHT_SCRATCH`, else under `.scratch/` of the main repository: DVC runs queued experiments in a
+    temporary copy, and says where the main one is in `DVC_ROOT`.
+    """
+    root = Path(os.environ.get("FIRSTSIGHT_SCRATCH") or Path(os.environ.get("DVC_ROOT", ".")) / ".scratch")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{stage}-", dir=root) as folder:
+        yield Path(folder)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make the files of `source` appear in the folder `target` as hard links; copies where links cannot be made."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+            continue
+        try:
+            os.link(path.resolve(), place)
+        except OSError:
+            shutil.copyfile(path, place)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON; NaN and infinity are refused, because other readers of JSON refuse them."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """The JSON in `path`. Raises UserError, naming the stage that makes it, when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected JSON written by {made_by}, found {error}; run {made_by} again") from None
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value with sorted keys: equal values, equal fingerprints, in any process."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """SHA-256 over the contents of the files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,263 @@
+"""params.yaml as typed, validated classes: one class a section, one section a stage.
+
+Nothing here has a default: what a run does is what its params.yaml says, and two runs differ only where their files
+do. `load` checks the whole file at once, so that a mistake under `evaluate` is met before a teacher is trained.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from firstsight.core.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Precision = Literal["auto", "float32", "bfloat16", "int8", "nf4"]
+
+
+class Section(BaseModel):
+    """A mapping of known keys; a number written as text, or a fraction where a count belongs, is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Initialisation(Section):
+    """A fresh Qwen2-VL: sizes of its language model and vision tower, and of the tokenizer trained for it.
+
+    `vocabulary_rows` is the height of the embedding, which may exceed the number of tokens, as in the hub's models.
+    `initializer_range` is the standard deviation of fresh weights; small widths want more than Qwen's 0.02.
+    """
+
+    seed: Seed
+    corpus: str
+    words: Annotated[int, Field(ge=256)]
+    vocabulary_rows: Annotated[int, Field(ge=270)]
+    tied_head: bool
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    initializer_range: Positive
+    vision_hidden_size: Count
+    vision_layers: Count
+    vision_heads: Count
+    max_pixels: Annotated[int, Field(ge=4 * 28 * 28)]
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "Initialisation":
+        # Rotary embeddings split a head in three even parts (text) or four (vision).
+        for whole, part, factor in (("hidden_size", "heads", 16), ("vision_hidden_size", "vision_heads", 4)):
+            if getattr(self, whole) % (factor * getattr(self, part)):
+                raise ValueError(
+                    f"expected {whole} to be a multiple of {factor} x {part}, "
+                    f"found {getattr(self, whole)} with {getattr(self, part)} heads"
+                )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"expected heads to be a multiple of kv_heads, found {self.heads} and {self.kv_heads}")
+        return self
+
+
+class Model(Section):
+    """Where a model comes from: `init` (fresh weights, sizes under `init`), a local folder, or a hub id.
+
+    `revision` is a branch, tag or commit of the hub repository; what it resolved to is recorded with the model.
+    """
+
+    source: str
+    revision: str | None
+    init: Initialisation | None
+
+    @model_validator(mode="after")
+    def _init_given(self) -> "Model":
+        if self.source == "init" and self.init is None:
+            raise ValueError("expected sizes under init, because source is 'init', found null")
+        return self
+
+
+class Models(Section):
+    teacher: Model
+    student: Model
+
+
+class Synthetic(Section):
+    """Rendered scenes: how many, and how many questions each gets besides its description."""
+
+    scenes: Count
+    questions_per_scene: Count
+
+
+class Data(Section):
+    """`source: synthetic` renders scenes; `source: jsonl` reads `path`, one record a line.
+
+    Splits are by group. Question types under `train_only_types` are left out of the test split: they are there to
+    learn from. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels` each.
+    """
+
+    source: Literal["synthetic", "jsonl"]
+    path: str | None
+    synthetic: Synthetic
+    seed: Seed
+    validation_fraction: Fraction
+    test_fraction: Fraction
+    train_only_types: list[str]
+    fps: Positive
+    max_frames: Annotated[int, Field(ge=2)]
+    max_pixels: Annotated[int, Field(ge=28 * 28)]
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Data":
+        if self.source == "jsonl" and not self.path:
+            raise ValueError("expected path to name a .jsonl file, because source is 'jsonl', found null")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "expected validation_fraction + test_fraction below 1, found "
+                f"{self.validation_fraction + self.test_fraction:g}"
+            )
+        return self
+
+
+class Optimisation(Section):
+    """AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
+
+    The effective batch is `batch_size x gradient_accumulation_steps` samples, whatever the number of processes.
+    """
+
+    epochs: Positive
+    batch_size: Count
+    gradient_accumulation_steps: Count
+    learning_rate: Positive
+    warmup_fraction: Fraction
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Positive
+    seed: Seed
+
+
+class FinetuneTeacher(Optimisation):
+    """Supervised fine-tuning of the teacher on the train split; `enabled: false` takes the teacher as it is."""
+
+    enabled: bool
+
+
+class Targets(Section):
+    """`hidden` keeps the teacher's final hidden states in bfloat16. `precision` is how the teacher is loaded."""
+
+    kind: Literal["hidden"]
+    precision: Precision
+    batch_size: Count
+
+
+class Train(Optimisation):
+    """Distillation: L = alpha T^2 KL(teacher || student) + (1 - alpha) CE. `alpha` is the weight of the teacher.
+
+    Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
+    """
+
+    temperature: Positive
+    alpha: Fraction
+    early_stopping_epochs: Count
+
+
+class Quantize(Section):
+    method: Literal["int8", "nf4"]
+
+
+class Evaluate(Section):
+    """Quality on the whole test split, in batches; speed at batch 1 over `latency_runs` timed answers."""
+
+    precision: Precision
+    batch_size: Count
+    max_new_tokens: Count
+    bootstrap_samples: Annotated[int, Field(ge=100)]
+    latency_runs: Count
+    latency_new_tokens: Count
+    seed: Seed
+
+
+class Runtime(Section):
+    """What cannot change a result; no stage depends on it. `device: auto` is CUDA where there is any."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    data_workers: Annotated[int, Field(ge=0)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    models: Models
+    data: Data
+    finetune_teacher: FinetuneTeacher
+    targets: Targets
+    train: Train
+    quantize: Quantize
+    evaluate: Evaluate
+    runtime: Runtime
+
+
+def load(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate `path`.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, or a value is not what its key expects; one line that
+            names the first wrong key, what was expected and what was found, and how many more there are.
+    """
+    try:
+        # YAML 1.2, as DVC reads it: 1e-4 is a number there, and text to a YAML 1.1 reader.
+        values = YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: expected a parameter file, found none; run in the repository's root, "
+            "or copy a file from presets/ to params.yaml"
+        ) from None
+    except YAMLError as error:
+        raise UserError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections ({', '.join(Params.model_fields)}), found {values!r}")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_describe(error)}") from None
+
+
+# What pydantic calls an expectation, in the words of a params file.
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "a section of keys",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "literal_error": "one of {expected}",
+    "finite_number": "a finite number",
+}
+
+
+def _describe(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one line."""
+    complaints = error.errors(include_url=False)
+    first = complaints[0]
+    key = ".".join(str(part) for part in first["loc"])
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "missing":
+        section = "section" if len(first["loc"]) == 1 else "key"
+        line = f"{key}: expected this {section}, found none; presets/ and params.yaml in git show the complete form"
+    elif kind == "extra_forbidden":
+        line = f"{key}: expected a known key, found an unknown one; check its spelling or remove it"
+    elif kind == "value_error":
+        line = f"{key}: {context['error']}"
+    else:
+        expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else first["msg"]
+        line = f"{key}: expected {expected}, found {first['input']!r}"
+    return line + (f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else "")

@@ -1,0 +1,26 @@
+"""What every stage script begins with: quiet libraries, a fixed seed, and one line for a user's mistake."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from firstsight.core.errors import UserError
+
+# With a handler of its own, because libraries set the root logger as they please.
+log = logging.getLogger("firstsight")
+log.setLevel(logging.INFO)
+log.propagate = False
+log.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def main(run: Callable[[], None]) -> None:
+    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback."""
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

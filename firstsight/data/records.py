@@ -1,0 +1,177 @@
+"""Records and samples, and the parquet files that hold them.
+
+A record is one question with its answer. A sample is one media (its frames decoded once, at build time, and kept as
+JPEG bytes) with the records that ask about it; a row of a split's parquet file is a sample.
+"""
+
+import bisect
+import io
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from firstsight.core.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+MediaKind = Literal["none", "image", "frames", "video"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question. `answer` is taught; any of `answers` (which include it) counts as right at evaluation."""
+
+    id: str
+    question: str
+    answer: str
+    answers: tuple[str, ...]
+    question_type: str
+    options: tuple[str, ...] = ()
+
+    def prompt(self) -> str:
+        """The question as the model reads it; options follow one a line, with letters (lmms-eval's EgoSchema form)."""
+        if not self.options:
+            return self.question
+        listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        closing = "Answer with the option's letter from the given choices directly."
+        return "\n".join([self.question, *listed, closing])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One media and its records. `frames` are JPEG bytes: one for an image, several for frames or a video.
+
+    `group` names what must not straddle splits (the video, episode or scene); `fps` is the rate at which a video's
+    frames were sampled (0 for other kinds).
+    """
+
+    id: str
+    group: str
+    source: str
+    media_kind: MediaKind
+    frames: tuple[bytes, ...]
+    fps: float
+    records: tuple[Record, ...]
+
+    def pictures(self) -> list[Image.Image]:
+        """The frames, decoded, as RGB images."""
+        return [Image.open(io.BytesIO(frame)).convert("RGB") for frame in self.frames]
+
+
+_RECORD = pa.struct(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("question_type", pa.string()),
+        ("options", pa.list_(pa.string())),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("group", pa.string()),
+        ("source", pa.string()),
+        ("media_kind", pa.string()),
+        ("frames", pa.list_(pa.binary())),
+        ("fps", pa.float64()),
+        ("records", pa.list_(_RECORD)),
+    ]
+)
+
+# A random sample costs one read of a row group: small enough to be cheap, large enough that files keep few of them.
+_ROW_GROUP_BYTES = 256 * 1024
+_GROUPS_KEPT = 64
+
+
+class SplitWriter:
+    """Writes samples to a parquet file, one at a time, holding one row group in memory."""
+
+    def __init__(self, path: Path):
+        # JPEG does not compress further, and the text is small beside it.
+        self._file = pq.ParquetWriter(path, SCHEMA, compression="none")
+        self._rows: list[dict[str, Any]] = []
+        self._size = 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flush()
+        self._file.close()
+
+    def write(self, sample: Sample) -> None:
+        self._rows.append(asdict(sample))
+        self._size += sum(map(len, sample.frames))
+        if self._size >= _ROW_GROUP_BYTES or len(self._rows) == 1024:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._file.write_table(pa.Table.from_pylist(self._rows, SCHEMA))
+        self._rows, self._size = [], 0
+
+
+class Split(Sequence[Sample]):
+    """A split's samples, read from its parquet file as they are asked for; with a few row groups in memory.
+
+    Raises:
+        UserError: the file is missing, is no parquet file, or holds other columns.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"{path}: expected a split's parquet file, found {_first_line(error)}; run build-egoqa-dataset"
+            ) from None
+        if not self._file.schema_arrow.equals(SCHEMA):
+            raise UserError(
+                f"{path}: expected columns {SCHEMA.names}, found {self._file.schema_arrow.names}; "
+                "run build-egoqa-dataset again"
+            )
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def record_counts(self) -> list[int]:
+        """How many records each sample has, without reading the media."""
+        counts = pc.list_value_length(self._file.read(columns=["records.list.element.id"]).column("records"))
+        return counts.to_pylist()
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._starts, index) - 1
+        if number not in self._groups:
+            self._groups[number] = self._file.read_row_group(number)
+            if len(self._groups) > _GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        return _sample(self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0])
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    records = tuple(
+        Record(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+        for record in row["records"]
+    )
+    return Sample(**row | {"frames": tuple(row["frames"]), "records": records})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

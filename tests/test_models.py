@@ -1,0 +1,196 @@
+"""Model folders: plain Hugging Face, loaded whole or refused, quantised where they should be."""
+
+import json
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files, whole_folder
+from firstsight.core.params import Initialisation
+from firstsight.distillation import targets
+from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
+from firstsight.models import hub
+from firstsight.models.initialise import initialise
+from firstsight.models.loading import load_model, load_processor
+from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
+from firstsight.quantization.quantize import check_layers, quantize_folder
+
+
+def test_saved_models_load_without_firstsight(smoke):
+    for name in ("teacher", "student", "teacher-finetuned", "student-distilled", "student-quantized"):
+        folder = smoke / "models" / name
+        model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+        assert type(processor).__name__ == "Qwen2VLProcessor"
+        assert processor.tokenizer.eos_token == "<|im_end|>"
+
+
+def test_the_teacher_is_larger_and_has_more_rows_for_the_same_tokens(smoke):
+    teacher, student = (load_model(smoke / "models" / name, "auto", "cpu") for name in ("teacher", "student"))
+    assert teacher.num_parameters() > 3 * student.num_parameters()
+    assert teacher.get_input_embeddings().num_embeddings > student.get_input_embeddings().num_embeddings
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    tokenizers = [load_processor(smoke / "models" / name).tokenizer for name in ("teacher", "student")]
+    assert shared_vocabulary(*tokenizers) == len(tokenizers[0])
+
+
+def test_the_chat_template_has_qwens_structure(processor):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cup"},
+    ]
+    assert processor.apply_chat_template(messages, tokenize=False) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>What?<|im_end|>\n"
+        "<|im_start|>assistant\nA cup<|im_end|>\n"
+    )
+
+
+def test_the_same_seed_makes_the_same_model(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(__file__.rsplit("/tests", 1)[0])
+    init = settings.models.student.init
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        initialise(Initialisation(**init.model_dump() | {"seed": seed}), tmp_path / name)
+    prints = [fingerprint_files([tmp_path / name / "model.safetensors"]) for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_too_few_rows_for_the_tokens_are_refused(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(__file__.rsplit("/tests", 1)[0])
+    init = Initialisation(**settings.models.student.init.model_dump() | {"vocabulary_rows": 300})
+    with pytest.raises(UserError, match=r"init\.vocabulary_rows: expected at least \d+, a row for every token"):
+        initialise(init, tmp_path)
+
+
+def damage_truncated(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def damage_missing_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def damage_other_sizes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncated, damage_missing_weight, damage_no_config, damage_config, damage_other_sizes]
+)
+def test_a_broken_model_folder_is_named(smoke_copy, damage):
+    folder = smoke_copy / "models/student"
+    damage(folder)
+    with pytest.raises(UserError, match="models/student: expected a complete Hugging Face model folder") as error:
+        load_model(folder, "auto", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_folder_is_linked_and_a_broken_one_refused(smoke_copy, tmp_path):
+    (tmp_path / "linked").mkdir()
+    hub.link(smoke_copy / "models/student", tmp_path / "linked")
+    weights = tmp_path / "linked/model.safetensors"
+    assert weights.samefile(smoke_copy / "models/student/model.safetensors")
+    assert load_model(tmp_path / "linked", "auto", "cpu")
+    weights.unlink()
+    damage_truncated(smoke_copy / "models/student")
+    with pytest.raises(UserError, match=r"model\.safetensors: expected safetensors, found a broken file"):
+        hub.link(smoke_copy / "models/student", tmp_path / "linked")
+
+
+@pytest.mark.parametrize(("method", "kind"), [("int8", Linear8bitLt), ("nf4", Linear4bit)])
+def test_quantised_folders_answer_like_the_original(smoke, tmp_path, method, kind):
+    source = smoke / "models/student-distilled"
+    counts = quantize_folder(source, tmp_path, method, "cpu")
+    original, quantised = load_model(source, "auto", "cpu"), load_model(tmp_path, "auto", "cpu")
+    layers = {name: module for name, module in quantised.named_modules() if isinstance(module, nn.Linear)}
+    inside = [name for name, module in layers.items() if isinstance(module, kind)]
+    assert len(inside) == counts["quantized_layers"] == 7 * original.config.text_config.num_hidden_layers
+    assert all(name.startswith("model.language_model.layers") for name in inside)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        exact, approximate = original(input_ids=ids).logits, quantised(input_ids=ids).logits
+    error = (approximate - exact).norm() / exact.norm()
+    assert 0 < error < {"int8": 0.03, "nf4": 0.35}[method]
+
+
+def test_a_quantised_vision_tower_is_caught(smoke):
+    model = load_model(smoke / "models/student-distilled", "int8", "cpu")
+    check_layers(model)
+    block = model.model.visual.blocks[0].mlp
+    block.fc1 = Linear8bitLt(block.fc1.in_features, block.fc1.out_features)
+    with pytest.raises(RuntimeError, match="inside"):
+        check_layers(model)
+
+
+def test_another_vocabulary_names_the_first_token_that_differs(processor, settings, tmp_path):
+    folder = tmp_path / "other"
+    processor.tokenizer.save_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (token for token, index in vocabulary.items() if index in (300, 301))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"models\.student: expected the teacher's vocabulary, where token 300 is"):
+        shared_vocabulary(processor.tokenizer, other)
+    assert vocabulary_fingerprint(other, 300) == vocabulary_fingerprint(processor.tokenizer, 300)
+    assert vocabulary_fingerprint(other, 302) != vocabulary_fingerprint(processor.tokenizer, 302)
+
+
+def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "_SHARD_BYTES", 2000)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (60,), generator=generator).tolist()
+    written = [
+        (torch.randn(n, 16, generator=generator), torch.randint(500, (n,), generator=generator)) for n in lengths
+    ]
+    writer = SplitTargetsWriter(tmp_path, "train")
+    for hidden, answers in written:
+        writer.write(hidden, answers)
+    assert writer.close() == sum(lengths)
+    head = torch.randn(500, 16, generator=generator)
+    write_index(tmp_path, Index("hidden", "t", {"train": "d"}, "v", 500, "float32", 16, {"train": sum(lengths)}), head)
+    assert len(list(tmp_path.glob("train-*.safetensors"))) > 3
+
+    read = SplitTargets(tmp_path, "train", data="d")
+    assert len(read) == 60
+    for number in (59, 0, 31, 30, 7):
+        assert torch.equal(read.hidden(number), written[number][0])
+        assert torch.equal(read.answers(number), written[number][1])
+    assert torch.equal(read_head(tmp_path), head)
+    with pytest.raises(UserError, match="expected targets made from this train split"):
+        SplitTargets(tmp_path, "train", data="another")
+
+
+def test_an_output_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with whole_folder(target) as folder:
+        (folder / "a").write_text("first")
+    with pytest.raises(RuntimeError), whole_folder(target) as folder:
+        (folder / "b").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["a"]
+    with whole_folder(target) as folder:
+        (folder / "c").write_text("second")
+    assert [path.name for path in target.iterdir()] == ["c"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -1,0 +1,99 @@
+"""Answer metrics: exact match and token F1 as SQuAD defines them, ROUGE-L, BLEU, options, bootstrap intervals.
+
+Rajpurkar et al., 2016 (arXiv:1606.05250) for exact match and F1. With several accepted answers the best counts.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu
+
+from firstsight.data.records import LETTERS, Record
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(answer: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(predicted: str, accepted: Sequence[str]) -> float:
+    """1.0 when the normalised prediction is one of the normalised accepted answers, else 0.0."""
+    return float(normalise(predicted) in map(normalise, accepted))
+
+
+def token_f1(predicted: str, accepted: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over the words of the normalised answers, the best over `accepted`."""
+    return max(_f1(normalise(predicted).split(), normalise(answer).split()) for answer in accepted)
+
+
+def _f1(predicted: list[str], truth: list[str]) -> float:
+    if not predicted or not truth:
+        return float(predicted == truth)
+    common = sum((Counter(predicted) & Counter(truth)).values())
+    return 2 * common / (len(predicted) + len(truth))
+
+
+def parse_option(predicted: str, options: Sequence[str]) -> str | None:
+    """The letter an answer chooses, or None. Strict: a lone letter, "(B)", "B." or "B: text", or an option's text.
+
+    "A person walks" chooses nothing: its A is an article, not a letter.
+    """
+    answer = predicted.strip()
+    letters = LETTERS[: len(options)]
+    if match := re.fullmatch(r"\(?([A-Z])[).:]?(?:\s+(.*))?", answer, re.DOTALL):
+        letter, rest = match.groups()
+        marked = not answer[1:2].isspace()
+        if letter in letters and (
+            rest is None or marked or normalise(rest) == normalise(options[letters.index(letter)])
+        ):
+            return letter
+    chosen = [letter for letter, option in zip(letters, options, strict=True) if normalise(option) == normalise(answer)]
+    return chosen[0] if len(chosen) == 1 else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one answer. `unparsed` marks an answer to a question with options that chooses none of them."""
+
+    exact_match: float
+    f1: float
+    rouge_l: float
+    unparsed: float
+
+
+_ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def score(record: Record, predicted: str) -> Scores:
+    """Score one answer. Where there are options, the option chosen is the answer, and no choice is a wrong one."""
+    if record.options:
+        letter = parse_option(predicted, record.options)
+        right = float(letter in record.answers)
+        return Scores(right, right, right, float(letter is None))
+    rouge = max(_ROUGE.score(answer, predicted)["rougeL"].fmeasure for answer in record.answers)
+    return Scores(exact_match(predicted, record.answers), token_f1(predicted, record.answers), rouge, 0.0)
+
+
+def bleu(records: Sequence[Record], predicted: Sequence[str]) -> float:
+    """Corpus BLEU (sacrebleu's defaults) in [0, 1] over every accepted answer."""
+    most = max(len(record.answers) for record in records)
+    references = [[record.answers[n] if n < len(record.answers) else None for record in records] for n in range(most)]
+    return corpus_bleu(list(predicted), references).score / 100
+
+
+def bootstrap_interval(
+    values: Sequence[float], samples: int, seed: int, statistic: Callable[..., np.ndarray] = np.mean
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of `values` under resampling with replacement (Efron, 1979)."""
+    table, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    drawn = [statistic(table[rng.integers(len(table), size=len(table))], axis=0) for _ in range(samples)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)

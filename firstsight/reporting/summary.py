@@ -1,0 +1,109 @@
+"""The figures of all variants side by side: what metrics/ holds and the comparison table shows."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from firstsight.data.records import Record, Sample
+from firstsight.evaluation.metrics import exact_match
+
+TEACHER = "teacher"
+VARIANTS = (TEACHER, "student", "student-distilled", "student-quantized")
+_STABLE = (
+    "questions",
+    "exact_match",
+    "exact_match_low",
+    "exact_match_high",
+    "f1",
+    "rouge_l",
+    "bleu",
+    "option_accuracy",
+    "options_unparsed",
+)
+_NOISY = (
+    "parameters",
+    "disk_bytes",
+    "weights_bytes",
+    "peak_bytes",
+    "load_seconds",
+    "prefill_ms_p50",
+    "latency_ms_p50",
+    "latency_ms_p90",
+    "decode_tokens_per_second",
+)
+
+
+def question_only_baseline(train: Iterable[Sample], test: Iterable[Record]) -> float:
+    """Exact match of the best guess without looking: the commonest training answer to that very question.
+
+    Where the question never occurs in training, the commonest answer to its type, else to any question.
+    """
+    by_question, by_type, overall = defaultdict(Counter), defaultdict(Counter), Counter()
+    for sample in train:
+        for record in sample.records:
+            by_question[record.prompt()][record.answer] += 1
+            by_type[record.question_type][record.answer] += 1
+            overall[record.answer] += 1
+    right = []
+    for record in test:
+        counts = by_question.get(record.prompt()) or by_type.get(record.question_type) or overall
+        right.append(exact_match(counts.most_common(1)[0][0], record.answers))
+    return float(np.mean(right))
+
+
+def quality_table(
+    quality: dict[str, dict[str, Any]], predictions: dict[str, list[str]], baseline: float
+) -> dict[str, dict[str, float]]:
+    """By variant: the quality figures, `retention` (exact match against the teacher's) and `teacher_agreement`."""
+    reference = quality[TEACHER]["exact_match"]
+    table: dict[str, dict[str, float]] = {"question-only": {"exact_match": baseline}}
+    for variant in VARIANTS:
+        row = {name: quality[variant][name] for name in _STABLE if name in quality[variant]}
+        row["teacher_agreement"] = float(
+            np.mean(
+                [
+                    exact_match(own, [teacher])
+                    for own, teacher in zip(predictions[variant], predictions[TEACHER], strict=True)
+                ]
+            )
+        )
+        # A teacher that answers nothing right leaves nothing to retain.
+        if reference > 0:
+            row["retention"] = row["exact_match"] / reference
+        table[variant] = row
+    return table
+
+
+def performance_table(performance: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By variant: sizes and speeds, and `compression` and `speed_up` against the teacher."""
+    table = {}
+    for variant in VARIANTS:
+        row = {name: performance[variant][name] for name in _NOISY if name in performance[variant]}
+        row["compression"] = performance[TEACHER]["disk_bytes"] / row["disk_bytes"]
+        row["speed_up"] = performance[TEACHER]["latency_ms_p50"] / row["latency_ms_p50"]
+        table[variant] = row
+    return table
+
+
+def training_curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One row a logged step: `step`, and `train` or `validation`, the loss a token on that split."""
+    rows = []
+    for entry in history:
+        if "loss" in entry:
+            rows.append({"step": entry["step"], "train": entry["loss"]})
+        elif "eval_objective" in entry:
+            rows.append({"step": entry["step"], "validation": entry["eval_objective"]})
+    return rows
+
+
+def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
+    """Of the epoch whose weights were kept (the least validation loss): the loss and its parts, and the step."""
+    epochs = [entry for entry in history if "eval_objective" in entry]
+    if not epochs:
+        return {}
+    best = min(epochs, key=lambda entry: entry["eval_objective"])
+    return {"step": best["step"], "steps": history[-1]["step"]} | {
+        f"validation_{name}": best[f"eval_{name}"] for name in ("objective", "kl", "ce", "agreement")
+    }

@@ -1,0 +1,36 @@
+"""Bring one model into models/: from the hub, from a local folder, or freshly initialised.
+
+    python -m stages.download_models teacher|student
+
+reads  what `models.teacher` or `models.student` names in params.yaml
+writes models/teacher or models/student, a plain Hugging Face folder, and in it source.json, where it came from
+"""
+
+import sys
+from pathlib import Path
+
+from firstsight.core import params
+from firstsight.core.files import whole_folder, write_json
+from firstsight.core.stage import log, main
+from firstsight.models import hub
+from firstsight.models.initialise import initialise
+
+
+def run() -> None:
+    role = sys.argv[1]
+    model = getattr(params.load().models, role)
+    with whole_folder(Path("models") / role) as folder:
+        commit = None
+        if model.source == "init":
+            initialise(model.init, folder)
+        elif Path(model.source).is_dir():
+            hub.link(Path(model.source), folder)
+        else:
+            commit = hub.download(model.source, model.revision, folder)
+            log.info("to pin it: models.%s.revision: %s", role, commit)
+        write_json(folder / "source.json", {"source": model.source, "revision": model.revision, "commit": commit})
+    log.info("wrote models/%s from %s", role, model.source)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,54 @@
+"""Teach the teacher the task by supervised fine-tuning, or hand it on as it is.
+
+    accelerate launch -m stages.finetune_teacher
+
+reads  models/teacher and the train and validation splits, by `finetune_teacher` in params.yaml
+writes models/teacher-finetuned, a complete model folder either way, and its training history
+"""
+
+from pathlib import Path
+
+from firstsight.core import params
+from firstsight.core.files import link_folder, scratch_folder, whole_folder, write_json
+from firstsight.core.stage import log, main
+from firstsight.data.dataset import PackedDataset
+from firstsight.data.records import Split
+from firstsight.distillation.trainer import DistillationModel, train
+from firstsight.models.loading import load_model, load_processor, pick_device
+
+TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
+
+
+def run() -> None:
+    loaded = params.load()
+    settings, runtime = loaded.finetune_teacher, loaded.runtime
+    if not settings.enabled:
+        with whole_folder(OUTPUT) as folder:
+            link_folder(TEACHER, folder)
+            write_json(folder / "history.json", [])
+        log.info("finetune_teacher.enabled is false: %s is %s as it is", OUTPUT, TEACHER)
+        return
+    device = pick_device(runtime.device)
+    processor = load_processor(TEACHER)
+    train_set, validation_set = (
+        PackedDataset(Split(Path(f"data/egoqa/{split}.parquet")), processor) for split in ("train", "validation")
+    )
+    teacher = load_model(TEACHER, "float32", device)
+    with whole_folder(OUTPUT) as folder, scratch_folder("finetune-teacher") as scratch:
+        history = train(
+            DistillationModel(teacher, None, temperature=1.0, alpha=0.0),
+            train_set,
+            validation_set,
+            settings,
+            scratch,
+            data_workers=runtime.data_workers,
+            device=device,
+        )
+        teacher.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_json(folder / "history.json", history)
+    log.info("wrote %s", OUTPUT)
+
+
+if __name__ == "__main__":
+    main(run)

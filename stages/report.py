@@ -1,0 +1,102 @@
+"""Put the variants' figures side by side: git-tracked metrics, plots, pictures and a page to look at.
+
+    python -m stages.report
+
+reads  evaluations/*/*.json, the training histories, the data card and the train and test splits
+writes metrics/{quality,performance,training}.json, metrics/plots/ and metrics/report.html
+"""
+
+import csv
+from pathlib import Path
+
+from firstsight.core import params
+from firstsight.core.files import read_json, whole_folder, write_json
+from firstsight.core.stage import log, main
+from firstsight.data.records import Split
+from firstsight.reporting import figures, page, summary
+from firstsight.reporting.table import render
+
+DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
+HISTORIES = {
+    "finetune-teacher": Path("models/teacher-finetuned/history.json"),
+    "distill": Path("models/student-distilled/history.json"),
+}
+
+
+def run() -> None:
+    params.load()
+    questions = [(sample, record) for sample in Split(DATA / "test.parquet") for record in sample.records]
+    measured = {
+        name: {
+            variant: read_json(Path("evaluations") / variant / f"{name}.json", "evaluate")
+            for variant in summary.VARIANTS
+        }
+        for name in ("quality", "performance", "predictions")
+    }
+    predictions = {
+        variant: [entry["answer"] for entry in entries] for variant, entries in measured["predictions"].items()
+    }
+    histories = {stage: read_json(path, stage) for stage, path in HISTORIES.items()}
+
+    baseline = summary.question_only_baseline(Split(DATA / "train.parquet"), [record for _, record in questions])
+    quality = summary.quality_table(measured["quality"], predictions, baseline)
+    performance = summary.performance_table(measured["performance"])
+    curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
+
+    with whole_folder(OUTPUT) as folder:
+        write_json(folder / "quality.json", quality)
+        write_json(folder / "performance.json", performance)
+        write_json(
+            folder / "training.json", {stage: summary.training_summary(rows) for stage, rows in histories.items()}
+        )
+        plots = folder / "plots"
+        plots.mkdir()
+        for stage, rows in curves.items():
+            write_csv(plots / f"{stage}.csv", rows, ["step", "train", "validation"])
+        write_csv(
+            plots / "variants.csv",
+            [
+                {
+                    "variant": variant,
+                    "exact_match": quality[variant]["exact_match"],
+                    "f1": quality[variant]["f1"],
+                    "latency_ms": performance[variant]["latency_ms_p50"],
+                    "size_mb": performance[variant]["disk_bytes"] / 1e6,
+                }
+                for variant in summary.VARIANTS
+            ],
+            ["variant", "exact_match", "f1", "latency_ms", "size_mb"],
+        )
+        figures.training(curves, plots / "training.png")
+        figures.quality(quality, plots / "quality.png")
+        figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
+        figures.by_type(measured["quality"], plots / "by-type.png")
+        page.write(
+            folder / "report.html",
+            quality=quality,
+            performance=performance,
+            environment=measured["performance"][summary.TEACHER],
+            card=read_json(DATA / "card.json", "build-egoqa-dataset"),
+            parameters=params.PARAMS_FILE.read_text(encoding="utf-8"),
+            questions=questions,
+            predictions=predictions,
+            pictures={
+                "Exact match on the test split": plots / "quality.png",
+                "Quality against latency and size: up and to the left is better": plots / "quality-against-cost.png",
+                "Exact match by question type": plots / "by-type.png",
+                "Training and validation loss": plots / "training.png",
+            },
+        )
+    log.info("%s", render(quality, performance))
+
+
+def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
+    """Rows as CSV; a row's missing columns stay empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(run)

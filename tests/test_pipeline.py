@@ -1,0 +1,305 @@
+"""The pipeline as its users run it: stages, what they leave, what they refuse, and what DVC reruns."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STAGES, run_stage, workspace
+from ruamel.yaml import YAML
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files
+
+YAML_SAFE = YAML(typ="safe", pure=True)
+PIPELINE = YAML_SAFE.load(ROOT / "dvc.yaml")["stages"]
+REAL = ROOT.parent / "shared" / "realdata" / "open-eqa"
+
+
+def imported_files(path: Path, seen: set[Path]) -> set[Path]:
+    """Files of firstsight/ that `path` imports, directly or through others of them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            file = ROOT / f"{name.replace('.', '/')}.py"
+            if name.startswith("firstsight") and file.exists() and file not in seen:
+                seen.add(file)
+                imported_files(file, seen)
+    return seen
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_declared_dependencies_are_the_imports(stage):
+    """No file missing, which would leave a stage stale; none too many, which would retrain for nothing."""
+    definition = PIPELINE[stage].get("do", PIPELINE[stage])
+    script = ROOT / f"stages/{stage.replace('-', '_')}.py"
+    declared: set[Path] = set()
+    for dependency in definition["deps"]:
+        path = ROOT / dependency
+        if dependency.startswith("firstsight"):
+            declared |= set(path.rglob("*.py")) if path.is_dir() else {path}
+    assert f"stages/{script.name}" in definition["deps"]
+    assert f"stages.{script.stem}" in definition["cmd"]
+    assert sorted(map(str, declared)) == sorted(map(str, imported_files(script, set())))
+
+
+def test_each_stage_depends_on_its_own_parameters_alone():
+    sections = {stage: definition.get("do", definition).get("params", []) for stage, definition in PIPELINE.items()}
+    assert sections == {
+        "download-models": ["models.${item}"],
+        "build-egoqa-dataset": ["data"],
+        "finetune-teacher": ["finetune_teacher"],
+        "cache-teacher-targets": ["targets"],
+        "distill": ["train"],
+        "quantize-student": ["quantize"],
+        "evaluate": ["evaluate"],
+        "report": [],
+    }
+
+
+def test_the_library_does_not_import_the_stages():
+    for path in (ROOT / "firstsight").rglob("*.py"):
+        assert "stages" not in {
+            part
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for part in node.module.split(".")
+        }
+
+
+def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
+    metrics = smoke / "metrics"
+    quality = json.loads((metrics / "quality.json").read_text())
+    assert set(quality) == {"question-only", "teacher", "student", "student-distilled", "student-quantized"}
+    assert 0 < quality["question-only"]["exact_match"] < 0.6
+    assert quality["teacher"]["teacher_agreement"] == 1
+    performance = json.loads((metrics / "performance.json").read_text())
+    assert performance["teacher"]["compression"] == 1 < performance["student-distilled"]["compression"]
+    assert performance["student-quantized"]["disk_bytes"] < performance["student-distilled"]["disk_bytes"]
+    training = json.loads((metrics / "training.json").read_text())
+    assert training["distill"]["validation_kl"] > 0
+    assert training["finetune-teacher"]["validation_kl"] == 0
+    page = (metrics / "report.html").read_text()
+    assert page.count('<img src="data:image/') >= 4 + 8
+    assert "http://" not in page
+    assert "https://" not in page
+    assert {path.suffix for path in (metrics / "plots").iterdir()} == {".png", ".csv"}
+    predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())
+    assert len(predictions) == quality["teacher"]["questions"]
+
+
+def test_the_table_is_printed_from_the_metrics(smoke):
+    printed = subprocess.run(
+        [sys.executable, "-m", "firstsight.reporting.table"],
+        cwd=smoke,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for word in ("student-quantized", "exact match", "retention", "latency", "question only", "metrics/report.html"):
+        assert word in printed
+
+
+def test_training_lowers_the_distillation_loss(smoke):
+    history = json.loads((smoke / "models/student-distilled/history.json").read_text())
+    assert not any("runtime" in name for row in history for name in row)
+    losses = [row["eval_objective"] for row in history if "eval_objective" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_weights_and_the_same_metrics(smoke, smoke_copy):
+    for stage in (("distill",), ("evaluate", "student-distilled")):
+        run_stage(smoke_copy, *stage)
+    for name in ("models/student-distilled/model.safetensors", "evaluations/student-distilled/quality.json"):
+        assert fingerprint_files([smoke / name]) == fingerprint_files([smoke_copy / name]), name
+
+
+def test_micro_batches_of_unequal_answers_train_as_one_batch(smoke, smoke_copy):
+    """The loss is a mean over the answer tokens of the optimizer step, not of each micro-batch."""
+    from safetensors.torch import load_file
+
+    change(smoke_copy, "train", batch_size=2, gradient_accumulation_steps=4)
+    run_stage(smoke_copy, "distill")
+    whole, parts = (load_file(folder / "models/student-distilled/model.safetensors") for folder in (smoke, smoke_copy))
+    moved = load_file(smoke / "models/student/model.safetensors")
+    for name, weight in whole.items():
+        assert (weight - parts[name]).norm() <= 2e-3 * (weight - moved[name]).norm() + 1e-6, name
+
+
+def test_a_teacher_that_is_not_finetuned_is_handed_on(smoke_copy):
+    change(smoke_copy, "finetune_teacher", enabled=False)
+    run_stage(smoke_copy, "finetune_teacher")
+    given, taken = smoke_copy / "models/teacher-finetuned", smoke_copy / "models/teacher"
+    assert (given / "model.safetensors").samefile(taken / "model.safetensors")
+    for stage in (("cache_teacher_targets",), ("report",)):
+        run_stage(smoke_copy, *stage)
+
+
+def refuse_alpha(folder):
+    change(folder, "train", alpha=2)
+    return ("train.alpha",), STAGES
+
+
+def refuse_vocabulary(folder):
+    path = folder / "models/student/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = (word for word, index in words.items() if index in (300, 301))
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(tokenizer))
+    return ("models.student: expected the teacher's vocabulary, where token 300",), [("cache_teacher_targets",)]
+
+
+def refuse_other_students_targets(folder):
+    refuse_vocabulary(folder)
+    return ("data/teacher-targets: expected targets over the vocabulary",), [("distill",)]
+
+
+def refuse_corrupted_model(folder):
+    (folder / "models/student-distilled/model.safetensors").write_bytes(b"\x08\x00")
+    return ("models/student-distilled: expected a complete",), [
+        ("quantize_student",),
+        ("evaluate", "student-distilled"),
+    ]
+
+
+def refuse_changed_data(folder):
+    shutil.copy(folder / "data/egoqa/test.parquet", folder / "data/egoqa/train.parquet")
+    return ("data/teacher-targets: expected targets made from this train split",), [("distill",)]
+
+
+def refuse_missing_data(folder):
+    (folder / "data/egoqa/test.parquet").unlink()
+    return ("data/egoqa/test.parquet: expected a split's parquet file",), [("evaluate", "student"), ("report",)]
+
+
+def refuse_empty_source(folder):
+    (folder / "qa.jsonl").write_text("\n")
+    change(folder, "data", source="jsonl", path="qa.jsonl")
+    return ("qa.jsonl: expected records, found an empty file",), [("build_egoqa_dataset",)]
+
+
+def refuse_unanswered_question(folder):
+    (folder / "qa.jsonl").write_text('{"question": "What?"}\n')
+    change(folder, "data", source="jsonl", path="qa.jsonl")
+    return ("qa.jsonl: line 1: expected a value for 'answer'",), [("build_egoqa_dataset",)]
+
+
+def refuse_missing_media(folder):
+    (folder / "qa.jsonl").write_text('{"media": "clip.mp4", "question": "What?", "answer": "so"}\n')
+    change(folder, "data", source="jsonl", path="qa.jsonl")
+    return ("qa.jsonl: line 1: expected a media file, found no clip.mp4",), [("build_egoqa_dataset",)]
+
+
+def refuse_empty_split(folder):
+    (folder / "qa.jsonl").write_text('{"question": "What?", "answer": "so"}\n')
+    change(folder, "data", source="jsonl", path="qa.jsonl")
+    return ("data: expected records in every split",), [("build_egoqa_dataset",)]
+
+
+def refuse_unknown_model(folder):
+    values = YAML_SAFE.load(folder / "params.yaml")
+    values["models"]["student"]["source"] = "no/such/folder/anywhere"
+    write_params(folder, values)
+    return ("no/such/folder/anywhere: expected",), [("download_models", "student")]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        refuse_alpha,
+        refuse_vocabulary,
+        refuse_other_students_targets,
+        refuse_corrupted_model,
+        refuse_changed_data,
+        refuse_missing_data,
+        refuse_empty_source,
+        refuse_unanswered_question,
+        refuse_missing_media,
+        refuse_empty_split,
+        refuse_unknown_model,
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_outputs_intact(smoke_copy, damage):
+    parts, stages = damage(smoke_copy)
+    before = snapshot(smoke_copy)
+    for stage in stages:
+        with pytest.raises(UserError) as error:
+            run_stage(smoke_copy, *stage)
+        assert "\n" not in str(error.value)
+        assert all(part in str(error.value) for part in parts)
+    assert snapshot(smoke_copy) == before
+
+
+def test_a_users_mistake_ends_the_process_with_one_line_and_status_one(smoke_copy):
+    change(smoke_copy, "train", alpha=2)
+    ended = subprocess.run(
+        [sys.executable, "-m", "stages.report"],
+        cwd=smoke_copy,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == "error: params.yaml: train.alpha: expected at most 1, found 2\n"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real clip lies beside the repository in development only")
+def test_a_real_clip_goes_through_every_stage(tmp_path):
+    """Three windows of one walk, so that every split has some: real decoding, free-form answers, the same stages."""
+    folder = workspace(tmp_path)
+    questions = json.loads((REAL / "open-eqa-demo-data.json").read_text())
+    windows = {"train": (0.0, 6.0), "validation": (6.0, 11.0), "test": (11.0, None)}
+    lines = [
+        {
+            "media": str(REAL / "open-eqa-hm3d-demo.mp4"),
+            "start": start,
+            **({"end": end} if end else {}),
+            "group": split,
+            "split": split,
+            "question": question["question"],
+            "answer": question["answer"],
+            "question_type": question["category"],
+        }
+        for split, (start, end) in windows.items()
+        for question in questions
+    ]
+    (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    change(folder, "data", source="jsonl", path="qa.jsonl", max_frames=4)
+    for stage in STAGES:
+        run_stage(folder, *stage)
+    quality = json.loads((folder / "metrics/quality.json").read_text())
+    assert quality["student-quantized"]["questions"] == 3
+    page = (folder / "metrics/report.html").read_text()
+    assert "How many chairs are around the dining table?" in page
+    assert page.count("data:image/jpeg") == 3
+
+
+def change(folder: Path, section: str, **values) -> None:
+    document = YAML_SAFE.load(folder / "params.yaml")
+    document[section] |= values
+    write_params(folder, document)
+
+
+def write_params(folder: Path, values) -> None:
+    with (folder / "params.yaml").open("w") as file:
+        YAML().dump(values, file)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and its content, params.yaml aside."""
+    return {
+        str(path.relative_to(folder)): fingerprint_files([path])
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "params.yaml"
+    }

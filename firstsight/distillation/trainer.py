@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
@@ -81,7 +80,10 @@ class DistillationTrainer(Trainer):
         self.model.student.save_pretrained(output_dir or self.args.output_dir, state_dict=weights)
 
     def _load_best_model(self) -> None:
-        load_model(self.model.student, Path(self.state.best_model_checkpoint) / "model.safetensors", strict=False)
+        # Through from_pretrained, because folders keep the hub's names of weights, which are not the modules'.
+        student = self.model.student
+        best = type(student).from_pretrained(self.state.best_model_checkpoint, dtype=student.dtype)
+        student.load_state_dict(best.state_dict())
 
 
 def train(

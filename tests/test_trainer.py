@@ -1,0 +1,52 @@
+"""Training through HF Trainer: which weights are kept, and what they were trained for."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from firstsight.core.params import Optimisation
+from firstsight.data.dataset import PackedDataset
+from firstsight.data.records import Split
+from firstsight.distillation.trainer import DistillationModel, train
+from firstsight.models.loading import load_model, load_processor
+
+
+@pytest.fixture
+def parts(smoke):
+    processor = load_processor(smoke / "models/student")
+    sets = [PackedDataset(Split(smoke / f"data/egoqa/{split}.parquet"), processor) for split in ("train", "validation")]
+    return load_model(smoke / "models/student", "float32", "cpu"), sets
+
+
+def optimisation(settings, **changes):
+    values = {name: getattr(settings.train, name) for name in Optimisation.model_fields}
+    return Optimisation(**values | changes)
+
+
+def validation_loss(model, dataset) -> float:
+    """CE an answer token, counted here, over single-sample batches."""
+    total = tokens = 0
+    with torch.inference_mode():
+        for batch in DataLoader(dataset, 1, collate_fn=dataset.collate):
+            found = model(**batch, num_items_in_batch=1)
+            total, tokens = total + found["ce"].item(), tokens + found["tokens"].item()
+    return total / tokens
+
+
+def test_the_best_epochs_weights_are_kept_and_training_stops_early(settings, parts, tmp_path):
+    student, (train_set, validation_set) = parts
+    model = DistillationModel(student, None, temperature=1.0, alpha=0.0)
+    # Far too fast: the loss soon rises.
+    fast = optimisation(settings, learning_rate=0.3, epochs=8, warmup_fraction=0.5)
+    history = train(model, train_set, validation_set, fast, tmp_path, early_stopping_epochs=1, device="cpu")
+    losses = [row["eval_objective"] for row in history if "eval_objective" in row]
+    assert losses[-1] > min(losses)
+    assert len(losses) < 8
+    assert validation_loss(model.eval(), validation_set) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_a_frozen_teacher_head_is_not_saved_with_the_student(parts):
+    student, _ = parts
+    model = DistillationModel(student, torch.zeros(10, 4), temperature=1.0, alpha=0.5)
+    assert not any("teacher" in name for name in model.state_dict())
+    assert not any("teacher" in name for name, _ in model.named_parameters())

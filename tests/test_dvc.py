@@ -1,0 +1,133 @@
+"""What real DVC reruns after a change, and what it leaves alone. Drives `dvc` on a copy of the repository."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+EVALUATIONS = {f"evaluate@{variant}" for variant in ("teacher", "student", "student-distilled", "student-quantized")}
+AFTER_DISTILL = {"quantize-student", "evaluate@student-distilled", "evaluate@student-quantized", "report"}
+ALL = EVALUATIONS | AFTER_DISTILL | {
+    "download-models@teacher",
+    "download-models@student",
+    "build-egoqa-dataset",
+    "finetune-teacher",
+    "cache-teacher-targets",
+    "distill",
+}  # fmt: skip
+
+
+def command(project: Path, *words: str) -> str:
+    """Run a command in the project and return what it printed."""
+    done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def stages_run(project: Path, *words: str) -> set[str]:
+    """The stages that a dvc command ran."""
+    return set(re.findall(r"Running stage '([^']+)'", command(project, "dvc", *words)))
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory) -> Path:
+    """A clone whose params.yaml is the smoke preset, after its first `dvc repro`, committed."""
+    project = tmp_path_factory.mktemp("dvc") / "project"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, project, ignore=ignored)
+    for folder in ("data", "models", "evaluations", "metrics"):
+        shutil.rmtree(project / folder, ignore_errors=True)
+    (project / "dvc.lock").unlink(missing_ok=True)
+    shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")
+    command(project, "git", "init", "--quiet")
+    command(project, "git", "config", "user.name", "test")
+    command(project, "git", "config", "user.email", "test@example.org")
+    command(project, "git", "add", "--all")
+    command(project, "git", "commit", "--quiet", "--message", "smoke")
+    assert stages_run(project, "repro") == ALL
+    command(project, "git", "add", "--all")
+    command(project, "git", "commit", "--quiet", "--message", "first run")
+    return project
+
+
+@pytest.fixture
+def project(committed) -> Path:
+    """The clone as it was committed."""
+    command(committed, "git", "checkout", "--quiet", ".")
+    command(committed, "dvc", "checkout", "--force", "--quiet")
+    return committed
+
+
+def test_a_second_repro_does_nothing(project):
+    assert stages_run(project, "repro") == set()
+
+
+def test_another_temperature_reruns_the_student_alone_and_going_back_restores_it(project):
+    assert stages_run(project, "exp", "run", "-S", "train.temperature=3") == {"distill"} | AFTER_DISTILL
+    assert "student-distilled" in command(project, "dvc", "metrics", "diff")
+    # Only the stage whose outputs git keeps, and which takes a second, is run again.
+    assert stages_run(project, "exp", "run", "-S", "train.temperature=2.0") <= {"report"}
+    assert command(project, "git", "diff", "--stat", "metrics/quality.json") == ""
+
+
+def test_another_quantisation_leaves_distill_alone(project):
+    changed = stages_run(project, "exp", "run", "-S", "quantize.method=int8")
+    assert changed == {"quantize-student", "evaluate@student-quantized", "report"}
+
+
+def test_another_evaluation_leaves_the_models_alone(project):
+    assert stages_run(project, "exp", "run", "-S", "evaluate.max_new_tokens=9") == EVALUATIONS | {"report"}
+
+
+def test_runtime_settings_rerun_nothing(project):
+    assert stages_run(project, "exp", "run", "-S", "runtime.device=cpu") == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("firstsight/reporting/table.py", {"report"}),
+        ("firstsight/quantization/quantize.py", {"quantize-student"}),
+        ("firstsight/models/vocabulary.py", {"cache-teacher-targets", "distill"}),
+    ],
+)
+def test_an_edited_library_file_reruns_the_stages_that_import_it(project, file, expected):
+    """Their outputs come out the same, bit for bit, so that nothing after them runs."""
+    path = project / file
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert stages_run(project, "repro") == expected
+
+
+def test_a_queued_grid_of_temperatures_shows_in_the_experiments(project):
+    command(project, "dvc", "exp", "run", "--queue", "-S", "train.temperature=1.5,4")
+    command(project, "dvc", "queue", "start", "--jobs", "1")
+    command(project, "dvc", "queue", "logs", "--follow", queued(project)[-1])
+    for name in queued(project):
+        command(project, "dvc", "queue", "logs", "--follow", name)
+    shown = command(project, "dvc", "exp", "show", "--csv")
+    rows = [line.split(",") for line in shown.splitlines()]
+    column = rows[0].index("train.temperature")
+    assert {"1.5", "4"} <= {row[column] for row in rows[1:] if len(row) == len(rows[0])}
+    assert "Failed" not in command(project, "dvc", "queue", "status")
+
+
+def queued(project: Path) -> list[str]:
+    """Names of the queue's experiments, oldest last."""
+    status = command(project, "dvc", "queue", "status")
+    return re.findall(r"^[0-9a-f]{7}\s+(\S+-\S+)", status, re.MULTILINE)
+
+
+def test_a_clone_shows_metrics_and_plots_before_anything_is_run(project, tmp_path):
+    clone = tmp_path / "clone"
+    command(project, "git", "clone", "--quiet", str(project), str(clone))
+    assert "exact_match" in command(clone, "dvc", "metrics", "show")
+    command(clone, "dvc", "plots", "show")
+    page = (clone / "dvc_plots/index.html").read_text()
+    assert "student-distilled" in page

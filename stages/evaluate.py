@@ -31,10 +31,11 @@ MODELS = {
 
 def run() -> None:
     variant = sys.argv[1]
-    settings, runtime = (loaded := params.load()).evaluate, loaded.runtime
+    loaded = params.load()
+    settings = loaded.evaluate
     test = Split(Path("data/egoqa/test.parquet"))
     questions = [(sample, record) for sample in test for record in sample.records]
-    device = pick_device(runtime.device)
+    device = pick_device(loaded.runtime.device)
 
     processor = load_processor(MODELS[variant])
     started = time.perf_counter()

@@ -51,7 +51,7 @@ def quality(table: dict[str, dict[str, float]], path: Path) -> None:
         xlabel="exact match on the test split, with 95% interval",
     )
     axis.invert_yaxis()
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _save(figure, path)
 
 

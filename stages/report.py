@@ -7,6 +7,7 @@ writes metrics/{quality,performance,training}.json, metrics/plots/ and metrics/r
 """
 
 import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from firstsight.core import params
@@ -52,20 +53,13 @@ def run() -> None:
         plots = folder / "plots"
         plots.mkdir()
         for stage, rows in curves.items():
-            write_csv(plots / f"{stage}.csv", rows, ["step", "train", "validation"])
+            (plots / stage).mkdir()
+            for split, points in rows.items():
+                write_csv(plots / stage / f"{split}.csv", ["step", "loss"], points)
         write_csv(
             plots / "variants.csv",
-            [
-                {
-                    "variant": variant,
-                    "exact_match": quality[variant]["exact_match"],
-                    "f1": quality[variant]["f1"],
-                    "latency_ms": performance[variant]["latency_ms_p50"],
-                    "size_mb": performance[variant]["disk_bytes"] / 1e6,
-                }
-                for variant in summary.VARIANTS
-            ],
-            ["variant", "exact_match", "f1", "latency_ms", "size_mb"],
+            ["variant", "exact_match", "latency_ms", "size_mb"],
+            summary.points(quality, performance),
         )
         figures.training(curves, plots / "training.png")
         figures.quality(quality, plots / "quality.png")
@@ -90,12 +84,9 @@ def run() -> None:
     log.info("%s", render(quality, performance))
 
 
-def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
-    """Rows as CSV; a row's missing columns stay empty."""
+def write_csv(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(file).writerows([columns, *rows])
 
 
 if __name__ == "__main__":

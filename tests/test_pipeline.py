@@ -91,7 +91,11 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert page.count('<img src="data:image/') >= 4 + 8
     assert "http://" not in page
     assert "https://" not in page
-    assert {path.suffix for path in (metrics / "plots").iterdir()} == {".png", ".csv"}
+    curve = (metrics / "plots/distill/validation.csv").read_text().splitlines()
+    assert curve[0] == "step,loss"
+    assert len(curve) == 3  # an evaluation an epoch
+    assert (metrics / "plots/variants.csv").read_text().count("\n") == 5
+    assert len(list((metrics / "plots").glob("*.png"))) == 4
     predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())
     assert len(predictions) == quality["teacher"]["questions"]
 

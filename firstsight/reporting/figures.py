@@ -15,18 +15,17 @@ _COLOURS = dict(zip(VARIANTS, ("#0072B2", "#999999", "#D55E00", "#009E73"), stri
 _MARKERS = dict(zip(VARIANTS, "sXoD", strict=True))
 
 
-def training(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
     """Training and validation loss by step, one panel a training stage; a stage that did not train has none."""
-    curves = {stage: rows for stage, rows in curves.items() if rows}
+    curves = {stage: splits for stage, splits in curves.items() if splits["train"]}
     figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, rows) in zip(axes[0], curves.items(), strict=True):
+    for axis, (title, splits) in zip(axes[0], curves.items(), strict=True):
         for split, style in (
             ("train", {"alpha": 0.6, "color": "#0072B2"}),
             ("validation", {"marker": "o", "color": "#D55E00"}),
         ):
-            points = [(row["step"], row[split]) for row in rows if split in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=split, **style)
+            if splits[split]:
+                axis.plot(*zip(*splits[split], strict=True), label=split, **style)
         axis.set(title=title, xlabel="optimizer step", ylabel="loss a token (log scale)", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()

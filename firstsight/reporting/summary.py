@@ -87,15 +87,23 @@ def performance_table(performance: dict[str, dict[str, Any]]) -> dict[str, dict[
     return table
 
 
-def training_curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One row a logged step: `step`, and `train` or `validation`, the loss a token on that split."""
-    rows = []
-    for entry in history:
-        if "loss" in entry:
-            rows.append({"step": entry["step"], "train": entry["loss"]})
-        elif "eval_objective" in entry:
-            rows.append({"step": entry["step"], "validation": entry["eval_objective"]})
-    return rows
+def points(quality: dict, performance: dict) -> list[tuple[str, float, float, float]]:
+    """By variant: exact match, milliseconds an answer, megabytes on disk."""
+    return [
+        (
+            variant,
+            quality[variant]["exact_match"],
+            performance[variant]["latency_ms_p50"],
+            performance[variant]["disk_bytes"] / 1e6,
+        )
+        for variant in VARIANTS
+    ]
+
+
+def training_curve(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
+    """By split, the steps at which its loss a token was logged, and that loss."""
+    names = {"train": "loss", "validation": "eval_objective"}
+    return {split: [(row["step"], row[name]) for row in history if name in row] for split, name in names.items()}
 
 
 def training_summary(history: list[dict[str, float]]) -> dict[str, float]:

@@ -3,9 +3,10 @@
     python -m stages.cache_teacher_targets
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, by `targets` in params.yaml
-writes data/teacher-targets
+writes data/teacher-targets; for `targets.kind: online` its index alone, and distill runs the teacher
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,14 +14,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from firstsight.core import params
+from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
-from firstsight.data.packing import IGNORE
 from firstsight.data.records import Split
+from firstsight.distillation.building import Builder
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
 from firstsight.models.loading import load_model, load_processor, pick_device
-from firstsight.models.packed import last_hidden_states
 from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
 
 TEACHER, OUTPUT = Path("models/teacher-finetuned"), Path("data/teacher-targets")
@@ -30,55 +31,55 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 @torch.inference_mode()
 def run() -> None:
     loaded = params.load()
-    settings, runtime = loaded.targets, loaded.runtime
+    settings = loaded.targets
     processor = load_processor(TEACHER)
     shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
     splits = {split: PackedDataset(Split(path), processor) for split, path in SPLITS.items()}
-    device = pick_device(runtime.device)
-    teacher = load_model(TEACHER, settings.precision, device)
-    head = teacher.get_output_embeddings().weight[:shared]
+    tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
+    head, bytes_per_token, error = None, 0, {}
 
     with whole_folder(OUTPUT) as folder:
-        tokens = {}
-        for split, dataset in splits.items():
-            writer = SplitTargetsWriter(folder, split)
-            batches = DataLoader(
-                dataset, settings.batch_size, collate_fn=dataset.collate, num_workers=runtime.data_workers
-            )
-            for batch in tqdm(batches, desc=f"cache-teacher-targets: {split}", unit=" batches"):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                hidden = last_hidden_states(teacher, batch)
-                write_records(writer, hidden, batch["labels"], batch["segment_ids"])
-            tokens[split] = writer.close()
-        write_index(
-            folder,
-            Index(
-                kind=settings.kind,
-                teacher=fingerprint_files(sorted(TEACHER.glob("*.safetensors"))),
-                data={split: fingerprint_files([path]) for split, path in SPLITS.items()},
-                vocabulary=vocabulary_fingerprint(processor.tokenizer, shared),
-                shared_vocabulary=shared,
-                dtype=str(hidden.dtype).removeprefix("torch."),
-                hidden_size=hidden.shape[-1],
-                answer_tokens=tokens,
-            ),
-            head,
+        if settings.kind != "online":
+            device = pick_device(loaded.runtime.device)
+            builder = Builder(load_model(TEACHER, settings.precision, device), settings, shared)
+            bytes_per_token = builder.bytes_per_token
+            check_space(sum(tokens.values()) * bytes_per_token + builder.head_bytes)
+            for split, dataset in splits.items():
+                writer = SplitTargetsWriter(folder, split)
+                batches = DataLoader(
+                    dataset, settings.batch_size, collate_fn=dataset.collate, num_workers=loaded.runtime.data_workers
+                )
+                for batch in tqdm(batches, desc=f"cache-teacher-targets: {split}", unit=" batches"):
+                    builder.write(writer, {name: tensor.to(device) for name, tensor in batch.items()})
+                writer.close()
+            head, error = builder.kept_head, builder.topk_error()
+        index = Index(
+            kind=settings.kind,
+            teacher=fingerprint_files(sorted(TEACHER.glob("*.safetensors"))),
+            precision=settings.precision,
+            data={split: fingerprint_files([path]) for split, path in SPLITS.items()},
+            vocabulary=vocabulary_fingerprint(processor.tokenizer, shared),
+            shared_vocabulary=shared,
+            answer_tokens=tokens,
+            bytes_per_token=bytes_per_token,
+            topk_error=error,
         )
+        write_index(folder, index, head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
+    for temperature, kl in error.items():
+        log.info("top-%d at T = %s: KL from the exact teacher %.2g a token", settings.k, temperature, kl)
 
 
-def write_records(
-    writer: SplitTargetsWriter, hidden: torch.Tensor, labels: torch.Tensor, segments: torch.Tensor
-) -> None:
-    """Cut a batch's hidden states [B, S, H] into its records, in order; the state before a token predicts it."""
-    for row in range(len(labels)):
-        answered = labels[row, 1:] != IGNORE
-        states, tokens = hidden[row, :-1][answered], labels[row, 1:][answered]
-        owners = segments[row, 1:][answered]
-        lengths = torch.unique_consecutive(owners, return_counts=True)[1].tolist()
-        for state, token in zip(states.split(lengths), tokens.split(lengths), strict=True):
-            writer.write(state, token)
+def check_space(needed: int) -> None:
+    """Say how much will be written, and raise UserError when the disk has no room for it."""
+    free = shutil.disk_usage(OUTPUT.parent).free
+    log.info("writing about %.1f MB of targets; %.1f GB are free", needed / 1e6, free / 1e9)
+    if needed > 0.95 * free:
+        raise UserError(
+            f"{OUTPUT}: expected room for {needed / 1e9:.1f} GB of targets, found {free / 1e9:.1f} GB free; "
+            "free some space, or set targets.kind to topk or online"
+        )
 
 
 if __name__ == "__main__":

@@ -1,34 +1,47 @@
-"""Distil: train the student on the teacher's cached knowledge of every answer token and on the answers themselves.
+"""Distil: train the student on what the teacher knows of every answer token, and on the answers themselves.
 
     accelerate launch -m stages.distill
 
-reads  models/student, data/teacher-targets and the train and validation splits, by `train` in params.yaml
+reads  models/student, data/teacher-targets and the train and validation splits, by `train` in params.yaml; the
+       teacher, models/teacher-finetuned, too where the targets say that it runs beside the student
 writes models/student-distilled, with its training history
 """
 
 from pathlib import Path
 
+from transformers import ProcessorMixin
+
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, scratch_folder, whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.dataset import PackedDataset
+from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_head
+from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_head, read_index
 from firstsight.distillation.trainer import DistillationModel, train
 from firstsight.models.loading import load_model, load_processor, pick_device
 
-STUDENT, TARGETS, OUTPUT = Path("models/student"), Path("data/teacher-targets"), Path("models/student-distilled")
+STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
+OUTPUT = Path("models/student-distilled")
 
 
 def run() -> None:
     loaded = params.load()
-    settings, runtime = loaded.train, loaded.runtime
+    settings = loaded.train
     processor = load_processor(STUDENT)
     check_vocabulary(TARGETS, processor.tokenizer)
-    train_set, validation_set = (dataset(split, processor) for split in ("train", "validation"))
-    device = pick_device(runtime.device)
+    index = read_index(TARGETS)
+    online = index.kind == "online"
+    train_set, validation_set = (
+        dataset(split, processor, load_processor(TEACHER) if online else None) for split in ("train", "validation")
+    )
+
+    device = pick_device(loaded.runtime.device)
     student = load_model(STUDENT, "float32", device)
-    model = DistillationModel(student, read_head(TARGETS).to(device), settings.temperature, settings.alpha)
+    teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
+    head = teacher.get_output_embeddings().weight if online else read_head(TARGETS, device)
+    model = DistillationModel(
+        student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=index.shared_vocabulary
+    )
     with whole_folder(OUTPUT) as folder, scratch_folder("distill") as scratch:
         history = train(
             model,
@@ -36,7 +49,7 @@ def run() -> None:
             validation_set,
             settings,
             scratch,
-            data_workers=runtime.data_workers,
+            data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
         )
@@ -46,9 +59,11 @@ def run() -> None:
     log.info("wrote %s", OUTPUT)
 
 
-def dataset(split: str, processor) -> PackedDataset:
-    """A split with the teacher's targets, which must have been made from this very file."""
+def dataset(split: str, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> PackedDataset:
+    """A split with its targets, which must have been made from this very file; or with the teacher's own view of it."""
     path = Path(f"data/egoqa/{split}.parquet")
+    if teacher_processor is not None:
+        return PackedDataset(Split(path), processor, OnlineTeacher(teacher_processor))
     return PackedDataset(Split(path), processor, SplitTargets(TARGETS, split, fingerprint_files([path])))
 
 

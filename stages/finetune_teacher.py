@@ -36,7 +36,7 @@ def run() -> None:
     teacher = load_model(TEACHER, "float32", device)
     with whole_folder(OUTPUT) as folder, scratch_folder("finetune-teacher") as scratch:
         history = train(
-            DistillationModel(teacher, None, temperature=1.0, alpha=0.0),
+            DistillationModel(teacher),
             train_set,
             validation_set,
             settings,

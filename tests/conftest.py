@@ -13,12 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
+from ruamel.yaml import YAML
 
 from firstsight.core import params
 from firstsight.data.records import Record, Sample
 from firstsight.models.initialise import build_model, build_processor, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
+YAML_SAFE = YAML(typ="safe", pure=True)
 # Every stage, in an order that satisfies dvc.yaml, with its arguments.
 STAGES = (
     ("download_models", "teacher"),
@@ -53,6 +55,17 @@ def workspace(folder: Path, preset: str = "smoke") -> Path:
     shutil.copytree(ROOT / "presets", folder / "presets")
     shutil.copy(ROOT / "presets" / f"{preset}.yaml", folder / "params.yaml")
     return folder
+
+
+def change(folder: Path, section: str, **values) -> None:
+    document = YAML_SAFE.load(folder / "params.yaml")
+    document[section] |= values
+    write_params(folder, document)
+
+
+def write_params(folder: Path, values) -> None:
+    with (folder / "params.yaml").open("w") as file:
+        YAML().dump(values, file)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from conftest import ROOT, make_sample
 
 from firstsight.core.errors import UserError
 from firstsight.data import records
-from firstsight.data.dataset import PackedDataset
+from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split, SplitWriter
 from firstsight.models.initialise import train_tokenizer
 from firstsight.sources import scenes, synthetic
@@ -141,25 +141,24 @@ def test_text_outside_the_corpus_survives_the_tokenizer(processor):
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
-def test_other_answer_tokens_than_the_teachers_are_named(smoke, processor):
-    split = Split(smoke / "data/egoqa/validation.parquet")
+def test_other_answer_tokens_than_the_teachers_are_named(processor):
+    class Shifted(OnlineTeacher):
+        """A teacher whose second answer begins with another token."""
 
-    class Shifted:
-        """Targets whose second record has another token first."""
+        def of(self, sample, records):
+            answers, features = super().of(sample, records)
+            changed = [list(answer) for answer in answers]
+            changed[1][0] += 1
+            return changed, features
 
-        def __len__(self):
-            return sum(split.record_counts())
+    sample = make_sample("clip", "image", 1, [("What?", "a cup"), ("Where?", "left hand")])
 
-        def answers(self, record):
-            ids = PackedDataset(split, processor)[0]
-            labels = ids["labels"][ids["segment_ids"] == record + 1]
-            labels = labels[labels != -100].clone()
-            if record == 1:
-                labels[0] += 1
-            return labels
+    class OneSample(list):
+        path = "train.parquet"
 
-        def hidden(self, record):
-            raise AssertionError("never reached")
+        def record_counts(self):
+            return [len(sample.records)]
 
-    with pytest.raises(UserError, match=r"record scene-\d+-1: expected the teacher's answer tokens, where token 0 is"):
-        PackedDataset(split, processor, Shifted())[0]
+    PackedDataset(OneSample([sample]), processor, OnlineTeacher(processor))[0]
+    with pytest.raises(UserError, match=r"record clip-1: expected the teacher's answer tokens, where token 0 is"):
+        PackedDataset(OneSample([sample]), processor, Shifted(processor))[0]

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight.distillation.loss import CHUNK, Teacher, distillation_loss
+from firstsight.distillation.loss import CHUNK, Divergence, HiddenTeacher, TopKTeacher, distillation_loss
+
+DIVERGENCES = [
+    Divergence("forward_kl"),
+    Divergence("reverse_kl"),
+    Divergence("jsd", 0.1),
+    Divergence("jsd", 0.5),
+    Divergence("jsd", 0.9),
+]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -12,19 +20,39 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def oracle(hidden, head, answers, teacher_hidden, teacher_head, shared, temperature, alpha):
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of each row, as (p (log(p / q) - 1) + q), whose terms are all positive: no cancellation."""
+    return (p * np.log(p / q) - p + q).sum(-1)
+
+
+def through_softmax(probabilities: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The softmax's Jacobian applied to a gradient for its probabilities."""
+    return probabilities * (gradient - (probabilities * gradient).sum(-1, keepdims=True))
+
+
+def oracle(arrays, shared, temperature, alpha, divergence):
     """Loss and its gradients for hidden states and head, from the definition, in float64."""
+    hidden, head, answers, teacher_hidden, teacher_head = arrays
     logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T
     p = softmax(teacher_logits[:, :shared] / temperature)
     q = softmax(logits[:, :shared] / temperature)
+    rows, beta = np.arange(len(answers)), divergence.beta
+    m = beta * p + (1 - beta) * q
+    if divergence.kind == "forward_kl":
+        soft, for_q = kl(p, q).sum(), -p / q
+    elif divergence.kind == "reverse_kl":
+        soft, for_q = kl(q, p).sum(), np.log(q / p) + 1
+    else:
+        soft = (beta * kl(p, m) + (1 - beta) * kl(q, m)).sum()
+        # By the product rule on both terms, m included.
+        for_m = -beta * p / m - (1 - beta) * q / m
+        for_q = (1 - beta) * (np.log(q / m) + 1) + for_m * (1 - beta)
     own = softmax(logits)
-    rows = np.arange(len(answers))
-    kl = (p * (np.log(p) - np.log(q))).sum()
     ce = -np.log(own[rows, answers]).sum()
     gradient = (1 - alpha) * own
     gradient[rows, answers] -= 1 - alpha
-    gradient[:, :shared] += alpha * temperature * (q - p)
-    return alpha * temperature**2 * kl + (1 - alpha) * ce, gradient @ head, gradient.T @ hidden
+    gradient[:, :shared] += alpha * temperature**2 * through_softmax(q, for_q) / temperature
+    return alpha * temperature**2 * soft + (1 - alpha) * ce, gradient @ head, gradient.T @ hidden
 
 
 def case(tokens: int, student_rows: int, teacher_rows: int, seed: int = 0):
@@ -35,47 +63,63 @@ def case(tokens: int, student_rows: int, teacher_rows: int, seed: int = 0):
     return hidden, head, rng.integers(student_rows, size=tokens), teacher_hidden, teacher_head
 
 
-def ours(arrays, shared, temperature, alpha, dtype):
+def ours(arrays, shared, temperature, alpha, divergence, dtype):
     hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in arrays)
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
     loss = distillation_loss(
         hidden,
         head,
         answers,
-        Teacher(teacher_hidden.to(dtype), teacher_head.to(dtype)),
+        HiddenTeacher(teacher_hidden.to(dtype), teacher_head.to(dtype)),
         shared_vocabulary=shared,
         temperature=temperature,
         alpha=alpha,
+        divergence=divergence,
     )
     loss.total.backward()
     return loss.total.item(), hidden.grad.double().numpy(), head.grad.double().numpy()
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 167, CHUNK, 423, 1423])
-@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.0), (0.5, 0.3), (2.0, 0.7), (10.0, 1.0)])
-def test_loss_and_gradients_equal_the_definition(tokens, temperature, alpha):
-    arrays = case(tokens, student_rows=311, teacher_rows=337)
-    expected = oracle(*arrays, 307, temperature, alpha)
+def check(arrays, shared, temperature, alpha, divergence):
+    expected = oracle(arrays, shared, temperature, alpha, divergence)
     for dtype, loss_error, gradient_error in ((torch.float64, 1e-12, 1e-11), (torch.float32, 1e-6, 1e-5)):
-        loss, hidden_grad, head_grad = ours(arrays, 307, temperature, alpha, dtype)
+        loss, hidden_grad, head_grad = ours(arrays, shared, temperature, alpha, divergence, dtype)
         assert loss == pytest.approx(expected[0], rel=loss_error)
         for found, wanted in ((hidden_grad, expected[1]), (head_grad, expected[2])):
             assert np.abs(found - wanted).max() <= gradient_error * np.abs(wanted).max()
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("tokens", [1, 4, 167, CHUNK, 423, 1423])
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.0), (0.5, 0.3), (2.0, 0.7), (10.0, 1.0)])
+def test_loss_and_gradients_equal_the_definition(tokens, temperature, alpha):
+    check(case(tokens, 311, 337), 307, temperature, alpha, Divergence("forward_kl"))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.7, 1.0])
+def test_every_divergence_equals_its_definition(divergence, temperature, alpha):
+    check(case(300, 311, 337, seed=1), 307, temperature, alpha, divergence)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
+def test_gradcheck(divergence):
     hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in case(5, 11, 13))
-    teacher = Teacher(teacher_hidden, teacher_head)
+    teacher = HiddenTeacher(teacher_hidden, teacher_head)
 
     def total(hidden, head):
-        return distillation_loss(hidden, head, answers, teacher, shared_vocabulary=9, temperature=1.7, alpha=0.6).total
+        return distillation_loss(
+            hidden, head, answers, teacher, shared_vocabulary=9, temperature=1.7, alpha=0.6, divergence=divergence
+        ).total
 
     assert torch.autograd.gradcheck(total, (hidden.requires_grad_(), head.requires_grad_()))
 
 
-def test_identical_teacher_and_student_give_no_loss_and_no_gradient():
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
+def test_identical_teacher_and_student_give_no_loss_and_no_gradient(divergence):
     hidden, head, answers, *_ = case(300, 101, 101)
-    loss, hidden_grad, head_grad = ours((hidden, head, answers, hidden, head), 101, 3.0, 1.0, torch.float64)
+    arrays = (hidden, head, answers, hidden, head)
+    loss, hidden_grad, head_grad = ours(arrays, 101, 3.0, 1.0, divergence, torch.float64)
     assert loss == pytest.approx(0, abs=1e-9)
     assert np.abs(hidden_grad).max() < 1e-12
     assert np.abs(head_grad).max() < 1e-12
@@ -83,8 +127,8 @@ def test_identical_teacher_and_student_give_no_loss_and_no_gradient():
 
 def test_soft_gradient_keeps_its_size_at_high_temperature():
     """T^2 in the loss makes the gradient tend to a limit (z_s - z_t) / V as T grows, instead of to zero."""
-    arrays = case(64, 101, 101)
-    sizes = [np.linalg.norm(ours(arrays, 101, temperature, 1.0, torch.float64)[1]) for temperature in (50, 500, 5000)]
+    arrays, kl = case(64, 101, 101), Divergence("forward_kl")
+    sizes = [np.linalg.norm(ours(arrays, 101, t, 1.0, kl, torch.float64)[1]) for t in (50, 500, 5000)]
     assert sizes[2] == pytest.approx(sizes[1], rel=1e-2)
     assert sizes[2] > 0.1 * sizes[0]
 
@@ -92,7 +136,7 @@ def test_soft_gradient_keeps_its_size_at_high_temperature():
 def test_a_frozen_head_gets_no_gradient_and_autocast_changes_nothing():
     hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(a) for a in case(50, 31, 33))
     hidden = hidden.float().requires_grad_()
-    arguments = (hidden, head.float(), answers, Teacher(teacher_hidden.float(), teacher_head.float()))
+    arguments = (hidden, head.float(), answers, HiddenTeacher(teacher_hidden.float(), teacher_head.float()))
     keywords = {"shared_vocabulary": 29, "temperature": 2.0, "alpha": 0.5}
     plain = distillation_loss(*arguments, **keywords).total
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -105,13 +149,42 @@ def test_a_frozen_head_gets_no_gradient_and_autocast_changes_nothing():
 def test_sixteen_bit_inputs_are_computed_in_full_precision():
     """The loss of bfloat16 inputs is the exact loss of those inputs, not of bfloat16 logits."""
     arrays = [
-        torch.from_numpy(a).bfloat16().double().numpy() if a.dtype.kind == "f" else a for a in case(200, 311, 337)
+        torch.from_numpy(array).bfloat16().double().numpy() if array.dtype.kind == "f" else array
+        for array in case(200, 311, 337)
     ]
-    expected = oracle(*arrays, 307, 2.0, 0.7)
-    loss, hidden_grad, _ = ours(arrays, 307, 2.0, 0.7, torch.bfloat16)
+    kl = Divergence("forward_kl")
+    expected = oracle(arrays, 307, 2.0, 0.7, kl)
+    loss, hidden_grad, _ = ours(arrays, 307, 2.0, 0.7, kl, torch.bfloat16)
     assert loss == pytest.approx(expected[0], rel=1e-6)
     # Only the result is rounded to bfloat16: half a unit in the last of 8 bits.
     assert np.all(np.abs(hidden_grad - expected[1]) <= 2**-8 * np.abs(expected[1]) + 1e-6)
+
+
+def top_k(k: int, shared: int, arrays) -> TopKTeacher:
+    logits = torch.from_numpy(arrays[3] @ arrays[4].T)[:, :shared]
+    best = logits.topk(k)
+    return TopKTeacher(best.indices, best.values, logits.logsumexp(-1))
+
+
+def test_top_k_is_exact_when_k_is_everything_and_nears_it_as_k_grows():
+    arrays = case(200, 311, 337)
+    hidden, head, answers = (torch.from_numpy(array) for array in arrays[:3])
+    exact = oracle(arrays, 307, 2.0, 1.0, Divergence("forward_kl"))[0]
+    keywords = {"shared_vocabulary": 307, "temperature": 2.0, "alpha": 1.0}
+    errors = [
+        abs(distillation_loss(hidden, head, answers, top_k(k, 307, arrays), **keywords).total.item() / exact - 1)
+        for k in (8, 64, 256, 307)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6
+
+
+def test_top_k_keeps_the_tails_probability():
+    arrays = case(50, 311, 337)
+    logits = top_k(16, 307, arrays).logits(slice(0, 50), 307, torch.float64)
+    exact = torch.from_numpy(arrays[3] @ arrays[4].T)[:, :307]
+    best = exact.topk(16).indices
+    torch.testing.assert_close(logits.softmax(-1).gather(-1, best), exact.softmax(-1).gather(-1, best))
 
 
 def test_alpha_without_a_teacher_is_refused():

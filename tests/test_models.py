@@ -11,8 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.core.params import Initialisation
-from firstsight.distillation import targets
-from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
 from firstsight.models import hub
 from firstsight.models.initialise import initialise
 from firstsight.models.loading import load_model, load_processor
@@ -155,31 +153,6 @@ def test_another_vocabulary_names_the_first_token_that_differs(processor, settin
         shared_vocabulary(processor.tokenizer, other)
     assert vocabulary_fingerprint(other, 300) == vocabulary_fingerprint(processor.tokenizer, 300)
     assert vocabulary_fingerprint(other, 302) != vocabulary_fingerprint(processor.tokenizer, 302)
-
-
-def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "_SHARD_BYTES", 2000)
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 9, (60,), generator=generator).tolist()
-    written = [
-        (torch.randn(n, 16, generator=generator), torch.randint(500, (n,), generator=generator)) for n in lengths
-    ]
-    writer = SplitTargetsWriter(tmp_path, "train")
-    for hidden, answers in written:
-        writer.write(hidden, answers)
-    assert writer.close() == sum(lengths)
-    head = torch.randn(500, 16, generator=generator)
-    write_index(tmp_path, Index("hidden", "t", {"train": "d"}, "v", 500, "float32", 16, {"train": sum(lengths)}), head)
-    assert len(list(tmp_path.glob("train-*.safetensors"))) > 3
-
-    read = SplitTargets(tmp_path, "train", data="d")
-    assert len(read) == 60
-    for number in (59, 0, 31, 30, 7):
-        assert torch.equal(read.hidden(number), written[number][0])
-        assert torch.equal(read.answers(number), written[number][1])
-    assert torch.equal(read_head(tmp_path), head)
-    with pytest.raises(UserError, match="expected targets made from this train split"):
-        SplitTargets(tmp_path, "train", data="another")
 
 
 def test_an_output_appears_whole_or_not_at_all(tmp_path):

@@ -35,7 +35,7 @@ def validation_loss(model, dataset) -> float:
 
 def test_the_best_epochs_weights_are_kept_and_training_stops_early(settings, parts, tmp_path):
     student, (train_set, validation_set) = parts
-    model = DistillationModel(student, None, temperature=1.0, alpha=0.0)
+    model = DistillationModel(student)
     # Far too fast: the loss soon rises.
     fast = optimisation(settings, learning_rate=0.3, epochs=8, warmup_fraction=0.5)
     history = train(model, train_set, validation_set, fast, tmp_path, early_stopping_epochs=1, device="cpu")
@@ -45,8 +45,8 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_early(settings, par
     assert validation_loss(model.eval(), validation_set) == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_a_frozen_teacher_head_is_not_saved_with_the_student(parts):
+def test_a_frozen_teacher_head_is_not_saved_with_the_student(settings, parts):
     student, _ = parts
-    model = DistillationModel(student, torch.zeros(10, 4), temperature=1.0, alpha=0.5)
+    model = DistillationModel(student, settings.train, teacher_head=torch.zeros(10, 4))
     assert not any("teacher" in name for name in model.state_dict())
     assert not any("teacher" in name for name, _ in model.named_parameters())

@@ -148,21 +148,29 @@ class FinetuneTeacher(Optimisation):
 
 
 class Targets(Section):
-    """`hidden` keeps the teacher's final hidden states in bfloat16. `precision` is how the teacher is loaded."""
+    """What is kept of the teacher, and how the teacher is loaded for it.
 
-    kind: Literal["hidden"]
+    `hidden`: its final hidden states, exact; `topk`: its `k` best logits, approximate and smaller; `online`: nothing,
+    the teacher runs beside the student. `k` matters to topk alone.
+    """
+
+    kind: Literal["hidden", "topk", "online"]
+    k: Count
     precision: Precision
     batch_size: Count
 
 
 class Train(Optimisation):
-    """Distillation: L = alpha T^2 KL(teacher || student) + (1 - alpha) CE. `alpha` is the weight of the teacher.
+    """Distillation: L = alpha T^2 D(teacher, student) + (1 - alpha) CE. `alpha` is the weight of the teacher.
 
+    D is `divergence`; `jsd_beta`, between 0 and 1, is the weight of the teacher in jsd's mixture.
     Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
     """
 
     temperature: Positive
     alpha: Fraction
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)]
     early_stopping_epochs: Count
 
 

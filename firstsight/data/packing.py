@@ -50,6 +50,10 @@ class Encoded:
     prompt: str
     branches: tuple[tuple[list[int], list[int]], ...]
 
+    def answers(self) -> list[list[int]]:
+        """The answer tokens of each record."""
+        return [answer for _, answer in self.branches]
+
 
 def encode(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
     """Render and tokenize `records`, all about `sample`, each alone.

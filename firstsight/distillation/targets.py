@@ -2,17 +2,19 @@
 
 A folder of
 
-    index.json                   fingerprints of what the targets were made from, and their shape
-    head.safetensors             the teacher's output head over the shared vocabulary [V, H]
+    index.json                   what the targets are and, as fingerprints, what they were made from
+    head.safetensors             the teacher's output head over the shared vocabulary [V, H]; for `hidden`
     {split}.safetensors          answers [N] int32, and offsets [R + 1] int64: record r has tokens offsets[r:r+1]
-    {split}-00000.safetensors    hidden [n, H], the final hidden states that predict those tokens, in shards
+    {split}-00000.safetensors    tensors of n rows, a row an answer token, in shards
 
-Hidden states keep the precision in which the teacher computes, so that the loss made from them is the loss made with
-the teacher at hand, for any temperature, weight and divergence. Records are numbered as they come in the split's
-file, whose fingerprint the index holds.
+For `hidden` a shard holds `hidden` [n, H], the final hidden states that predict the tokens, in the precision in which
+the teacher computes, so that the loss made from them is the loss made with the teacher at hand, for any temperature,
+weight and divergence. For `topk` it holds `ids` [n, k] int32, `best` [n, k] and `logsumexp` [n]. For `online` there
+is the index alone. Records are numbered as they come in the split's file, whose fingerprint the index holds.
 """
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, write_json
+from firstsight.data.records import Sample
 from firstsight.models.vocabulary import vocabulary_fingerprint
 
 _SHARD_BYTES = 1 << 30
@@ -32,16 +35,21 @@ MADE_BY = "cache-teacher-targets"
 
 @dataclass(frozen=True)
 class Index:
-    """Contents of index.json. `data` and `vocabulary` are compared on reading; the rest says what the targets are."""
+    """Contents of index.json. `data` and `vocabulary` are compared on reading.
+
+    `precision` is how the teacher was, or is to be, loaded; `topk_error` the mean KL a token of the exact teacher
+    from its k best, by temperature.
+    """
 
     kind: str
     teacher: str
+    precision: str
     data: dict[str, str]
     vocabulary: str
     shared_vocabulary: int
-    dtype: str
-    hidden_size: int
     answer_tokens: dict[str, int]
+    bytes_per_token: int
+    topk_error: dict[str, float]
 
 
 class SplitTargetsWriter:
@@ -51,13 +59,13 @@ class SplitTargetsWriter:
         self._folder, self._split = folder, split
         self._answers: list[Tensor] = []
         self._offsets, self._shard_starts = [0], [0]
-        self._pending: list[Tensor] = []
+        self._pending: list[dict[str, Tensor]] = []
         self._pending_bytes = 0
 
-    def write(self, hidden: Tensor, answers: Tensor) -> None:
-        """One record's hidden states [n, H] and answer tokens [n]."""
-        self._pending.append(hidden.cpu())
-        self._pending_bytes += hidden.nbytes
+    def write(self, tensors: dict[str, Tensor], answers: Tensor) -> None:
+        """One record's tensors, a row an answer token, and its answer tokens [n]."""
+        self._pending.append({name: tensor.cpu() for name, tensor in tensors.items()})
+        self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._answers.append(answers.cpu().to(torch.int32))
         self._offsets.append(self._offsets[-1] + len(answers))
         if self._pending_bytes >= _SHARD_BYTES:
@@ -77,14 +85,16 @@ class SplitTargetsWriter:
     def _flush(self) -> None:
         if self._pending:
             name = f"{self._split}-{len(self._shard_starts) - 1:05d}.safetensors"
-            save_file({"hidden": torch.cat(self._pending)}, self._folder / name)
+            names = self._pending[0]
+            save_file({one: torch.cat([record[one] for record in self._pending]) for one in names}, self._folder / name)
             self._shard_starts.append(self._offsets[-1])
             self._pending, self._pending_bytes = [], 0
 
 
-def write_index(folder: Path, index: Index, head: Tensor) -> None:
-    """Write index.json and the teacher's head [V, H] over the shared vocabulary; the last step of building targets."""
-    save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
+def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
+    """Write index.json and, for `hidden`, the teacher's head [V, H]; the last step of building targets."""
+    if head is not None:
+        save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
     write_json(folder / "index.json", asdict(index))
 
 
@@ -99,9 +109,11 @@ def read_index(folder: Path) -> Index:
         ) from None
 
 
-def read_head(folder: Path) -> Tensor:
-    """The teacher's head [V, H] over the shared vocabulary."""
-    return load_file(folder / "head.safetensors")["head"]
+def read_head(folder: Path, device: str) -> Tensor | None:
+    """The teacher's head [V, H] over the shared vocabulary; None for targets that need none."""
+    if read_index(folder).kind != "hidden":
+        return None
+    return load_file(folder / "head.safetensors", device=device)["head"]
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,13 +154,18 @@ class SplitTargets:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def answers(self, record: int) -> Tensor:
-        """Answer tokens [n] of the split's record number `record`, int64."""
-        return self._answers[self._offsets[record] : self._offsets[record + 1]].long()
+    def of(self, _sample: Sample, records: range) -> tuple[list[list[int]], dict[str, Tensor]]:
+        """Answer tokens of these records, and their tensors, a row an answer token, one record after the other."""
+        answers = [self._answers[self._offsets[one] : self._offsets[one + 1]].tolist() for one in records]
+        parts = [self._rows(one) for one in records]
+        return answers, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def hidden(self, record: int) -> Tensor:
-        """Teacher's final hidden states [n, H] that predict the record's answer tokens."""
+    def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([feature[name] for feature in features]) for name in features[0]}
+
+    def _rows(self, record: int) -> dict[str, Tensor]:
         start, end = self._offsets[record], self._offsets[record + 1]
         shard = bisect.bisect_right(self._starts, start) - 1
         base = self._starts[shard]
-        return self._shards[shard].get_slice("hidden")[start - base : end - base]
+        file = self._shards[shard]
+        return {name: file.get_slice(name)[start - base : end - base] for name in file.keys()}  # noqa: SIM118

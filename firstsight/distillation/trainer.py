@@ -1,68 +1,100 @@
-"""Training with the distillation loss on Hugging Face's Trainer: of a student from a teacher's targets, and, without
-targets and with alpha 0, supervised fine-tuning."""
+"""Training with the distillation loss on Hugging Face's Trainer: of a student from what is known of its teacher, and,
+without a teacher and with alpha 0, supervised fine-tuning."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
-from firstsight.core.params import Optimisation
+from firstsight.core.params import Optimisation, Train
 from firstsight.data.dataset import PackedDataset
-from firstsight.data.packing import IGNORE
-from firstsight.distillation.loss import Teacher, distillation_loss
-from firstsight.models.packed import last_hidden_states
+from firstsight.distillation.loss import Divergence, HiddenTeacher, Teacher, TopKTeacher, distillation_loss
+from firstsight.models.packed import answer_states
 
 
 class DistillationModel(nn.Module):
     """A student with its loss, as one module, so that DDP and FSDP see the whole forward pass.
 
-    `teacher_head` [V, H] is the teacher's output head over the V shared tokens; without it the loss is CE alone.
+    Args:
+        student: the model to train.
+        settings: temperature, alpha and divergence; None for supervised fine-tuning.
+        teacher_head: [V, H_t] the teacher's output head over the V shared tokens, for teachers known by hidden states.
+        teacher: the teacher itself, frozen and in eval mode, when it runs beside the student.
+        shared_vocabulary: V, the tokens that both have.
     """
 
     accepts_loss_kwargs = True  # The Trainer then counts the answer tokens of the whole optimizer step.
 
-    def __init__(self, student: PreTrainedModel, teacher_head: Tensor | None, temperature: float, alpha: float):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        settings: Train | None = None,
+        *,
+        teacher_head: Tensor | None = None,
+        teacher: PreTrainedModel | None = None,
+        shared_vocabulary: int = 0,
+    ):
         super().__init__()
         self.student = student
         self.register_buffer("teacher_head", teacher_head, persistent=False)
-        self.temperature, self.alpha = temperature, alpha
+        # In a tuple, so that it is no submodule: neither trained, nor saved, nor put into training mode.
+        self._teacher = (teacher,)
+        self.shared_vocabulary = shared_vocabulary
+        self.temperature, self.alpha = (settings.temperature, settings.alpha) if settings else (1.0, 0.0)
+        self.divergence = Divergence(settings.divergence, settings.jsd_beta) if settings else Divergence("forward_kl")
 
     def forward(
         self,
         labels: Tensor,
-        teacher_hidden: Tensor | None = None,
+        teacher: dict[str, Tensor] | None = None,
         num_items_in_batch: Tensor | None = None,
         **batch: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of a packed batch: labels [B, S] in their own places, teacher_hidden [n, H] at the n answer tokens.
+        """Loss of a packed batch: labels [B, S] in their own places, and what is known of the teacher, by name.
 
         Returns `loss`, the sum over the batch divided by `num_items_in_batch`, and, for evaluation, sums over the
-        batch, each [1]: kl, ce, agreement, tokens.
+        batch, each [1]: divergence, ce, agreement, tokens.
         """
-        # The state before a token predicts it.
-        following = labels[:, 1:]
-        answered = following != IGNORE
-        hidden = last_hidden_states(self.student, batch)[:, :-1][answered]
-        teacher = Teacher(teacher_hidden, self.teacher_head) if teacher_hidden is not None else None
+        hidden, answers = answer_states(self.student, batch, labels)
         loss = distillation_loss(
             hidden,
             self.student.get_output_embeddings().weight,
-            following[answered],
-            teacher,
-            shared_vocabulary=len(self.teacher_head) if teacher else 0,
+            answers,
+            self._known(teacher) if teacher else None,
+            shared_vocabulary=self.shared_vocabulary,
             temperature=self.temperature,
             alpha=self.alpha,
+            divergence=self.divergence,
         )
-        sums = {"kl": loss.kl, "ce": loss.ce, "agreement": loss.agreement, "tokens": answered.sum().to(loss.ce.dtype)}
+        sums = {"divergence": loss.divergence, "ce": loss.ce, "agreement": loss.agreement}
+        sums["tokens"] = torch.full_like(loss.ce, len(answers))
         return {"loss": loss.total / num_items_in_batch} | {name: value.detach()[None] for name, value in sums.items()}
+
+    def _known(self, teacher: dict[str, Tensor]) -> Teacher:
+        """The teacher at the batch's answer tokens: from its targets, or by running it over its own packed batch."""
+        if "hidden" in teacher:
+            return HiddenTeacher(teacher["hidden"], self.teacher_head)
+        if "best" in teacher:
+            return TopKTeacher(**teacher)
+        labels = teacher["labels"]
+        with torch.no_grad():
+            hidden, _ = answer_states(self._teacher[0], {n: v for n, v in teacher.items() if n != "labels"}, labels)
+        return HiddenTeacher(hidden, self.teacher_head)
 
     def metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
         """Means over the answer tokens of a split, of the loss and of its parts."""
-        kl, ce, agreement, tokens = (float(np.sum(sums, dtype=np.float64)) for sums in evaluated.predictions)
-        objective = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * ce
-        return {"objective": objective / tokens, "kl": kl / tokens, "ce": ce / tokens, "agreement": agreement / tokens}
+        divergence, ce, agreement, tokens = (float(np.sum(sums, dtype=np.float64)) for sums in evaluated.predictions)
+        objective = self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * ce
+        return {
+            "objective": objective / tokens,
+            "divergence": divergence / tokens,
+            "ce": ce / tokens,
+            "agreement": agreement / tokens,
+        }
 
 
 class DistillationTrainer(Trainer):
@@ -84,6 +116,15 @@ class DistillationTrainer(Trainer):
         student = self.model.student
         best = type(student).from_pretrained(self.state.best_model_checkpoint, dtype=student.dtype)
         student.load_state_dict(best.state_dict())
+
+
+class Progress(ProgressCallback):
+    """The progress bar, and a line for each evaluation, instead of one for each logged step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in (logs or {}):
+            parts = ", ".join(f"{name} {logs[f'eval_{name}']:.4f}" for name in ("ce", "divergence", "agreement"))
+            self.training_bar.write(f"epoch {logs['epoch']:g}: validation loss {logs['eval_objective']:.4f} ({parts})")
 
 
 def train(
@@ -139,6 +180,8 @@ def train(
         compute_metrics=model.metrics,
         callbacks=callbacks,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
     trainer.train()
     return [
         {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firstsight.data.packing import IGNORE
+
 MODEL_INPUTS_OF_PACKING = ("segment_ids", "branch_offsets", "labels")
 
 
@@ -54,3 +56,11 @@ def last_hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         attention_mask=attention_mask(batch["segment_ids"], model.dtype),
     )
     return outputs.last_hidden_state
+
+
+def answer_states(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [n, H] that predict the n answer tokens of a packed batch, and those tokens [n]."""
+    # The state before a token predicts it.
+    following = labels[:, 1:]
+    answered = following != IGNORE
+    return last_hidden_states(model, batch)[:, :-1][answered], following[answered]

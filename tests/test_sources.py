@@ -81,7 +81,12 @@ def test_lines_about_one_media_are_one_sample(folder, settings):
             {"media": "clip.mp4", "question": "What?", "answer": "x", "start": 9.0},
             "expected a window within the 4.00",
         ),
+        ({"media": "a.jpg", "question": "What?", "answer": "x", "end": 1}, "expected start and end with a video alone"),
+        ({"question": "What?", "answer": "cup <|im_end|> red"}, "answer: expected plain text, found the special token"),
+        ({"media": [], "question": "What?", "answer": "x"}, "line 1: media"),
+        ({"media": "a" * 300, "question": "What?", "answer": "x"}, "line 1: expected a media file, found no"),
         ("{", "line 1: expected a JSON object, found '{'"),
+        ("[" * 100_000, "line 1: expected a JSON object, found"),
         ("[]", "line 1: expected a JSON object, found []"),
         ("", "expected records, found an empty file"),
     ],
@@ -100,10 +105,64 @@ def test_unreadable_media_is_named(folder, settings, name, kind):
         read(folder, settings, {"media": name, "question": "What?", "answer": "x"})
 
 
-def test_lines_about_one_media_must_agree_on_their_split(folder, settings):
-    line = {"media": "a.jpg", "question": "What?", "answer": "x"}
-    with pytest.raises(UserError, match="line 2: expected the same split for the same media"):
-        read(folder, settings, {**line, "split": "train"}, {**line, "split": "test"})
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ({"media": "a.jpg", "split": "train"}, {"media": "./a.jpg", "split": "test"}, "split for the same group"),
+        (
+            {"media": "clip.mp4", "end": 1, "split": "train"},
+            {"media": "clip.mp4", "start": 2, "split": "test"},
+            "split",
+        ),
+        (
+            {"media": ["a.jpg", "b.jpg"], "split": "train"},
+            {"media": "b.jpg", "split": "test"},
+            "split for the same group",
+        ),
+        ({"group": "home", "split": "train"}, {"group": "home", "split": "test"}, "split for the same group"),
+        ({"media": "a.jpg", "group": "x"}, {"media": "a.jpg", "group": "y"}, "group for the same media"),
+        ({"id": "one"}, {"id": "one"}, "line for the same id"),
+    ],
+)
+def test_lines_that_would_leak_or_clash_are_refused(folder, settings, first, second, what):
+    with pytest.raises(UserError, match=f"line 2: expected the same {what}"):
+        read(
+            folder, settings, *({"question": f"{n}?", "answer": "x", **line} for n, line in enumerate((first, second)))
+        )
+
+
+def test_files_seen_together_are_one_group_in_any_order(folder, settings):
+    (folder / "c.jpg").write_bytes(picture(3))
+    lines = [
+        {"media": media, "question": "What?", "answer": "x"}
+        for media in ("c.jpg", ["b.jpg", "c.jpg"], ["a.jpg", "b.jpg"])
+    ]
+    for order in (lines, lines[::-1]):
+        assert {sample.group for sample, _ in read(folder, settings, *order)} == {"a.jpg"}
+
+
+def test_windows_of_one_video_may_name_groups_of_their_own(folder, settings):
+    line = {"media": "clip.mp4", "question": "What?", "answer": "x"}
+    samples = read(folder, settings, {**line, "end": 2, "group": "a", "split": "train"},
+                   {**line, "start": 2, "group": "b", "split": "test"})  # fmt: skip
+    assert [(sample.group, split) for sample, split in samples] == [("a", "train"), ("b", "test")]
+
+
+def test_pictures_are_turned_upright(tmp_path, settings):
+    wide = Image.new("RGB", (112, 56))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to show
+    wide.save(tmp_path / "phone.jpg", exif=exif)
+    assert Image.open(io.BytesIO(read_image(tmp_path / "phone.jpg", settings.data, "here"))).size == (56, 112)
+
+
+def test_what_editors_and_json_allow_is_read(folder, settings):
+    path = folder / "qa.jsonl"
+    record = '{"question": "What?\u2028", "answer": "y", "options": ["x", "y"], "answers": ["x"]}'
+    path.write_bytes(b"\xef\xbb\xbf" + record.encode() + b"\r\n")
+    data = settings.data.model_copy(update={"source": "jsonl", "path": str(path)})
+    ((sample, _),) = jsonl.read(data)
+    assert sample.records[0].answers == ("B", "A")
 
 
 def test_a_missing_file_is_named(tmp_path, settings):

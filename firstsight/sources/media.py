@@ -6,7 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from qwen_vl_utils import fetch_image
 
 from firstsight.core.errors import UserError
@@ -26,8 +26,8 @@ def read_image(path: Path, data: Data, place: str) -> bytes:
     """One image file as JPEG bytes. `place` names the record in the error raised when it cannot be read."""
     try:
         with Image.open(path) as picture:
-            picture.load()
-            return encode(picture, data)
+            # Cameras that are held upright say so in a tag, and store the picture lying on its side.
+            return encode(ImageOps.exif_transpose(picture), data)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{place}: expected a readable image, found {path} ({error}); mend or remove it") from None
 
@@ -43,27 +43,30 @@ def read_video(path: Path, data: Data, start: float, end: float | None, place: s
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             length = _duration(container, stream)
-            end = min(end, length) if end is not None else length
-            if not 0 <= start < end:
+            if not 0 <= start < min(end or length, length):
                 raise UserError(
                     f"{place}: expected a window within the {length:.2f} s of {path}, "
-                    f"found {start:g} to {end:g} s; correct start and end"
+                    f"found {start:g} to {end or length:g} s; correct start and end"
                 )
-            seconds = end - start
+            seconds = min(end or length, length) - start
             count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
             times = start + (np.arange(count) + 0.5) * seconds / count
             return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
-    except (OSError, av.FFmpegError, IndexError) as error:
+    except (OSError, av.FFmpegError, ValueError, IndexError) as error:
         raise UserError(f"{place}: expected a readable video, found {path} ({error}); mend or remove it") from None
 
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Length in seconds: as the stream says, else as the container says."""
+    """Length in seconds: as the stream says, else the container, else (a recording cut short) its packets."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if container.duration:
         return container.duration / av.time_base
-    raise av.error.InvalidDataError(0, "no duration is given")
+    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+    container.seek(0)
+    if not ends:
+        raise av.error.InvalidDataError(0, "there is no timed frame in it")
+    return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
 
 
 def _frames_at(

@@ -59,8 +59,14 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON; NaN and infinity are refused, because other readers of JSON refuse them."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """`value` as indented JSON; NaN and infinity are refused, because other readers of JSON refuse them.
+
+    The file is replaced, never written into: it may be a hard link to a user's file or to DVC's cache.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def read_json(path: Path, made_by: str) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,12 @@ def main(run: Callable[[], None]) -> None:
     """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback."""
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # An exit like any other, so that what is half done is cleared away.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A data worker's error arrives with its traceback before it.
+        line = str(error).rsplit("UserError: ", 1)[-1]
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(1)

@@ -98,7 +98,7 @@ class SplitWriter:
 
     def __init__(self, path: Path):
         # JPEG does not compress further, and the text is small beside it.
-        self._file = pq.ParquetWriter(path, SCHEMA, compression="none")
+        self._file = pq.ParquetWriter(path, SCHEMA, compression="none", write_page_checksum=True)
         self._rows: list[dict[str, Any]] = []
         self._size = 0
 
@@ -131,7 +131,7 @@ class Split(Sequence[Sample]):
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = pq.ParquetFile(path, memory_map=True)
+            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"{path}: expected a split's parquet file, found {_first_line(error)}; run build-egoqa-dataset"
@@ -159,7 +159,12 @@ class Split(Sequence[Sample]):
             raise IndexError(index)
         number = bisect.bisect_right(self._starts, index) - 1
         if number not in self._groups:
-            self._groups[number] = self._file.read_row_group(number)
+            try:
+                self._groups[number] = self._file.read_row_group(number)
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(
+                    f"{self.path}: expected intact rows, found {_first_line(error)}; run build-egoqa-dataset again"
+                ) from None
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         return _sample(self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0])

@@ -105,7 +105,7 @@ def read_index(folder: Path) -> Index:
     except TypeError:
         raise UserError(
             f"{folder / 'index.json'}: expected the keys {[f.name for f in fields(Index)]}, "
-            f"found {sorted(values)}; run {MADE_BY} again"
+            f"found {str(values)[:100]}; run {MADE_BY} again"
         ) from None
 
 
@@ -113,7 +113,10 @@ def read_head(folder: Path, device: str) -> Tensor | None:
     """The teacher's head [V, H] over the shared vocabulary; None for targets that need none."""
     if read_index(folder).kind != "hidden":
         return None
-    return load_file(folder / "head.safetensors", device=device)["head"]
+    try:
+        return load_file(folder / "head.safetensors", device=device)["head"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: expected the teacher's head, found {error}; run {MADE_BY} again") from None
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

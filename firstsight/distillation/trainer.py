@@ -1,6 +1,7 @@
 """Training with the distillation loss on Hugging Face's Trainer: of a student from what is known of its teacher, and,
 without a teacher and with alpha 0, supervised fine-tuning."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation, Train
 from firstsight.data.dataset import PackedDataset
 from firstsight.distillation.loss import Divergence, HiddenTeacher, Teacher, TopKTeacher, distillation_loss
@@ -89,12 +91,10 @@ class DistillationModel(nn.Module):
         """Means over the answer tokens of a split, of the loss and of its parts."""
         divergence, ce, agreement, tokens = (float(np.sum(sums, dtype=np.float64)) for sums in evaluated.predictions)
         objective = self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * ce
-        return {
-            "objective": objective / tokens,
-            "divergence": divergence / tokens,
-            "ce": ce / tokens,
-            "agreement": agreement / tokens,
-        }
+        parts = {"objective": objective / tokens, "ce": ce / tokens}
+        if self.shared_vocabulary:  # there is a teacher to compare with
+            parts |= {"divergence": divergence / tokens, "agreement": agreement / tokens}
+        return parts
 
 
 class DistillationTrainer(Trainer):
@@ -123,8 +123,21 @@ class Progress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in (logs or {}):
-            parts = ", ".join(f"{name} {logs[f'eval_{name}']:.4f}" for name in ("ce", "divergence", "agreement"))
-            self.training_bar.write(f"epoch {logs['epoch']:g}: validation loss {logs['eval_objective']:.4f} ({parts})")
+            parts = ("objective", "ce", "divergence", "agreement")
+            figures = [f"{name} {logs[f'eval_{name}']:.4f}" for name in parts if f"eval_{name}" in logs]
+            self.training_bar.write(f"epoch {logs['epoch']:g}: validation {', '.join(figures)}")
+
+
+class StopAtNonsense(TrainerCallback):
+    """Ends training, in words, at the first loss that is not a number."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "eval_objective"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise UserError(
+                    f"training: expected a finite {name}, found {logs[name]} at step {state.global_step} of "
+                    f"{state.max_steps}; lower learning_rate, or raise warmup_fraction"
+                )
 
 
 def train(
@@ -182,6 +195,7 @@ def train(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
+    trainer.add_callback(StopAtNonsense)
     trainer.train()
     return [
         {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -24,6 +23,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # The vision tower loses most from 8 and 4 bits and holds least of the weights; "visual" alone would not match its
 # blocks, and naming any module drops the default that skips the head.
 KEPT_IN_HIGH_PRECISION = ["model.visual", "lm_head"]
+
+
+_SENTENCE = "What is in the cup?"
 
 
 def pick_device(wanted: str) -> str:
@@ -44,9 +46,15 @@ def pick_device(wanted: str) -> str:
 def load_processor(folder: Path) -> ProcessorMixin:
     """The folder's processor: tokenizer, image and video processor, chat template."""
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": _SENTENCE}]}])
+    except Exception as error:  # whatever libraries raise over a damaged file
         raise _broken(folder, error) from None
+    # Without its vocabulary a tokenizer still loads, and reads nothing.
+    if read_back != _SENTENCE:
+        raise _broken(folder, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}")
+    return processor
 
 
 def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
@@ -76,7 +84,9 @@ def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
             use_safetensors=True,
             **quantization,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever libraries raise over a damaged file
         raise _broken(folder, error) from None
     if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise _broken(folder, f"no fitting weight for {absent[0]} and {len(absent) - 1} more")

@@ -95,14 +95,15 @@ class Synthetic(Section):
 
 
 class Data(Section):
-    """`source: synthetic` renders scenes; `source: jsonl` reads `path`, one record a line.
+    """`source: synthetic` renders scenes; `source: jsonl` reads `path`, one record a line, which
+    must exist either way, because the stage depends on it.
 
     Splits are by group. Question types under `train_only_types` are left out of the test split: they are there to
     learn from. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels` each.
     """
 
     source: Literal["synthetic", "jsonl"]
-    path: str | None
+    path: Annotated[str, Field(min_length=1)]
     synthetic: Synthetic
     seed: Seed
     validation_fraction: Fraction
@@ -110,13 +111,11 @@ class Data(Section):
     train_only_types: list[str]
     fps: Positive
     max_frames: Annotated[int, Field(ge=2)]
-    max_pixels: Annotated[int, Field(ge=28 * 28)]
+    max_pixels: Annotated[int, Field(ge=4 * 28 * 28)]
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]
 
     @model_validator(mode="after")
     def _complete(self) -> "Data":
-        if self.source == "jsonl" and not self.path:
-            raise ValueError("expected path to name a .jsonl file, because source is 'jsonl', found null")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 "expected validation_fraction + test_fraction below 1, found "
@@ -136,7 +135,7 @@ class Optimisation(Section):
     gradient_accumulation_steps: Count
     learning_rate: Positive
     warmup_fraction: Fraction
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     max_grad_norm: Positive
     seed: Seed
 
@@ -167,7 +166,7 @@ class Train(Optimisation):
     Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
     """
 
-    temperature: Positive
+    temperature: Annotated[float, Field(gt=0, le=1000)]
     alpha: Fraction
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Annotated[float, Field(gt=0, lt=1)]
@@ -225,8 +224,8 @@ def load(path: Path = PARAMS_FILE) -> Params:
             f"{path}: expected a parameter file, found none; run in the repository's root, "
             "or copy a file from presets/ to params.yaml"
         ) from None
-    except YAMLError as error:
-        raise UserError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    except (OSError, YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected YAML, found {' '.join(str(error).split())[:200]}; correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections ({', '.join(Params.model_fields)}), found {values!r}")
     try:
@@ -254,7 +253,8 @@ _EXPECTED = {
 
 def _describe(error: ValidationError) -> str:
     """The first of pydantic's complaints as one line."""
-    complaints = error.errors(include_url=False)
+    # A misspelt key is both unknown and missing: what was written says more.
+    complaints = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     first = complaints[0]
     key = ".".join(str(part) for part in first["loc"])
     kind, context = first["type"], first.get("ctx", {})

@@ -15,7 +15,6 @@ from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
 from firstsight.reporting import figures, page, summary
-from firstsight.reporting.table import render
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
 HISTORIES = {
@@ -81,7 +80,7 @@ def run() -> None:
                 "Training and validation loss": plots / "training.png",
             },
         )
-    log.info("%s", render(quality, performance))
+    log.info("wrote %s", OUTPUT)
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:

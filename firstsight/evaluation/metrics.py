@@ -83,10 +83,13 @@ def score(record: Record, predicted: str) -> Scores:
 
 
 def bleu(records: Sequence[Record], predicted: Sequence[str]) -> float:
-    """Corpus BLEU (sacrebleu's defaults) in [0, 1] over every accepted answer."""
+    """Corpus BLEU (sacrebleu) in [0, 1] over every accepted answer.
+
+    With effective order, because answers of one to three words have no 4-grams, and would all score 0.
+    """
     most = max(len(record.answers) for record in records)
     references = [[record.answers[n] if n < len(record.answers) else None for record in records] for n in range(most)]
-    return corpus_bleu(list(predicted), references).score / 100
+    return corpus_bleu(list(predicted), references, use_effective_order=True).score / 100
 
 
 def bootstrap_interval(

@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from firstsight.reporting.summary import VARIANTS
 
 # Okabe and Ito's palette, told apart with any colour vision.
+# A dollar sign in a question type is no formula.
+plt.rcParams["text.parse_math"] = False
 _COLOURS = dict(zip(VARIANTS, ("#0072B2", "#999999", "#D55E00", "#009E73"), strict=True))
 _MARKERS = dict(zip(VARIANTS, "sXoD", strict=True))
 

@@ -113,5 +113,7 @@ def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
         return {}
     best = min(epochs, key=lambda entry: entry["eval_objective"])
     return {"step": best["step"], "steps": history[-1]["step"]} | {
-        f"validation_{name}": best[f"eval_{name}"] for name in ("objective", "divergence", "ce", "agreement")
+        f"validation_{name}": best[f"eval_{name}"]
+        for name in ("objective", "divergence", "ce", "agreement")
+        if f"eval_{name}" in best
     }

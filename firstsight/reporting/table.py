@@ -31,7 +31,7 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
                 variant,
                 f"{good['exact_match']:.3f} ({good['exact_match_low']:.2f}-{good['exact_match_high']:.2f})",
                 f"{good['f1']:.3f}",
-                f"{good['retention']:.0%}" if "retention" in good else "-",
+                f"{good['retention']:.1%}" if "retention" in good else "-",
                 size(fast["parameters"], ""),
                 size(fast["disk_bytes"]),
                 f"{fast['latency_ms_p50']:.1f} ms",

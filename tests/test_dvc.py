@@ -44,8 +44,8 @@ def committed(tmp_path_factory) -> Path:
         ".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache"
     )
     shutil.copytree(ROOT, project, ignore=ignored)
-    for folder in ("data", "models", "evaluations", "metrics"):
-        shutil.rmtree(project / folder, ignore_errors=True)
+    for output in ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics"):
+        shutil.rmtree(project / output, ignore_errors=True)
     (project / "dvc.lock").unlink(missing_ok=True)
     shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")
     command(project, "git", "init", "--quiet")

@@ -19,7 +19,7 @@ _MARKERS = dict(zip(VARIANTS, "sXoD", strict=True))
 
 def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
     """Training and validation loss by step, one panel a training stage; a stage that did not train has none."""
-    curves = {stage: splits for stage, splits in curves.items() if splits["train"]}
+    curves = {stage: splits for stage, splits in curves.items() if any(splits.values())}
     figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.4), squeeze=False, layout="constrained")
     for axis, (title, splits) in zip(axes[0], curves.items(), strict=True):
         for split, style in (

@@ -127,7 +127,7 @@ class Data(Section):
 class Optimisation(Section):
     """AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
 
-    The effective batch is `batch_size x gradient_accumulation_steps` samples, whatever the number of processes.
+    A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions.
     """
 
     epochs: Positive

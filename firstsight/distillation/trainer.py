@@ -153,9 +153,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
-    The effective batch, `batch_size x gradient_accumulation_steps`, is kept whatever the number of processes.
-    Returns the history: one row a logged step, with training and validation figures, and no timings, so that equal
-    runs have equal histories.
+    The loss of a step is the mean over the answer tokens of all its micro-batches. Returns the history: one row a
+    logged step, with training and validation figures, and no timings, so that equal runs have equal histories.
     """
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -184,6 +183,9 @@ def train(
         report_to="none",
     )
     callbacks = [EarlyStoppingCallback(early_stopping_epochs)] if early_stopping_epochs else []
+    if arguments.n_gpu > 1:
+        # One process drives one GPU; Trainer would spread the model over all it sees with DataParallel.
+        arguments._n_gpu = 1
     trainer = DistillationTrainer(
         model=model,
         args=arguments,

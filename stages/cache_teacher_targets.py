@@ -6,16 +6,19 @@ reads  models/teacher-finetuned, the train and validation splits, the student's 
 writes data/teacher-targets; for `targets.kind: online` its index alone, and distill runs the teacher
 """
 
+import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.core.files import fingerprint_files, whole_folder
+from firstsight.core.files import fingerprint_files, link_folder, whole_folder
+from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -36,37 +39,47 @@ def run() -> None:
     shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
     splits = {split: PackedDataset(Split(path), processor) for split, path in SPLITS.items()}
     tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
-    head, bytes_per_token, error = None, 0, {}
+    made_from = {
+        "kind": settings.kind,
+        "teacher": fingerprint_files(sorted(TEACHER.glob("*.safetensors"))),
+        "precision": settings.precision,
+        "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
+        "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared),
+        "shared_vocabulary": shared,
+        "answer_tokens": {split: dataset.answer_tokens() for split, dataset in splits.items()},
+    }
+    tokens = sum(made_from["answer_tokens"].values())
+    if settings.kind == "online":
+        with whole_folder(OUTPUT) as folder:
+            write_index(folder, Index(**made_from, bytes_per_token=0, topk_error={}), head=None)
+        log.info("targets.kind is online: wrote the index alone, distill will run the teacher")
+        return
 
-    with whole_folder(OUTPUT) as folder:
-        if settings.kind != "online":
-            device = pick_device(loaded.runtime.device)
-            builder = Builder(load_model(TEACHER, settings.precision, device), settings, shared)
-            bytes_per_token = builder.bytes_per_token
-            check_space(sum(tokens.values()) * bytes_per_token + builder.head_bytes)
-            for split, dataset in splits.items():
-                writer = SplitTargetsWriter(folder, split)
-                batches = DataLoader(
-                    dataset, settings.batch_size, collate_fn=dataset.collate, num_workers=loaded.runtime.data_workers
-                )
-                for batch in tqdm(batches, desc=f"cache-teacher-targets: {split}", unit=" batches"):
-                    builder.write(writer, {name: tensor.to(device) for name, tensor in batch.items()})
-                writer.close()
-            head, error = builder.kept_head, builder.topk_error()
-        index = Index(
-            kind=settings.kind,
-            teacher=fingerprint_files(sorted(TEACHER.glob("*.safetensors"))),
-            precision=settings.precision,
-            data={split: fingerprint_files([path]) for split, path in SPLITS.items()},
-            vocabulary=vocabulary_fingerprint(processor.tokenizer, shared),
-            shared_vocabulary=shared,
-            answer_tokens=tokens,
-            bytes_per_token=bytes_per_token,
-            topk_error=error,
-        )
-        write_index(folder, index, head)
+    device = pick_device(loaded.runtime.device)
+    builder = Builder(load_model(TEACHER, settings.precision, device), settings, shared)
+    check_space(tokens * builder.bytes_per_token + builder.head_bytes)
+    error_sums: Counter[str] = Counter()
+    work = made_from | {"k": settings.k, "batch_size": settings.batch_size, "device": device}
+    with kept_folder("cache-teacher-targets", work) as scratch, whole_folder(OUTPUT) as folder:
+        for split, dataset in splits.items():
+            writer = SplitTargetsWriter(scratch, split)
+            batches = math.ceil(len(dataset) / settings.batch_size)
+            if writer.batches:
+                log.info("%s: going on from batch %d of %d, kept in %s", split, writer.batches, batches, scratch)
+            rest = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
+            loader = DataLoader(
+                rest, settings.batch_size, collate_fn=dataset.collate, num_workers=loaded.runtime.data_workers
+            )
+            label = f"cache-teacher-targets: {split}"
+            for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches):
+                builder.write(writer, {name: tensor.to(device) for name, tensor in batch.items()})
+            error_sums.update(writer.close())
+        error = {temperature: total / tokens for temperature, total in error_sums.items()}
+        index = Index(**made_from, bytes_per_token=builder.bytes_per_token, topk_error=error)
+        link_folder(scratch, folder)
+        write_index(folder, index, builder.kept_head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
-    log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
+    log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{tokens:,}", size / 1e6)
     for temperature, kl in error.items():
         log.info("top-%d at T = %s: KL from the exact teacher %.2g a token", settings.k, temperature, kl)
 

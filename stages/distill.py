@@ -9,15 +9,19 @@ writes models/student-distilled, with its training history
 
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from firstsight.core import params
-from firstsight.core.files import fingerprint_files, scratch_folder, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, whole_folder, write_json
+from firstsight.core.processes import shared
+from firstsight.core.scratch import scratch_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
 from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_head, read_index
 from firstsight.distillation.trainer import DistillationModel, train
+from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device
 
 STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
@@ -35,14 +39,17 @@ def run() -> None:
         dataset(split, processor, load_processor(TEACHER) if online else None) for split in ("train", "validation")
     )
 
+    for one in (train_set, validation_set):
+        one.check_answers()
+
     device = pick_device(loaded.runtime.device)
     student = load_model(STUDENT, "float32", device)
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
-    head = teacher.get_output_embeddings().weight if online else read_head(TARGETS, device)
+    head = head_weight(teacher) if online else read_head(TARGETS, device)
     model = DistillationModel(
         student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=index.shared_vocabulary
     )
-    with whole_folder(OUTPUT) as folder, scratch_folder("distill") as scratch:
+    with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("distill")) as scratch:
         history = train(
             model,
             train_set,
@@ -53,9 +60,10 @@ def run() -> None:
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
         )
-        student.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_json(folder / "history.json", history)
+        if PartialState().is_main_process:
+            student.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)
 
 

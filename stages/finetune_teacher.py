@@ -8,8 +8,12 @@ writes models/teacher-finetuned, a complete model folder either way, and its tra
 
 from pathlib import Path
 
+from accelerate import PartialState
+
 from firstsight.core import params
-from firstsight.core.files import link_folder, scratch_folder, whole_folder, write_json
+from firstsight.core.files import link_folder, whole_folder, write_json
+from firstsight.core.processes import shared
+from firstsight.core.scratch import scratch_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -23,9 +27,10 @@ def run() -> None:
     loaded = params.load()
     settings, runtime = loaded.finetune_teacher, loaded.runtime
     if not settings.enabled:
-        with whole_folder(OUTPUT) as folder:
-            link_folder(TEACHER, folder)
-            write_json(folder / "history.json", [])
+        with shared(whole_folder(OUTPUT)) as folder:
+            if PartialState().is_main_process:
+                link_folder(TEACHER, folder)
+                write_json(folder / "history.json", [])
         log.info("finetune_teacher.enabled is false: %s is %s as it is", OUTPUT, TEACHER)
         return
     device = pick_device(runtime.device)
@@ -34,7 +39,7 @@ def run() -> None:
         PackedDataset(Split(Path(f"data/egoqa/{split}.parquet")), processor) for split in ("train", "validation")
     )
     teacher = load_model(TEACHER, "float32", device)
-    with whole_folder(OUTPUT) as folder, scratch_folder("finetune-teacher") as scratch:
+    with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("finetune-teacher")) as scratch:
         history = train(
             DistillationModel(teacher),
             train_set,
@@ -44,9 +49,10 @@ def run() -> None:
             data_workers=runtime.data_workers,
             device=device,
         )
-        teacher.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_json(folder / "history.json", history)
+        if PartialState().is_main_process:
+            teacher.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)
 
 

@@ -1,15 +1,20 @@
 """A teacher's targets: kept exactly, read by record, and the same training whichever way the teacher is known."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import change, run_stage
-from safetensors.torch import load_file
+from conftest import ROOT, change, run_stage
+from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
+from firstsight.data.records import Split
 from firstsight.distillation import targets
+from firstsight.distillation.building import Builder
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
 
 INDEX = Index(
@@ -34,19 +39,21 @@ def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
         for length in lengths
     ]
     writer = SplitTargetsWriter(tmp_path, "train")
-    for hidden, answers in written:
-        writer.write({"hidden": hidden}, answers)
-    assert writer.close() == sum(lengths)
+    for first in range(0, 60, 4):
+        hidden, answers = (torch.cat(column) for column in zip(*written[first : first + 4], strict=True))
+        tensors = {"hidden": hidden, "answers": answers}
+        writer.write(tensors, lengths[first : first + 4], {"1.0": 0.5})
+    assert writer.close() == {"1.0": 0.5 * 15}
     head = torch.randn(500, 16, generator=generator)
-    write_index(tmp_path, INDEX, head)
+    write_index(tmp_path, replace(INDEX, answer_tokens={"train": sum(lengths)}), head)
     assert len(list(tmp_path.glob("train-*.safetensors"))) > 3
 
     read = SplitTargets(tmp_path, "train", data="d")
     assert len(read) == 60
     for first, last in ((59, 60), (0, 1), (28, 33), (0, 60)):
-        answers, tensors = read.of(None, range(first, last))
-        assert torch.equal(tensors["hidden"], torch.cat([hidden for hidden, _ in written[first:last]]))
-        assert answers == [tokens.tolist() for _, tokens in written[first:last]]
+        hidden = read.of(None, range(first, last))["hidden"]
+        assert torch.equal(hidden, torch.cat([hidden for hidden, _ in written[first:last]]))
+        assert read.answers(None, range(first, last)) == [tokens.tolist() for _, tokens in written[first:last]]
     assert torch.equal(read_head(tmp_path, "cpu"), head)
     with pytest.raises(UserError, match="expected targets made from this train split"):
         SplitTargets(tmp_path, "train", data="another")
@@ -95,3 +102,128 @@ def test_a_disk_without_room_is_refused_before_the_teacher_runs(smoke_copy, monk
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"data/teacher-targets: expected room for .* found 0\.0 GB free"):
         run_stage(smoke_copy, "cache_teacher_targets")
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch, kind):
+    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    change(smoke_copy, "targets", kind=kind, batch_size=4)
+    folder, scratch = smoke_copy / "data/teacher-targets", smoke_copy / ".scratch"
+    run_stage(smoke_copy, "cache_teacher_targets")
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not list(scratch.iterdir())
+
+    write, calls = Builder.write, []
+
+    def write_some(self, writer, batch):
+        calls.append(len(batch["labels"]))
+        if len(calls) == 7:
+            raise InterruptedError
+        write(self, writer, batch)
+
+    monkeypatch.setattr(Builder, "write", write_some)
+    with pytest.raises(InterruptedError):
+        run_stage(smoke_copy, "cache_teacher_targets")
+    assert expected == {path.name: path.read_bytes() for path in folder.iterdir()}  # untouched
+    monkeypatch.setattr(Builder, "write", lambda self, writer, batch: calls.append(1) or write(self, writer, batch))
+    run_stage(smoke_copy, "cache_teacher_targets")
+    batches = 7 + 3  # ceil(28 / 4) and ceil(10 / 4) samples
+    assert 7 < len(calls) < 7 + batches  # some were not done again
+    assert expected == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not list(scratch.iterdir())
+
+
+def test_a_cache_of_other_data_is_not_gone_on_with(smoke_copy, monkeypatch):
+    monkeypatch.setattr(targets, "_SHARD_RECORDS", 1)
+    monkeypatch.setattr(SplitTargetsWriter, "close", lambda self: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        run_stage(smoke_copy, "cache_teacher_targets")
+    monkeypatch.undo()
+    change(smoke_copy, "data", seed=5)
+    run_stage(smoke_copy, "build_egoqa_dataset")
+    run_stage(smoke_copy, "cache_teacher_targets")
+    data = fingerprint_files([smoke_copy / "data/egoqa/train.parquet"])
+    assert len(SplitTargets(smoke_copy / "data/teacher-targets", "train", data)) == len(
+        [record for sample in Split(smoke_copy / "data/egoqa/train.parquet") for record in sample.records]
+    )
+
+
+def test_a_teacher_that_gives_nan_is_refused(smoke_copy):
+    path = smoke_copy / "models/teacher-finetuned/model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("norm.weight") and "layers" not in name)
+    weights[name][0] = float("nan")
+    path.unlink()
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="expected finite hidden states, found NaN or infinity at answer token 0"):
+        run_stage(smoke_copy, "cache_teacher_targets")
+
+
+def rewrite(path, **changes):
+    """The shard with some of its tensors replaced."""
+    tensors = load_file(path)
+    path.unlink()
+    save_file(tensors | {name: function(tensors[name]) for name, function in changes.items()}, path)
+
+
+def spoil_shard(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_values(path):
+    rewrite(path, hidden=lambda hidden: hidden.fill_(float("inf")))
+
+
+def spoil_count(path):
+    path.unlink()
+
+
+def spoil_answers(path):
+    rewrite(path, answers=lambda answers: answers + 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (spoil_shard, r"teacher-targets: expected the train targets, found"),
+        (spoil_count, r"teacher-targets: expected the train targets, found 0 of \d+ answer tokens"),
+        (spoil_values, r"teacher-targets: expected the train targets, found values that are not finite, at record \d+"),
+        (spoil_answers, r"record scene-\d+-\d+: expected the teacher's answer tokens, where token 0 is \d+ \('"),
+    ],
+)
+def test_damaged_targets_stop_the_run(smoke_copy, spoil, found):
+    path = smoke_copy / "data/teacher-targets/train-00000.safetensors"
+    copy = path.read_bytes()
+    path.unlink()
+    path.write_bytes(copy)
+    spoil(path)
+    with pytest.raises(UserError, match=found):
+        run_stage(smoke_copy, "distill")
+
+
+def test_reading_leaves_the_targets_on_disk(tmp_path):
+    """A process that reads every record holds none of them: memory of its own does not grow with the file."""
+    count, width = 3000, 4096
+    writer = SplitTargetsWriter(tmp_path, "train")
+    for _ in range(count // 100):
+        writer.write({"hidden": torch.randn(400, width), "answers": torch.zeros(400, dtype=torch.int64)}, [4] * 100, {})
+    writer.close()
+    write_index(tmp_path, replace(INDEX, answer_tokens={"train": 4 * count}), torch.zeros(1, width))
+    assert sum(path.stat().st_size for path in tmp_path.glob("train-*")) > 190e6
+    code = f"""
+from pathlib import Path
+from firstsight.distillation.targets import SplitTargets
+
+def own():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+read = SplitTargets(Path({str(tmp_path)!r}), "train", "d")
+read.of(None, range(1))
+before = own()
+for record in range(len(read)):
+    read.of(None, range(record, record + 1))
+print(own() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 20_000  # KiB, of 192,000 read

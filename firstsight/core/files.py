@@ -32,19 +32,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextmanager
-def scratch_folder(stage: str) -> Iterator[Path]:
-    """A folder for a stage's checkpoints, outside its outputs, gone when the block ends.
-
-    Under `$FIRSTSIGHT_SCRATCH`, else under `.scratch/` of the main repository: DVC runs queued experiments in a
-    temporary copy, and says where the main one is in `DVC_ROOT`.
-    """
-    root = Path(os.environ.get("FIRSTSIGHT_SCRATCH") or Path(os.environ.get("DVC_ROOT", ".")) / ".scratch")
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{stage}-", dir=root) as folder:
-        yield Path(folder)
-
-
 def link_folder(source: Path, target: Path) -> None:
     """Make the files of `source` appear in the folder `target` as hard links; copies where links cannot be made."""
     for path in sorted(source.rglob("*")):

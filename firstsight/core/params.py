@@ -127,12 +127,14 @@ class Data(Section):
 class Optimisation(Section):
     """AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
 
-    A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions.
+    A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions, whatever the number
+    of processes. `gradient_checkpointing` computes activations twice instead of keeping them.
     """
 
     epochs: Positive
     batch_size: Count
     gradient_accumulation_steps: Count
+    gradient_checkpointing: bool
     learning_rate: Positive
     warmup_fraction: Fraction
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -26,10 +26,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
 
-# Rows of logits alive at once. At a vocabulary of 152,000 a chunk's float32 logits take 156 MB a model.
+# Rows of logits alive at once, of each model: at a vocabulary of 152,000 they take 156 MB in float32. Fewer would
+# stream the head and its gradient through memory more often, more would buy little.
 CHUNK = 256
+# Rows that the softmaxes work on at once. On a CPU their temporaries then stay in cache, which is what makes them fast;
+# a GPU wants fewer, larger kernels.
+_BLOCK = {"cpu": 8, "cuda": 64}
+# Rows of a 16-bit head converted at once.
+_HEAD_ROWS = 16_384
 
 
 class Teacher(Protocol):
@@ -47,7 +54,7 @@ class HiddenTeacher:
     head: Tensor
 
     def logits(self, rows: slice, shared: int, precision: torch.dtype) -> Tensor:
-        return linear(self.hidden[rows].to(precision), self.head[:shared].to(precision))
+        return _logits(self.hidden[rows].to(precision), self.head[:shared])
 
 
 @dataclass(frozen=True)
@@ -119,69 +126,118 @@ def distillation_loss(
     """
     if teacher is None and alpha > 0:
         raise ValueError(f"alpha = {alpha:g} gives weight to a teacher, and there is none")
-    # Autocast would round the logits to 16 bits.
+    # Without gradients, none are made; with them, autocast would round the logits to 16 bits.
+    head = student_head if torch.is_grad_enabled() else student_head.detach()
+    objective = _Objective(teacher, shared_vocabulary, temperature, alpha, divergence)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        return Loss(
-            *_Chunked.apply(
-                student_hidden, student_head, answers, teacher, shared_vocabulary, temperature, alpha, divergence
-            )
-        )
+        return Loss(*_Chunked.apply(student_hidden, head, answers, objective))
 
 
 class _Chunked(torch.autograd.Function):
     """Loss and gradients in one pass over chunks of tokens."""
 
     @staticmethod
-    def forward(ctx, hidden, head, answers, teacher, shared, temperature, alpha, divergence):
-        # float32 at least; float64 stays, so that the gradient can be checked numerically.
-        precision = torch.promote_types(hidden.dtype, torch.float32)
-        wants_hidden, wants_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        weight = head.to(precision)
-        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        # Summed in full precision over the chunks, whatever the head's own.
-        head_grad = torch.zeros_like(weight) if wants_head else None
-        soft, ce, agreement = hidden.new_zeros(3, dtype=precision)
-        for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
-            chunk = hidden[rows].to(precision)
-            logits = linear(chunk, weight)
-            gradient, chunk_ce = _cross_entropy(logits, answers[rows])
-            gradient *= 1 - alpha
-            ce += chunk_ce
-            if teacher is not None:
-                teacher_logits = teacher.logits(rows, shared, precision)
-                log_p = log_softmax(teacher_logits / temperature, dim=-1)
-                log_q = log_softmax(logits[:, :shared] / temperature, dim=-1)
-                soft_gradient, chunk_soft = _DIVERGENCES[divergence.kind](log_p, log_q, divergence.beta)
-                # T^2 of the loss, 1 / T of the inner derivative.
-                gradient[:, :shared] += alpha * temperature * soft_gradient
-                soft += chunk_soft
-                agreement += (logits[:, :shared].argmax(-1) == teacher_logits.argmax(-1)).sum()
-            if wants_hidden:
-                hidden_grad[rows] = (gradient @ weight).to(hidden.dtype)
-            if wants_head:
-                head_grad.addmm_(gradient.T, chunk)
-        ctx.save_for_backward(hidden_grad, head_grad.to(head.dtype) if wants_head else None)
+    def forward(ctx, hidden, head, answers, objective):
+        ctx.save_for_backward(hidden, head, answers)
+        ctx.objective, ctx.wanted = objective, ctx.needs_input_grad[:2]
+        sums, *ctx.gradients = _sums_and_gradients(hidden, head, answers, objective, *ctx.wanted)
+        soft, ce, agreement = sums
         ctx.mark_non_differentiable(soft, ce, agreement)
-        return alpha * temperature**2 * soft + (1 - alpha) * ce, soft, ce, agreement
+        return objective.alpha * objective.temperature**2 * soft + (1 - objective.alpha) * ce, soft, ce, agreement
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, total_grad, *_):
-        hidden_grad, head_grad = ctx.saved_tensors
-        return (
-            hidden_grad * total_grad.to(hidden_grad.dtype) if hidden_grad is not None else None,
-            head_grad * total_grad.to(head_grad.dtype) if head_grad is not None else None,
-            *[None] * 6,
-        )
+        # The gradients are scaled in place and given away, which saves a copy of the head's; a second backward pass
+        # over a retained graph makes them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = _sums_and_gradients(*ctx.saved_tensors, ctx.objective, *ctx.wanted)
+        hidden_grad, head_grad = (None if one is None else one.mul_(total_grad) for one in gradients)
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.to(ctx.saved_tensors[0].dtype)
+        return hidden_grad, head_grad, None, None
 
 
-def _cross_entropy(logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """CE summed over the rows of logits [n, V], and its gradient softmax(z) - onehot(y) [n, V]."""
+@dataclass(frozen=True)
+class _Objective:
+    """The arguments of the loss that are no tensors of the student."""
+
+    teacher: Teacher | None
+    shared: int
+    temperature: float
+    alpha: float
+    divergence: Divergence
+
+
+def _sums_and_gradients(
+    hidden: Tensor, head: Tensor, answers: Tensor, objective: _Objective, wants_hidden: bool, wants_head: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums [3] of divergence, CE and agreement, and the gradients [N, H] and [V_s, H] that are wanted."""
+    # float32 at least; float64 stays, so that the gradient can be checked numerically.
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    hidden_grad = torch.empty_like(hidden, dtype=precision) if wants_hidden else None
+    # Summed in full precision over the chunks, whatever the head's own.
+    head_grad = torch.zeros_like(head, dtype=precision) if wants_head else None
+    sums = hidden.new_zeros(3, dtype=precision)
+    block = _BLOCK[hidden.device.type]
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, start + CHUNK)
+        chunk = hidden[rows].to(precision)
+        logits = _logits(chunk, head)
+        known = objective.teacher and objective.teacher.logits(rows, objective.shared, precision)
+        for first in range(0, len(chunk), block):
+            part = slice(first, first + block)
+            teacher_logits = None if known is None else known[part]
+            # The logits' gradient takes the logits' place.
+            sums += _differentiate(logits[part], answers[rows][part], teacher_logits, objective)
+        if wants_hidden:
+            hidden_grad[rows] = _times_head(logits, head)
+        if wants_head:
+            head_grad.addmm_(logits.T, chunk)
+    return sums, hidden_grad, head_grad.to(head.dtype) if wants_head else None
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden [n, H] times head [V, H] transposed, in the precision of `hidden`; no whole copy of a narrower head."""
+    if head.dtype == hidden.dtype:
+        return linear(hidden, head)
+    logits = hidden.new_empty(len(hidden), len(head))
+    for start in range(0, len(head), _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        torch.mm(hidden, head[rows].to(hidden.dtype).T, out=logits[:, rows])
+    return logits
+
+
+def _times_head(gradient: Tensor, head: Tensor) -> Tensor:
+    """gradient [n, V] times head [V, H], in the precision of `gradient`; no whole copy of a narrower head."""
+    if head.dtype == gradient.dtype:
+        return gradient @ head
+    product = gradient.new_zeros(len(gradient), head.shape[1])
+    for start in range(0, len(head), _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        product.addmm_(gradient[:, rows], head[rows].to(gradient.dtype))
+    return product
+
+
+def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | None, objective: _Objective) -> Tensor:
+    """Replace logits [n, V_s] by the loss's gradient for them; returns the sums [3] of `_sums_and_gradients`."""
+    shared, temperature, alpha = objective.shared, objective.temperature, objective.alpha
+    soft, agreement = logits.new_zeros(2)
+    soft_gradient = None
+    if teacher_logits is not None:
+        agreement = (logits[:, :shared].argmax(-1) == teacher_logits.argmax(-1)).sum()
+        log_p = log_softmax(teacher_logits / temperature, dim=-1)
+        log_q = log_softmax(logits[:, :shared] / temperature, dim=-1)
+        soft_gradient, soft = _DIVERGENCES[objective.divergence.kind](log_p, log_q, objective.divergence.beta)
     log_probabilities = log_softmax(logits, dim=-1)
-    loss = -log_probabilities.gather(-1, answers[:, None]).sum()
-    gradient = log_probabilities.exp_()
-    gradient.scatter_add_(-1, answers[:, None], -torch.ones_like(gradient[:, :1]))
-    return gradient, loss
+    ce = -log_probabilities.gather(-1, answers[:, None]).sum()
+    torch.exp(log_probabilities, out=logits).mul_(1 - alpha)
+    logits.scatter_add_(-1, answers[:, None], logits.new_full((len(logits), 1), alpha - 1))
+    if soft_gradient is not None:
+        # T^2 of the loss, 1 / T of the inner derivative.
+        logits[:, :shared].add_(soft_gradient, alpha=alpha * temperature)
+    return torch.stack([soft, ce, agreement.to(ce.dtype)])
 
 
 # Each takes log p and log q [n, V] and returns the gradient of D for the student's logits over T [n, V], and D summed

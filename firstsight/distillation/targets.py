@@ -4,16 +4,17 @@ A folder of
 
     index.json                   what the targets are and, as fingerprints, what they were made from
     head.safetensors             the teacher's output head over the shared vocabulary [V, H]; for `hidden`
-    {split}.safetensors          answers [N] int32, and offsets [R + 1] int64: record r has tokens offsets[r:r+1]
-    {split}-00000.safetensors    tensors of n rows, a row an answer token, in shards
+    {split}-00000.safetensors    shards of a split, each complete in itself: n answer tokens of r records
 
-For `hidden` a shard holds `hidden` [n, H], the final hidden states that predict the tokens, in the precision in which
-the teacher computes, so that the loss made from them is the loss made with the teacher at hand, for any temperature,
-weight and divergence. For `topk` it holds `ids` [n, k] int32, `best` [n, k] and `logsumexp` [n]. For `online` there
-is the index alone. Records are numbered as they come in the split's file, whose fingerprint the index holds.
+A shard holds `answers` [n] int32, `lengths` [r] int32 (the answer tokens of each record), and a row for each token:
+for `hidden`, `hidden` [n, H], the final hidden states that predict the tokens, in the precision in which the teacher
+computes, so that the loss made from them is the loss made with the teacher at hand, for any temperature, weight and
+divergence; for `topk`, `ids` [n, k] int32, `best` [n, k] and `logsumexp` [n]. For `online` there is the index alone.
+Records are numbered as they come in the split's file, whose fingerprint the index holds.
 """
 
 import bisect
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +30,8 @@ from firstsight.core.files import read_json, write_json
 from firstsight.data.records import Sample
 from firstsight.models.vocabulary import vocabulary_fingerprint
 
-_SHARD_BYTES = 1 << 30
+# When a shard is full: what an interruption may cost, and how many files there are.
+_SHARD_BYTES, _SHARD_RECORDS = 1 << 26, 2048
 MADE_BY = "cache-teacher-targets"
 
 
@@ -53,42 +55,56 @@ class Index:
 
 
 class SplitTargetsWriter:
-    """Writes one split's targets, a record at a time, with one shard in memory."""
+    """Writes one split's targets, batch by batch, with one shard in memory.
+
+    A shard appears whole or not at all, and ends where a batch does; so a writer over a folder that an interrupted one
+    left goes on after `batches`, and the shards come out the same.
+    """
 
     def __init__(self, folder: Path, split: str):
         self._folder, self._split = folder, split
-        self._answers: list[Tensor] = []
-        self._offsets, self._shard_starts = [0], [0]
         self._pending: list[dict[str, Tensor]] = []
-        self._pending_bytes = 0
+        self.batches, self._shards = 0, 0
+        self._error_sums: dict[str, float] = {}
+        while (path := self._path(self._shards)).exists():
+            with safe_open(path, framework="pt") as file:
+                written = json.loads(file.metadata()["written"])
+            self.batches, self._error_sums = written["batches"], written["error_sums"]
+            self._shards += 1
 
-    def write(self, tensors: dict[str, Tensor], answers: Tensor) -> None:
-        """One record's tensors, a row an answer token, and its answer tokens [n]."""
-        self._pending.append({name: tensor.cpu() for name, tensor in tensors.items()})
-        self._pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self._answers.append(answers.cpu().to(torch.int32))
-        self._offsets.append(self._offsets[-1] + len(answers))
-        if self._pending_bytes >= _SHARD_BYTES:
+    def write(self, tensors: dict[str, Tensor], lengths: list[int], error_sums: dict[str, float]) -> None:
+        """A batch: tensors by name, `answers` among them, a row an answer token; the answer tokens of each record; and
+        what is to be summed over the split."""
+        self._pending.append(
+            {name: tensor.cpu() for name, tensor in tensors.items()}
+            | {"answers": tensors["answers"].cpu().to(torch.int32), "lengths": torch.tensor(lengths, dtype=torch.int32)}
+        )
+        self.batches += 1
+        for name, value in error_sums.items():
+            self._error_sums[name] = self._error_sums.get(name, 0.0) + value
+        records = sum(len(batch["lengths"]) for batch in self._pending)
+        size = sum(tensor.nbytes for batch in self._pending for tensor in batch.values())
+        if records >= _SHARD_RECORDS or size >= _SHARD_BYTES:
             self._flush()
 
-    def close(self) -> int:
-        """Finish the split; returns its number of answer tokens."""
-        self._flush()
-        tensors = {
-            "answers": torch.cat(self._answers),
-            "offsets": torch.tensor(self._offsets),
-            "shard_starts": torch.tensor(self._shard_starts),
-        }
-        save_file(tensors, self._folder / f"{self._split}.safetensors")
-        return self._offsets[-1]
+    def close(self) -> dict[str, float]:
+        """Finish the split; returns what was summed over it."""
+        if self._pending:
+            self._flush()
+        return self._error_sums
 
     def _flush(self) -> None:
-        if self._pending:
-            name = f"{self._split}-{len(self._shard_starts) - 1:05d}.safetensors"
-            names = self._pending[0]
-            save_file({one: torch.cat([record[one] for record in self._pending]) for one in names}, self._folder / name)
-            self._shard_starts.append(self._offsets[-1])
-            self._pending, self._pending_bytes = [], 0
+        path = self._path(self._shards)
+        partial = path.with_suffix(".partial")
+        tensors = {name: torch.cat([batch[name] for batch in self._pending]) for name in self._pending[0]}
+        written = {"batches": self.batches, "error_sums": self._error_sums}
+        save_file(tensors, partial, metadata={"written": json.dumps(written)})
+        partial.replace(path)
+        self._shards += 1
+        self._pending = []
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / f"{self._split}-{shard:05d}.safetensors"
 
 
 def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
@@ -143,32 +159,53 @@ class SplitTargets:
                 f"{folder}: expected targets made from this {split} split ({data[:12]}), "
                 f"found targets made from {str(index.data.get(split))[:12]}; run {MADE_BY} again"
             )
+        self._folder, self._split = folder, split
+        self._shards, self._starts, answers, lengths = [], [0], [], []
         try:
-            tensors = load_file(folder / f"{split}.safetensors")
-            self._offsets, self._starts = tensors["offsets"].tolist(), tensors["shard_starts"].tolist()
-            self._answers = tensors["answers"]
-            self._shards = [
-                safe_open(folder / f"{split}-{number:05d}.safetensors", framework="pt")
-                for number in range(len(self._starts) - 1)
-            ]
+            for path in sorted(folder.glob(f"{split}-*.safetensors")):
+                shard = safe_open(path, framework="pt")
+                self._shards.append(shard)
+                answers.append(shard.get_tensor("answers"))
+                lengths.append(shard.get_tensor("lengths"))
+                self._starts.append(self._starts[-1] + len(answers[-1]))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: expected the {split} targets, found {error}; run {MADE_BY} again") from None
+            raise self._broken(error) from None
+        if self._starts[-1] != index.answer_tokens[split]:
+            raise self._broken(f"{self._starts[-1]} of {index.answer_tokens[split]} answer tokens")
+        self._answers = torch.cat(answers)
+        self._offsets = [0, *torch.cat(lengths).cumsum(0).tolist()]
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def of(self, _sample: Sample, records: range) -> tuple[list[list[int]], dict[str, Tensor]]:
-        """Answer tokens of these records, and their tensors, a row an answer token, one record after the other."""
-        answers = [self._answers[self._offsets[one] : self._offsets[one + 1]].tolist() for one in records]
+    def answers(self, _sample: Sample, records: range) -> list[list[int]]:
+        return [self._answers[self._offsets[one] : self._offsets[one + 1]].tolist() for one in records]
+
+    def of(self, _sample: Sample, records: range) -> dict[str, Tensor]:
+        """The records' tensors, a row an answer token, one record after the other.
+
+        Raises:
+            UserError: a value is not finite, as from a damaged file.
+        """
         parts = [self._rows(one) for one in records]
-        return answers, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for one, part in zip(records, parts, strict=True):
+            if not all(tensor.isfinite().all() for tensor in part.values()):
+                raise self._broken(f"values that are not finite, at record {one}")
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def blank(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a sample none of whose answers count."""
+        return {name: tensor[:0] for name, tensor in tensors.items()}
 
     def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([feature[name] for feature in features]) for name in features[0]}
 
     def _rows(self, record: int) -> dict[str, Tensor]:
         start, end = self._offsets[record], self._offsets[record + 1]
-        shard = bisect.bisect_right(self._starts, start) - 1
-        base = self._starts[shard]
-        file = self._shards[shard]
-        return {name: file.get_slice(name)[start - base : end - base] for name in file.keys()}  # noqa: SIM118
+        number = bisect.bisect_right(self._starts, start) - 1
+        base, shard = self._starts[number], self._shards[number]
+        names = set(shard.keys()) - {"answers", "lengths"}
+        return {name: shard.get_slice(name)[start - base : end - base] for name in sorted(names)}
+
+    def _broken(self, found: object) -> UserError:
+        return UserError(f"{self._folder}: expected the {self._split} targets, found {found}; run {MADE_BY} again")

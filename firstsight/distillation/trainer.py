@@ -2,12 +2,15 @@
 without a teacher and with alpha 0, supervised fine-tuning."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -15,6 +18,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation, Train
 from firstsight.data.dataset import PackedDataset
 from firstsight.distillation.loss import Divergence, HiddenTeacher, Teacher, TopKTeacher, distillation_loss
+from firstsight.models.head import head_weight
 from firstsight.models.packed import answer_states
 
 
@@ -42,9 +46,8 @@ class DistillationModel(nn.Module):
     ):
         super().__init__()
         self.student = student
-        self.register_buffer("teacher_head", teacher_head, persistent=False)
-        # In a tuple, so that it is no submodule: neither trained, nor saved, nor put into training mode.
-        self._teacher = (teacher,)
+        # The teacher is no part of this module: neither trained, nor saved, nor sent from process to process.
+        self._teacher, self._teacher_head = (teacher,), None if teacher_head is None else teacher_head.detach()
         self.shared_vocabulary = shared_vocabulary
         self.temperature, self.alpha = (settings.temperature, settings.alpha) if settings else (1.0, 0.0)
         self.divergence = Divergence(settings.divergence, settings.jsd_beta) if settings else Divergence("forward_kl")
@@ -64,7 +67,7 @@ class DistillationModel(nn.Module):
         hidden, answers = answer_states(self.student, batch, labels)
         loss = distillation_loss(
             hidden,
-            self.student.get_output_embeddings().weight,
+            head_weight(self.student),
             answers,
             self._known(teacher) if teacher else None,
             shared_vocabulary=self.shared_vocabulary,
@@ -74,18 +77,20 @@ class DistillationModel(nn.Module):
         )
         sums = {"divergence": loss.divergence, "ce": loss.ce, "agreement": loss.agreement}
         sums["tokens"] = torch.full_like(loss.ce, len(answers))
-        return {"loss": loss.total / num_items_in_batch} | {name: value.detach()[None] for name, value in sums.items()}
+        # No answer counts where a batch is nothing but the filling up of a last step; zero then, not 0 / 0.
+        mean = loss.total / num_items_in_batch.clamp(min=1)
+        return {"loss": mean} | {name: value.detach()[None] for name, value in sums.items()}
 
     def _known(self, teacher: dict[str, Tensor]) -> Teacher:
         """The teacher at the batch's answer tokens: from its targets, or by running it over its own packed batch."""
         if "hidden" in teacher:
-            return HiddenTeacher(teacher["hidden"], self.teacher_head)
+            return HiddenTeacher(teacher["hidden"], self._teacher_head)
         if "best" in teacher:
             return TopKTeacher(**teacher)
         labels = teacher["labels"]
         with torch.no_grad():
             hidden, _ = answer_states(self._teacher[0], {n: v for n, v in teacher.items() if n != "labels"}, labels)
-        return HiddenTeacher(hidden, self.teacher_head)
+        return HiddenTeacher(hidden, self._teacher_head)
 
     def metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
         """Means over the answer tokens of a split, of the loss and of its parts."""
@@ -102,6 +107,9 @@ class DistillationTrainer(Trainer):
 
     model: DistillationModel
 
+    def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler:
+        return EpochShuffle(train_dataset or self.train_dataset, self.args.seed)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         prefix = "student."
         weights = {
@@ -116,6 +124,47 @@ class DistillationTrainer(Trainer):
         student = self.model.student
         best = type(student).from_pretrained(self.state.best_model_checkpoint, dtype=student.dtype)
         student.load_state_dict(best.state_dict())
+
+
+class EpochShuffle(Sampler[int]):
+    """A dataset's samples in an order that seed and epoch alone decide, and what fills the last step up after them.
+
+    However many processes share an epoch, its steps then take the same samples.
+    """
+
+    def __init__(self, dataset: PackedDataset, seed: int):
+        self._samples, self._length, self._seed, self._epoch = len(dataset.split), len(dataset), seed, 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        yield from torch.randperm(self._samples, generator=generator).tolist()
+        yield from range(self._samples, self._length)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer as an epoch begins."""
+        self._epoch = epoch
+
+
+def micro_batches(optimisation: Optimisation, processes: int) -> tuple[int, int]:
+    """Samples of a process's micro-batch, and how many micro-batches it takes to a step.
+
+    A step takes `batch_size x gradient_accumulation_steps` samples whatever the number of processes.
+
+    Raises:
+        UserError: that many samples cannot be shared out evenly.
+    """
+    step = optimisation.batch_size * optimisation.gradient_accumulation_steps
+    if step % processes:
+        raise UserError(
+            f"params.yaml: expected batch_size x gradient_accumulation_steps to be a multiple of the {processes} "
+            f"processes, found {optimisation.batch_size} x {optimisation.gradient_accumulation_steps}; change one"
+        )
+    share = step // processes
+    micro = max(size for size in range(1, optimisation.batch_size + 1) if share % size == 0)
+    return micro, share // micro
 
 
 class Progress(ProgressCallback):
@@ -153,15 +202,20 @@ def train(
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
-    The loss of a step is the mean over the answer tokens of all its micro-batches. Returns the history: one row a
-    logged step, with training and validation figures, and no timings, so that equal runs have equal histories.
+    The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; how many processes
+    there are changes nothing but rounding. Returns the history: one row a logged step, with training and validation
+    figures, and no timings, so that equal runs have equal histories.
     """
+    processes = PartialState().num_processes
+    batch_size, accumulation = micro_batches(optimisation, processes)
+    if optimisation.gradient_checkpointing:
+        model.student.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=optimisation.epochs,
-        per_device_train_batch_size=optimisation.batch_size,
-        per_device_eval_batch_size=optimisation.batch_size,
-        gradient_accumulation_steps=optimisation.gradient_accumulation_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=optimisation.learning_rate,
         warmup_steps=optimisation.warmup_fraction,
         weight_decay=optimisation.weight_decay,
@@ -189,8 +243,8 @@ def train(
     trainer = DistillationTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_set,
-        eval_dataset=validation_set,
+        train_dataset=train_set.padded_to_multiple(processes * batch_size),
+        eval_dataset=validation_set.padded_to_multiple(processes * batch_size),
         data_collator=train_set.collate,
         compute_metrics=model.metrics,
         callbacks=callbacks,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -24,23 +25,26 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # blocks, and naming any module drops the default that skips the head.
 KEPT_IN_HIGH_PRECISION = ["model.visual", "lm_head"]
 
-
 _SENTENCE = "What is in the cup?"
 
 
 def pick_device(wanted: str) -> str:
-    """ "cuda" or "cpu" for `runtime.device`; "auto" takes CUDA where there is any, and says what it took."""
+    """ "cuda" or "cpu" for `runtime.device`; "auto" takes CUDA where there is any, and says what it took.
+
+    Of several processes, each gets a GPU of its own as its "cuda", or its share of the CPU's threads.
+    """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UserError("runtime.device: expected a CUDA device, found none; set it to auto or cpu")
-    if available and wanted != "cpu":
-        log.info("running on %s", torch.cuda.get_device_name())
-        return "cuda"
-    # `accelerate launch` leaves each process one thread on a CPU; share out all that this machine gives us.
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-    log.info("running on the CPU, %d threads", torch.get_num_threads())
-    return "cpu"
+    device = "cuda" if available and wanted != "cpu" else "cpu"
+    state = PartialState(cpu=device == "cpu")
+    if device == "cuda":
+        log.info("running on %s", torch.cuda.get_device_name(state.device))
+    else:
+        # `accelerate launch` leaves each process one thread; share out all that this machine gives us.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
+        log.info("running on the CPU, %d threads", torch.get_num_threads())
+    return device
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
@@ -48,12 +52,17 @@ def load_processor(folder: Path) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": _SENTENCE}]}])
+        turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
+        rendered = processor.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # whatever libraries raise over a damaged file
         raise _broken(folder, error) from None
     # Without its vocabulary a tokenizer still loads, and reads nothing.
     if read_back != _SENTENCE:
         raise _broken(folder, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}")
+    # An answer is taught as its text and this token; another would never end it.
+    end = processor.tokenizer.eos_token
+    if f"{_SENTENCE}{end}" not in rendered:
+        raise _broken(folder, f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}")
     return processor
 
 

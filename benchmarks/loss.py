@@ -1,0 +1,179 @@
+"""Time and memory of the distillation loss, forward and backward, beside other ways to compute it.
+
+    python -m benchmarks.loss              on CUDA where there is any, else on the CPU
+
+Shapes are those of Qwen2-VL-7B teaching Qwen2-VL-2B: heads [151936, 1536] and [152064, 3584], over growing numbers of
+answer tokens; float32 on the CPU, bfloat16 on CUDA. `plain` is the same loss in PyTorch with whole logits; Liger's two
+(where liger-kernel is installed) are its nearest: JSD over logits of the same height, without T^2.
+
+Each case runs in a process of its own, so that peaks do not mix. Memory is what the peak adds to inputs, parameters
+and their gradients: on CUDA as torch allocates it, on the CPU as resident memory of the process. Time is the median of
+several passes after a first one. Writes benchmarks/loss-cpu.csv or benchmarks/loss-cuda.csv, with the ratios to plain
+PyTorch in the same run.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, linear
+
+from benchmarks.table import environment, write
+from firstsight.core.stage import log, main
+from firstsight.distillation.loss import HiddenTeacher, distillation_loss
+
+STUDENT, TEACHER = (151_936, 1536), (152_064, 3584)
+SHARED, TEMPERATURE, ALPHA = 151_657, 2.0, 0.7
+TOKENS = {"cpu": (128, 1024), "cuda": (1024, 4096, 8192)}
+REPEATS = {"cpu": 3, "cuda": 10}
+
+
+def ours(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    return distillation_loss(
+        hidden,
+        head,
+        answers,
+        HiddenTeacher(teacher_hidden, teacher_head),
+        shared_vocabulary=SHARED,
+        temperature=TEMPERATURE,
+        alpha=ALPHA,
+    ).total
+
+
+def plain(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """The same loss from whole logits, differentiated by autograd."""
+    logits, teacher = linear(hidden, head).float(), linear(teacher_hidden, teacher_head).float()
+    soft = kl_div(
+        (logits[:, :SHARED] / TEMPERATURE).log_softmax(-1),
+        (teacher[:, :SHARED] / TEMPERATURE).log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
+    return ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * cross_entropy(logits, answers, reduction="sum")
+
+
+def chunked(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(1 - ALPHA, ALPHA, temperature=TEMPERATURE, compiled=hidden.is_cuda)
+    return loss(hidden, head, teacher_hidden, teacher_head[: len(head)], answers)
+
+
+def fused(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Triton, CUDA only, and without the cross-entropy."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(temperature=TEMPERATURE)
+    return loss(hidden, head, teacher_hidden, teacher_head[: len(head)], answers)
+
+
+def implementations(device: str) -> dict[str, Callable[..., Tensor]]:
+    """What can run here, plain PyTorch first."""
+    liger = {"Liger, chunked": chunked} if find_spec("liger_kernel") else {}
+    if liger and device == "cuda":
+        liger["Liger, fused"] = fused
+    return {"plain PyTorch": plain, **liger, "FirstSight": ours}
+
+
+class PeakMemory:
+    """Highest memory inside the block above that before it, in bytes."""
+
+    def __init__(self, device: str):
+        self._device, self._done = device, threading.Event()
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._peak = self._now()
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._watcher = threading.Thread(target=self._watch)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._device == "cuda":
+            self._peak = torch.cuda.max_memory_allocated()
+        else:
+            self._done.set()
+            self._watcher.join()
+        self.bytes = self._peak - self._before
+
+    def _now(self) -> int:
+        if self._device == "cuda":
+            return torch.cuda.memory_allocated()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._peak = max(self._peak, self._now())
+
+
+def measure(name: str, tokens: int, device: str) -> dict[str, float]:
+    """Median seconds and peak bytes of a forward and backward pass, and the loss a token, to compare."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def normal(rows: int, columns: int, scale: float) -> Tensor:
+        return (torch.randn(rows, columns, device=device) * scale).to(dtype)
+
+    hidden, head = normal(tokens, STUDENT[1], 1), normal(*STUDENT, 3 / STUDENT[1] ** 0.5)
+    teacher_hidden, teacher_head = normal(tokens, TEACHER[1], 1), normal(*TEACHER, 3 / TEACHER[1] ** 0.5)
+    answers = torch.randint(SHARED, (tokens,), device=device)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    compute = implementations(device)[name]
+
+    def step() -> float:
+        loss = compute(hidden, head, answers, teacher_hidden, teacher_head)
+        loss.backward()
+        hidden.grad = head.grad = None
+        return loss.item()  # waits for the device
+
+    with PeakMemory(device) as memory:
+        total = step()
+    seconds = []
+    for _ in range(REPEATS[device]):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    gradients = hidden.nbytes + head.nbytes
+    return {"seconds": statistics.median(seconds), "bytes": memory.bytes - gradients, "loss": total}
+
+
+def run() -> None:
+    if len(sys.argv) == 4:
+        name, tokens, device = sys.argv[1:]
+        print(json.dumps(measure(name, int(tokens), device)))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for tokens in TOKENS[device]:
+        found = {}
+        for name in implementations(device):
+            words = [sys.executable, "-m", "benchmarks.loss", name, str(tokens), device]
+            found[name] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            reference = found["plain PyTorch"]
+            rows.append({
+                "implementation": name,
+                "answer_tokens": tokens,
+                "seconds": round(found[name]["seconds"], 4),
+                "memory_mb": round(found[name]["bytes"] / 1e6),
+                "time_ratio": round(found[name]["seconds"] / reference["seconds"], 3),
+                "memory_ratio": round(found[name]["bytes"] / reference["bytes"], 3),
+                "loss": f"{found[name]['loss']:.7g}",
+                **environment(device),
+            })  # fmt: skip
+            log.info("%(implementation)s, %(answer_tokens)d tokens: %(seconds).2f s, %(memory_mb)d MB", rows[-1])
+    write(f"loss-{device}", rows)
+
+
+if __name__ == "__main__":
+    main(run)

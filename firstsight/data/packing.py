@@ -135,21 +135,21 @@ def collate(features: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[st
         for name, value in fill.items()
     }
     media = sorted({name for feature in features for name in feature} - set(fill))
-    return batch | {name: _join([feature[name] for feature in features if name in feature]) for name in media}
+    return batch | {name: _join(name, [feature[name] for feature in features if name in feature]) for name in media}
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
     """Media tensors one after the other. LLaVA's images come as [images, patches, ...], of as many patches as each
-    needs; the model cuts off the zeros that even them out.
+    needs; the model cuts off the zeros that even them out. Its videos it cannot even out.
 
     Raises:
-        UserError: videos of different numbers of frames, where the model takes them as one tensor.
+        UserError: media of several shapes that the model takes as one tensor.
     """
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
-    if len({tensor.shape[2:] for tensor in tensors}) > 1 or tensors[0].dim() != 5:
-        raise UserError(
-            f"expected media of one size in a batch, found {[list(tensor.shape) for tensor in tensors][:4]}; "
-            "set batch_size to 1"
-        )
-    return torch.cat(list(pad_sequence([one for tensor in tensors for one in tensor], batch_first=True)[None]))
+    if name == "pixel_values" and len({tensor.shape[2:] for tensor in tensors}) == 1:
+        return pad_sequence([image for tensor in tensors for image in tensor], batch_first=True)
+    raise UserError(
+        f"{name}: expected media of one shape in a batch, found {[list(one.shape[1:]) for one in tensors][:4]}; "
+        "this model wants batch_size: 1 for videos of different lengths"
+    )

@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
+TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-test.txt | cksum | cut -d' ' -f1)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: repro test setup clean
@@ -15,7 +17,7 @@ repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
 
-test: setup
+test: setup $(TEST_READY)
 	@ruff check .
 	@python -m pytest
 
@@ -27,7 +29,11 @@ $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(INSTALL) requirements.txt
+	@touch $@
+
+$(TEST_READY): requirements-test.txt | $(READY)
+	$(INSTALL) requirements-test.txt
 	@touch $@
 
 clean:

@@ -14,19 +14,16 @@ PyTorch in the same run.
 
 import json
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear
 
-from benchmarks.table import environment, write
+from benchmarks.measuring import PeakMemory, alone, environment, write
 from firstsight.core.stage import log, main
 from firstsight.distillation.loss import HiddenTeacher, distillation_loss
 
@@ -83,39 +80,6 @@ def implementations(device: str) -> dict[str, Callable[..., Tensor]]:
     return {"plain PyTorch": plain, **liger, "FirstSight": ours}
 
 
-class PeakMemory:
-    """Highest memory inside the block above that before it, in bytes."""
-
-    def __init__(self, device: str):
-        self._device, self._done = device, threading.Event()
-
-    def __enter__(self) -> "PeakMemory":
-        self._before = self._peak = self._now()
-        if self._device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._watcher = threading.Thread(target=self._watch)
-            self._watcher.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._device == "cuda":
-            self._peak = torch.cuda.max_memory_allocated()
-        else:
-            self._done.set()
-            self._watcher.join()
-        self.bytes = self._peak - self._before
-
-    def _now(self) -> int:
-        if self._device == "cuda":
-            return torch.cuda.memory_allocated()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._peak = max(self._peak, self._now())
-
-
 def measure(name: str, tokens: int, device: str) -> dict[str, float]:
     """Median seconds and peak bytes of a forward and backward pass, and the loss a token, to compare."""
     torch.manual_seed(0)
@@ -158,8 +122,7 @@ def run() -> None:
     for tokens in TOKENS[device]:
         found = {}
         for name in implementations(device):
-            words = [sys.executable, "-m", "benchmarks.loss", name, str(tokens), device]
-            found[name] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            found[name] = alone("loss", name, str(tokens), device)
             reference = found["plain PyTorch"]
             rows.append({
                 "implementation": name,

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, link_folder, whole_folder
-from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -26,6 +25,7 @@ from firstsight.distillation.building import Builder
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
+from firstsight.runs.scratch import kept_folder
 
 TEACHER, OUTPUT = Path("models/teacher-finetuned"), Path("data/teacher-targets")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}

@@ -14,8 +14,6 @@ from transformers import ProcessorMixin
 
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, whole_folder, write_json
-from firstsight.core.processes import shared
-from firstsight.core.scratch import scratch_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
@@ -23,6 +21,8 @@ from firstsight.distillation.targets import SplitTargets, check_vocabulary, read
 from firstsight.distillation.trainer import DistillationModel, train
 from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.runs.processes import shared
+from firstsight.runs.scratch import scratch_folder
 
 STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
 OUTPUT = Path("models/student-distilled")

@@ -12,13 +12,13 @@ from accelerate import PartialState
 
 from firstsight.core import params
 from firstsight.core.files import link_folder, whole_folder, write_json
-from firstsight.core.processes import shared
-from firstsight.core.scratch import scratch_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
 from firstsight.distillation.trainer import DistillationModel, train
 from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.runs.processes import shared
+from firstsight.runs.scratch import scratch_folder
 
 TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
 

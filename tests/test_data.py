@@ -145,11 +145,9 @@ def test_other_answer_tokens_than_the_teachers_are_named(processor):
     class Shifted(OnlineTeacher):
         """A teacher whose second answer begins with another token."""
 
-        def of(self, sample, records):
-            answers, features = super().of(sample, records)
-            changed = [list(answer) for answer in answers]
-            changed[1][0] += 1
-            return changed, features
+        def answers(self, sample, records):
+            first, second = super().answers(sample, records)
+            return [first, [second[0] + 1, *second[1:]]]
 
     sample = make_sample("clip", "image", 1, [("What?", "a cup"), ("Where?", "left hand")])
 
@@ -159,6 +157,6 @@ def test_other_answer_tokens_than_the_teachers_are_named(processor):
         def record_counts(self):
             return [len(sample.records)]
 
-    PackedDataset(OneSample([sample]), processor, OnlineTeacher(processor))[0]
+    PackedDataset(OneSample([sample]), processor, OnlineTeacher(processor)).check_answers()
     with pytest.raises(UserError, match=r"record clip-1: expected the teacher's answer tokens, where token 0 is"):
-        PackedDataset(OneSample([sample]), processor, Shifted(processor))[0]
+        PackedDataset(OneSample([sample]), processor, Shifted(processor)).check_answers()

@@ -187,6 +187,64 @@ def test_top_k_keeps_the_tails_probability():
     torch.testing.assert_close(logits.softmax(-1).gather(-1, best), exact.softmax(-1).gather(-1, best))
 
 
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_the_vocabularies_of_qwen2_vl(tokens):
+    """Heads of 151,936 and 152,064 rows, of which 151,657 are tokens of both."""
+    check(case(tokens, 151_936, 152_064), 151_657, 2.0, 0.7, Divergence("forward_kl"))
+
+
+def test_no_answers_give_no_loss_and_gradients_of_zero():
+    hidden, head, _, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in case(3, 31, 33))
+    hidden, head = hidden[:0].requires_grad_(), head.requires_grad_()
+    loss = distillation_loss(
+        hidden,
+        head,
+        torch.zeros(0, dtype=torch.int64),
+        HiddenTeacher(teacher_hidden[:0], teacher_head),
+        shared_vocabulary=29,
+        temperature=2.0,
+        alpha=0.5,
+    )
+    loss.total.backward()
+    assert loss.total.item() == 0
+    assert hidden.grad.shape == hidden.shape
+    assert torch.equal(head.grad, torch.zeros_like(head))
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in case(20, 31, 33))
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    keywords = {"shared_vocabulary": 29, "temperature": 2.0, "alpha": 0.5}
+    total = distillation_loss(hidden, head, answers, HiddenTeacher(teacher_hidden, teacher_head), **keywords).total
+    first = torch.autograd.grad(total * 3, (hidden, head), retain_graph=True)
+    second = torch.autograd.grad(total * 5, (hidden, head))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one / 3, other / 5)
+
+
+def test_a_narrower_head_is_not_copied_whole_and_changes_nothing(monkeypatch):
+    """The logits of bfloat16 heads are made a few rows of the head at a time, as from the same head in float32."""
+    arrays = case(300, 311, 337)
+    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in arrays)
+    head, teacher_head = head.bfloat16(), teacher_head.bfloat16()
+    monkeypatch.setattr("firstsight.distillation.loss._HEAD_ROWS", 100)
+    results = []
+    for convert in (torch.Tensor.clone, torch.Tensor.float):
+        own = hidden.float().requires_grad_()
+        loss = distillation_loss(
+            own,
+            convert(head),
+            answers,
+            HiddenTeacher(teacher_hidden.float(), convert(teacher_head)),
+            shared_vocabulary=307,
+            temperature=2.0,
+            alpha=0.7,
+        )
+        loss.total.backward()
+        results.append((loss.total, own.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
 def test_alpha_without_a_teacher_is_refused():
     hidden, head, answers, *_ = (torch.from_numpy(array) for array in case(5, 11, 13))
     with pytest.raises(ValueError, match="no"):

@@ -1,5 +1,7 @@
 """Training through HF Trainer: which weights are kept, and what they were trained for."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -28,7 +30,7 @@ def validation_loss(model, dataset) -> float:
     total = tokens = 0
     with torch.inference_mode():
         for batch in DataLoader(dataset, 1, collate_fn=dataset.collate):
-            found = model(**batch, num_items_in_batch=1)
+            found = model(**batch, num_items_in_batch=torch.tensor(1))
             total, tokens = total + found["ce"].item(), tokens + found["tokens"].item()
     return total / tokens
 
@@ -50,3 +52,35 @@ def test_a_frozen_teacher_head_is_not_saved_with_the_student(settings, parts):
     model = DistillationModel(student, settings.train, teacher_head=torch.zeros(10, 4))
     assert not any("teacher" in name for name in model.state_dict())
     assert not any("teacher" in name for name, _ in model.named_parameters())
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(settings, parts, tmp_path):
+    student, (train_set, validation_set) = parts
+    start = copy.deepcopy(student.state_dict())
+    weights, calls = [], []
+    for checkpointing in (False, True):
+        student.load_state_dict(start)
+        one_epoch = optimisation(settings, epochs=1, gradient_checkpointing=checkpointing)
+        model = DistillationModel(student)
+        layer = student.model.language_model.layers[0]
+        hook = layer.self_attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        train(model, train_set, validation_set, one_epoch, tmp_path / str(checkpointing), device="cpu")
+        hook.remove()
+        weights.append((copy.deepcopy(student.state_dict()), sum(calls)))
+        calls.clear()
+    assert weights[1][1] == 2 * weights[0][1]  # computed again in the backward pass
+    for name, weight in weights[0][0].items():
+        torch.testing.assert_close(weights[1][0][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_without_answers_has_no_loss_and_a_graph(settings, parts):
+    student, (train_set, _) = parts
+    padded = train_set.padded_to_multiple(len(train_set) + 1)
+    batch = padded.collate([padded[len(train_set)], padded[len(train_set) + 1]])
+    model = DistillationModel(student.train())
+    found = model(**batch, num_items_in_batch=torch.tensor(0))
+    found["loss"].backward()
+    assert found["loss"].item() == 0
+    assert found["tokens"].item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+    assert student.get_input_embeddings().weight.grad is not None

@@ -1,0 +1,192 @@
+"""A training step with cached targets, beside the step that runs the teacher next to the student.
+
+    python -m benchmarks.distill_step      on CUDA where there is any, else on the CPU
+
+On CUDA models have the true sizes of Qwen2-VL-7B and 2B, with random weights; on the CPU all widths and the vocabulary
+are an eighth of those and the depth is the same, which keeps the ratio of parameters (8.3 to 2.2). A step is forward
+pass, loss, backward pass and AdamW over the whole student, float32 weights (bfloat16 autocast on CUDA), on samples of
+one picture with six questions; data loading is left out. The teacher is loaded as `targets.precision` would load it.
+
+Each case runs in a process of its own. Memory is the peak over all that comes after the imports: weights, gradients,
+optimizer state, activations. Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with ratios to cached targets.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
+
+from benchmarks.measuring import PeakMemory, alone, environment, write
+from firstsight.core import params
+from firstsight.core.stage import log, main
+from firstsight.data.packing import IGNORE, collate, encode, pack
+from firstsight.data.records import Sample
+from firstsight.distillation.trainer import DistillationModel
+from firstsight.models.head import head_weight
+from firstsight.models.initialise import build_processor, train_tokenizer
+from firstsight.models.loading import load_model
+from firstsight.sources import synthetic
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied (the hub's config.json of 7B and 2B)
+TEACHER = (3584, 18_944, 28, 28, 4, 152_064, False)
+STUDENT = (1536, 8960, 28, 12, 2, 151_936, True)
+# divisor of widths and vocabulary, side of a picture in pixels (28 a visual token)
+SCALE = {"cpu": (8, 224), "cuda": (1, 448)}
+# Tokens of both vocabularies, at true size.
+SHARED = 151_657
+SAMPLES, STEPS = 4, {"cpu": 3, "cuda": 10}
+
+
+def config(sizes: tuple, divisor: int, tokenizer) -> Qwen2VLConfig:
+    hidden, intermediate, layers, heads, kv_heads, rows, tied = sizes
+    token = tokenizer.convert_tokens_to_ids
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": rows // divisor,
+            "hidden_size": hidden // divisor,
+            "intermediate_size": intermediate // divisor,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "tie_word_embeddings": tied,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16 // divisor, 24 // divisor, 24 // divisor],
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 32,
+            "embed_dim": 1280 // divisor,
+            # Rotary positions need heads of a multiple of 4.
+            "num_heads": 16 if divisor == 1 else 8,
+            "hidden_size": hidden // divisor,
+            "mlp_ratio": 4,
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=tied,
+    )
+
+
+def scenes(data: params.Data, side: int) -> list[Sample]:
+    """Rendered scenes with six questions each, enlarged to `side` pixels."""
+    found = []
+    for sample, _ in islice(synthetic.read(data), SAMPLES):
+        picture = BytesIO()
+        sample.pictures()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
+        asked = tuple(record for record in sample.records if record.question_type not in data.train_only_types)
+        found.append(replace(sample, frames=(picture.getvalue(),), records=asked))
+    return found
+
+
+def measure(case: str, device: str) -> dict[str, float]:
+    """Median seconds of a step, peak bytes, and how many tokens a step has."""
+    divisor, side = SCALE[device]
+    loaded = params.load()
+    corpus = Path(loaded.models.student.init.corpus).read_text(encoding="utf-8").splitlines()
+    tokenizer = train_tokenizer(corpus, loaded.models.student.init.words)
+    processor = build_processor(tokenizer, side * side)
+    features = [pack(processor, one, encode(processor, one, one.records)) for one in scenes(loaded.data, side)]
+    batch = {name: one.to(device) for name, one in collate(features, tokenizer.pad_token_id).items()}
+    answers = int((batch["labels"] != IGNORE).sum())
+
+    student_config, teacher_config = (config(sizes, divisor, tokenizer) for sizes in (STUDENT, TEACHER))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    with tempfile.TemporaryDirectory() as folder:
+        if case != "cached":
+            with torch.device(device):
+                AutoModelForImageTextToText.from_config(teacher_config, dtype=dtype).save_pretrained(folder)
+        with PeakMemory(device) as memory:
+            if case == "cached":
+                # What targets hold, here at random: their values matter to neither time nor memory.
+                width, teacher = teacher_config.text_config.hidden_size, None
+                head = torch.randn(SHARED // divisor, width, device=device).to(dtype)
+                known = {"hidden": torch.randn(answers, width, device=device).to(dtype)}
+            else:
+                teacher = load_model(Path(folder), case.removeprefix("online, "), device).requires_grad_(False)
+                head, known = head_weight(teacher), batch
+            seconds, parameters = steps(
+                loaded.train, student_config, batch, teacher, head, known, SHARED // divisor, device
+            )
+    return {
+        "seconds": statistics.median(seconds),
+        "bytes": memory.bytes,
+        "tokens": batch["input_ids"].numel(),
+        "answer_tokens": answers,
+        "student_parameters": parameters,
+    }
+
+
+def steps(
+    settings: params.Train,
+    student_config: Qwen2VLConfig,
+    batch: dict[str, Tensor],
+    teacher: PreTrainedModel | None,
+    head: Tensor,
+    known: dict[str, Tensor],
+    shared: int,
+    device: str,
+) -> tuple[list[float], int]:
+    """Seconds of each timed step of a fresh student, after a first one, and its number of parameters."""
+    with torch.device(device):
+        student = AutoModelForImageTextToText.from_config(student_config, dtype=torch.float32).train()
+    model = DistillationModel(student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=shared)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    answers, seconds = (batch["labels"] != IGNORE).sum(), []
+    for _ in range(1 + STEPS[device]):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(**batch, teacher=known, num_items_in_batch=answers)["loss"]
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:], sum(parameter.numel() for parameter in student.parameters())
+
+
+def run() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(measure(*sys.argv[1:])))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = ["cached", "online, bfloat16" if device == "cuda" else "online, float32"]
+    if find_spec("bitsandbytes"):
+        cases.append("online, int8")
+    measured = {case: alone("distill_step", case, device) for case in cases}
+    reference, rows = measured["cached"], []
+    for case, found in measured.items():
+        rows.append({
+            "teacher": case,
+            "seconds": round(found["seconds"], 3),
+            "memory_mb": round(found["bytes"] / 1e6),
+            "time_ratio": round(found["seconds"] / reference["seconds"], 2),
+            "memory_ratio": round(found["bytes"] / reference["bytes"], 2),
+            "tokens": found["tokens"],
+            "answer_tokens": found["answer_tokens"],
+            "student_parameters": found["student_parameters"],
+            **environment(device),
+        })  # fmt: skip
+        log.info("%(teacher)s: %(seconds).2f s a step, %(memory_mb)d MB", rows[-1])
+    write(f"distill-step-{device}", rows)
+
+
+if __name__ == "__main__":
+    main(run)

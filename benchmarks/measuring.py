@@ -1,0 +1,83 @@
+"""What benchmarks share: peak memory, cases in processes of their own, and CSV files that say where they were made."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Columns that say where and with what a row was measured."""
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        models = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        hardware = f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return {
+        "device": hardware,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Rows, all with the same columns, as benchmarks/{name}.csv."""
+    with (Path(__file__).parent / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class PeakMemory:
+    """Highest memory inside the block above that before it, in bytes: as torch allocates it on CUDA, else as resident
+    memory of the process, looked at every few milliseconds."""
+
+    def __init__(self, device: str):
+        self._device, self._done = device, threading.Event()
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._peak = self._now()
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._watcher = threading.Thread(target=self._watch)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._device == "cuda":
+            self._peak = torch.cuda.max_memory_allocated()
+        else:
+            self._done.set()
+            self._watcher.join()
+        self.bytes = self._peak - self._before
+
+    def _now(self) -> int:
+        if self._device == "cuda":
+            return torch.cuda.memory_allocated()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._peak = max(self._peak, self._now())
+
+
+def alone(module: str, *arguments: str) -> dict[str, Any]:
+    """What `python -m benchmarks.{module}` with these arguments prints, as JSON: a case in a process of its own."""
+    words = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ writes data/teacher-targets; for `targets.kind: online` its index alone, and dis
 
 import math
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -57,22 +58,23 @@ def run() -> None:
 
     device = pick_device(loaded.runtime.device)
     builder = Builder(load_model(TEACHER, settings.precision, device), settings, shared)
+    batches = {split: math.ceil(len(dataset) / settings.batch_size) for split, dataset in splits.items()}
     check_space(tokens * builder.bytes_per_token + builder.head_bytes)
+    rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
     error_sums: Counter[str] = Counter()
     work = made_from | {"k": settings.k, "batch_size": settings.batch_size, "device": device}
     with kept_folder("cache-teacher-targets", work) as scratch, whole_folder(OUTPUT) as folder:
         for split, dataset in splits.items():
             writer = SplitTargetsWriter(scratch, split)
-            batches = math.ceil(len(dataset) / settings.batch_size)
             if writer.batches:
-                log.info("%s: going on from batch %d of %d, kept in %s", split, writer.batches, batches, scratch)
+                log.info("%s: going on from batch %d of %d, from %s", split, writer.batches, batches[split], scratch)
             rest = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
             loader = DataLoader(
                 rest, settings.batch_size, collate_fn=dataset.collate, num_workers=loaded.runtime.data_workers
             )
             label = f"cache-teacher-targets: {split}"
-            for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches):
-                builder.write(writer, {name: tensor.to(device) for name, tensor in batch.items()})
+            for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches[split]):
+                writer.write(*builder.targets(to(batch, device)))
             error_sums.update(writer.close())
         error = {temperature: total / tokens for temperature, total in error_sums.items()}
         index = Index(**made_from, bytes_per_token=builder.bytes_per_token, topk_error=error)
@@ -93,6 +95,22 @@ def check_space(needed: int) -> None:
             f"{OUTPUT}: expected room for {needed / 1e9:.1f} GB of targets, found {free / 1e9:.1f} GB free; "
             "free some space, or set targets.kind to topk or online"
         )
+
+
+def rehearse(builder: Builder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:
+    """Say how long it will take, from one batch: the second, because the first warms up."""
+    batch = to(dataset.collate([dataset[index % len(dataset)] for index in range(batch_size)]), device)
+    for _ in range(2):
+        started = time.perf_counter()
+        builder.targets(batch)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    minutes = (time.perf_counter() - started) * batches / 60
+    log.info("%d batches, about %.1f minutes of the teacher", batches, minutes)
+
+
+def to(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
 from firstsight.data.records import Split
 from firstsight.distillation import targets
-from firstsight.distillation.building import Builder
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
 
 INDEX = Index(
@@ -113,21 +112,21 @@ def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch,
     expected = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert not list(scratch.iterdir())
 
-    write, calls = Builder.write, []
+    write, calls = SplitTargetsWriter.write, []
 
-    def write_some(self, writer, batch):
-        calls.append(len(batch["labels"]))
+    def write_some(self, *batch):
+        calls.append(batch)
         if len(calls) == 7:
             raise InterruptedError
-        write(self, writer, batch)
+        write(self, *batch)
 
-    monkeypatch.setattr(Builder, "write", write_some)
+    monkeypatch.setattr(SplitTargetsWriter, "write", write_some)
     with pytest.raises(InterruptedError):
         run_stage(smoke_copy, "cache_teacher_targets")
     assert expected == {path.name: path.read_bytes() for path in folder.iterdir()}  # untouched
-    monkeypatch.setattr(Builder, "write", lambda self, writer, batch: calls.append(1) or write(self, writer, batch))
+    monkeypatch.setattr(SplitTargetsWriter, "write", lambda self, *batch: calls.append(batch) or write(self, *batch))
     run_stage(smoke_copy, "cache_teacher_targets")
-    batches = 7 + 3  # ceil(28 / 4) and ceil(10 / 4) samples
+    batches = 9 + 2  # of 33 and 7 samples
     assert 7 < len(calls) < 7 + batches  # some were not done again
     assert expected == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert not list(scratch.iterdir())
@@ -155,7 +154,10 @@ def test_a_teacher_that_gives_nan_is_refused(smoke_copy):
     weights[name][0] = float("nan")
     path.unlink()
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="expected finite hidden states, found NaN or infinity at answer token 0"):
+    with pytest.raises(
+        UserError,
+        match="train split: expected finite values from the teacher, found NaN or infinity in hidden of record 0",
+    ):
         run_stage(smoke_copy, "cache_teacher_targets")
 
 

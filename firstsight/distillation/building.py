@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from firstsight.core.errors import UserError
 from firstsight.core.params import Targets
 from firstsight.data.packing import IGNORE
 from firstsight.distillation.loss import CHUNK, HiddenTeacher, TopKTeacher, forward_kl
-from firstsight.distillation.targets import SplitTargetsWriter
 from firstsight.models.head import head_weight
 from firstsight.models.packed import answer_states
 
@@ -46,23 +44,13 @@ class Builder:
     def head_bytes(self) -> int:
         return self._head.nbytes if self._kind == "hidden" else 0
 
-    def write(self, writer: SplitTargetsWriter, batch: dict[str, Tensor]) -> None:
-        """Run the teacher over a packed batch and write its records, in order.
-
-        Raises:
-            UserError: a hidden state is not finite.
-        """
-        labels = batch.pop("labels")
-        hidden, answers = answer_states(self._teacher, batch, labels)
-        lengths = answer_lengths(batch["segment_ids"], labels)
-        if not hidden.isfinite().all():
-            bad = int((~hidden.isfinite()).any(-1).nonzero()[0])
-            raise UserError(
-                f"{self._teacher.name_or_path}: expected finite hidden states, found NaN or infinity at answer token "
-                f"{bad} of batch {writer.batches}; load it with targets.precision: float32, or fine-tune it again"
-            )
+    def targets(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int], dict[str, float]]:
+        """Run the teacher over a packed batch; what `SplitTargetsWriter.write` takes, records in order."""
+        labels = batch["labels"]
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        hidden, answers = answer_states(self._teacher, inputs, labels)
         tensors, errors = ({"hidden": hidden}, {}) if self._kind == "hidden" else self._best(hidden)
-        writer.write({"answers": answers, **tensors}, lengths, errors)
+        return {"answers": answers, **tensors}, answer_lengths(batch["segment_ids"], labels), errors
 
     def _best(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The k best logits of hidden states [n, H], and the sums of the error that they make, by temperature."""

@@ -17,6 +17,7 @@ import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -64,22 +65,35 @@ class SplitTargetsWriter:
     def __init__(self, folder: Path, split: str):
         self._folder, self._split = folder, split
         self._pending: list[dict[str, Tensor]] = []
-        self.batches, self._shards = 0, 0
+        self.batches, self._records, self._shards = 0, 0, 0
         self._error_sums: dict[str, float] = {}
         while (path := self._path(self._shards)).exists():
             with safe_open(path, framework="pt") as file:
                 written = json.loads(file.metadata()["written"])
+                self._records += file.get_slice("lengths").get_shape()[0]
             self.batches, self._error_sums = written["batches"], written["error_sums"]
             self._shards += 1
 
     def write(self, tensors: dict[str, Tensor], lengths: list[int], error_sums: dict[str, float]) -> None:
         """A batch: tensors by name, `answers` among them, a row an answer token; the answer tokens of each record; and
-        what is to be summed over the split."""
-        self._pending.append(
-            {name: tensor.cpu() for name, tensor in tensors.items()}
-            | {"answers": tensors["answers"].cpu().to(torch.int32), "lengths": torch.tensor(lengths, dtype=torch.int32)}
-        )
+        what is to be summed over the split.
+
+        Raises:
+            UserError: a value is not finite; names the first such record.
+        """
+        batch = {name: tensor.cpu() for name, tensor in tensors.items()}
+        for name, tensor in batch.items():
+            if not tensor.isfinite().all():
+                row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(-1).nonzero()[0])
+                record = self._records + bisect.bisect_right(list(accumulate(lengths)), row)
+                raise UserError(
+                    f"{self._split} split: expected finite values from the teacher, found NaN or infinity in {name} of "
+                    f"record {record}; set targets.precision to float32, or mend or fine-tune the teacher again"
+                )
+        integers = {"answers": batch["answers"], "lengths": torch.tensor(lengths)}
+        self._pending.append(batch | {name: tensor.to(torch.int32) for name, tensor in integers.items()})
         self.batches += 1
+        self._records += len(lengths)
         for name, value in error_sums.items():
             self._error_sums[name] = self._error_sums.get(name, 0.0) + value
         records = sum(len(batch["lengths"]) for batch in self._pending)

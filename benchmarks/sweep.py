@@ -1,0 +1,80 @@
+"""A sweep of six (T, alpha) points, with cached targets and with the teacher beside the student, end to end.
+
+    python -m benchmarks.sweep [EPOCHS]    after dvc repro; the embedded default, one epoch a point unless you say more
+
+Each point is a `distill` of its own, as `dvc exp run -S` makes it; the cache is built once, and counted. Writes
+benchmarks/sweep.csv: seconds of every point by the clock, process start included, and the validation loss that both
+ways reach.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from benchmarks.measuring import environment, write
+from firstsight.core import params
+from firstsight.core.stage import log, main
+from firstsight.models.loading import pick_device
+
+POINTS = [(temperature, alpha) for temperature in (1.0, 2.0, 4.0) for alpha in (0.5, 0.9)]
+LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa")
+ROOT = Path.cwd()
+
+
+def stage(folder: Path, name: str) -> float:
+    """Seconds that a stage takes in this folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", f"stages.{name}"], cwd=folder, env=environment, check=True)
+    return time.perf_counter() - started
+
+
+def run() -> None:
+    epochs = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    device = pick_device(params.load().runtime.device)
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load(ROOT / "params.yaml")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for path in LINKED:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).symlink_to(ROOT / path)
+        for kind in ("hidden", "online"):
+            values["targets"]["kind"] = kind
+            yaml.dump(values, folder / "params.yaml")
+            spent = stage(folder, "cache_teacher_targets")
+            rows.append(row(kind, "cache-teacher-targets", "", "", epochs, spent, "", device))
+            for temperature, alpha in POINTS:
+                values["train"] |= {"temperature": temperature, "alpha": alpha, "epochs": epochs}
+                yaml.dump(values, folder / "params.yaml")
+                spent = stage(folder, "distill")
+                history = json.loads((folder / "models/student-distilled/history.json").read_text())
+                loss = [entry["eval_objective"] for entry in history if "eval_objective" in entry][-1]
+                rows.append(row(kind, "distill", temperature, alpha, epochs, spent, f"{loss:.5g}", device))
+            total = sum(entry["seconds"] for entry in rows if entry["targets"] == kind)
+            log.info("%s: %.0f s for %d points", kind, total, len(POINTS))
+    write("sweep", rows)
+
+
+def row(kind: str, name: str, temperature, alpha, epochs: float, seconds: float, loss: str, device: str) -> dict:
+    return {
+        "targets": kind,
+        "stage": name,
+        "temperature": temperature,
+        "alpha": alpha,
+        "epochs": epochs,
+        "seconds": round(seconds, 1),
+        "validation_loss": loss,
+        **environment(device),
+    }
+
+
+if __name__ == "__main__":
+    main(run)

@@ -57,32 +57,35 @@ def pick_device(wanted: str) -> str:
 
 
 class TextProcessor:
-    """A tokenizer as the processor of a text-only model.
-
-    Raises:
-        UserError: when asked to process media.
-    """
+    """A tokenizer as the processor of a text-only model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.batch_decode, self.save_pretrained = tokenizer.batch_decode, tokenizer.save_pretrained
 
+    def __call__(self, text: list[str], **options: Any) -> BatchEncoding:
+        return self.tokenizer(text, **options)
+
     def apply_chat_template(self, conversations: list, **options: Any) -> Any:
-        """As the tokenizer's, with contents joined to text, which is what text-only templates expect."""
+        """As the tokenizer's, with contents joined to text, which is what text-only templates expect.
+
+        Raises:
+            UserError: a content has media.
+        """
         single = isinstance(conversations[0], dict)
         plain = [
-            [turn | {"content": "".join(part["text"] for part in turn["content"])} for turn in conversation]
+            [turn | {"content": self._text(turn["content"])} for turn in conversation]
             for conversation in ([conversations] if single else conversations)
         ]
         return self.tokenizer.apply_chat_template(plain[0] if single else plain, **options)
 
-    def __call__(self, text: list[str], **options: Any) -> BatchEncoding:
-        if media := {"images", "videos"} & options.keys():
+    def _text(self, content: list[dict[str, str]]) -> str:
+        if media := [part["type"] for part in content if part["type"] != "text"]:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: expected records without media, because this model reads text alone, "
-                f"found {sorted(media)}; take a vision-language model, or data without media"
+                f"found {media}; take a vision-language model, or data without media"
             )
-        return self.tokenizer(text, **options)
+        return "".join(part["text"] for part in content)
 
 
 def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:

@@ -91,7 +91,7 @@ class TextProcessor:
 def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
     """The folder's processor: tokenizer, image and video processor, chat template."""
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(processor, PreTrainedTokenizerBase):
             processor = TextProcessor(processor)
         read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
@@ -137,6 +137,7 @@ def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,  # not even asked about
             **quantization,
         )
     except torch.OutOfMemoryError:

@@ -231,11 +231,6 @@ def unknown_architecture(folder):
     return "found model_type 'egogpt_qwen'; take"
 
 
-def text_only_architecture(folder):
-    edit(folder, "config.json", model_type="qwen2")
-    return "found model_type 'qwen2'; take"
-
-
 def remote_code(folder):
     edit(folder, "config.json", model_type="own", auto_map={"AutoModel": "modeling.Own"})
     return "found model_type 'own', and code of its own to run (auto_map), which is refused"
@@ -264,7 +259,6 @@ def missing_shard(folder):
 EARLY = [
     pickles_only,
     unknown_architecture,
-    text_only_architecture,
     remote_code,
     no_config,
     broken_config,

@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import AutoConfig
 
 from firstsight.core.errors import UserError
+from firstsight.models.architecture import auto_class
 
 # It prints a table of what does not fit; `check_weights` says it in one line.
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
@@ -64,7 +64,7 @@ def weight_files(folder: Path, present: Collection[str], place: str) -> list[str
 
 
 def check_config(folder: Path, place: str) -> None:
-    """Raise UserError unless transformers itself has a class for the checkpoint, which takes images and text."""
+    """Raise UserError unless transformers itself has a class for the checkpoint."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config.get("model_type")
@@ -73,10 +73,10 @@ def check_config(folder: Path, place: str) -> None:
             f"{place}: expected a {CONFIG} that can be read, found {error}; name a Hugging Face model folder"
         ) from None
     # Many repositories carry code from before transformers had their class; then it is not needed.
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if auto_class(kind) is None:
         own = ", and code of its own to run (auto_map), which is refused" if "auto_map" in config else ""
         raise UserError(
-            f"{place}: expected an architecture that transformers knows to answer about images, found model_type "
+            f"{place}: expected an architecture that transformers knows to answer in text, found model_type "
             f"{kind!r}{own}; take such a model, Qwen2-VL or LLaVA-OneVision for one"
         )
 
@@ -93,8 +93,8 @@ def check_weights(folder: Path, place: str) -> None:
     if "quantization_config" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
         return
     try:
-        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _, info = AutoModelForImageTextToText.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _, info = auto_class(config.model_type).from_pretrained(
             folder,
             device_map="meta",
             ignore_mismatched_sizes=True,  # they are reported, instead of raised without a name

@@ -81,10 +81,9 @@ def _fetch(repository: str, commit: str) -> Path:
     checkpoint.check_config(snapshot, repository)
     weights = checkpoint.weight_files(snapshot, names, repository)
     planned = snapshot_download(repository, revision=commit, allow_patterns=weights, dry_run=True)
-    if coming := [file.file_size or 0 for file in planned if file.will_download]:
-        _check_free(snapshot, sum(coming), repository)
-        _snapshot(repository, commit, weights)
-        _check_sums(repository, commit)
+    _check_free(snapshot, sum(file.file_size or 0 for file in planned if file.will_download), repository)
+    _snapshot(repository, commit, weights)
+    _check_sums(repository, commit)
     return snapshot
 
 

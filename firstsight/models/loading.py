@@ -10,13 +10,11 @@ from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoProcessor,
     BatchEncoding,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -24,6 +22,7 @@ from transformers import (
 
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
+from firstsight.models.architecture import auto_class
 
 # It says at every layer that inputs are cast to float16, which is what LLM.int8 does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -123,14 +122,13 @@ def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
             does not know the architecture.
         RuntimeError: a layer that should keep its precision was quantised, or none was; never expected.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision)
-    if dtype is None:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
     quantised = precision in ("int8", "nf4")
-    # Left out where there is none: None would undo the quantisation that a quantised folder declares.
-    quantization = {"quantization_config": quantization_config(precision, dtype)} if quantised else {}
     try:
-        model, info = _auto_class(folder).from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        dtype = _dtype(precision, device, config)
+        # Left out where there is none: None would undo the quantisation that a quantised folder declares.
+        quantization = {"quantization_config": quantization_config(precision, dtype)} if quantised else {}
+        model, info = auto_class(config.model_type).from_pretrained(
             folder,
             dtype=dtype,
             device_map=device,
@@ -187,9 +185,13 @@ def quantization_config(method: str, compute_dtype: torch.dtype) -> BitsAndBytes
     )
 
 
-def _auto_class(folder: Path) -> type:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
+    """The precision of the weights that are not quantised; on a CPU, beside quantised ones, that of the checkpoint."""
+    if precision in ("float32", "bfloat16"):
+        return getattr(torch, precision)
+    if device == "cuda":
+        return torch.bfloat16
+    return (config.dtype or torch.float32) if precision in ("int8", "nf4") else torch.float32
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from firstsight.evaluation.answering import answers, model_inputs
 from firstsight.models.initialise import CHAT_TEMPLATE, build_model
 from firstsight.models.loading import language_model_name, load_model, load_processor
 from firstsight.models.packed import last_hidden_states
+from firstsight.quantization.quantize import quantize_folder
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
 TEXT = {
@@ -162,3 +163,17 @@ def test_a_text_model_refuses_pictures(settings, processor, tmp_path):
     sample = make_sample("image", "image", 1, QUESTIONS)
     with pytest.raises(UserError, match="expected records without media, because this model reads text alone"):
         encode(load_processor(tmp_path), sample, sample.records)
+
+
+@torch.inference_mode()
+def test_a_16_bit_checkpoint_stays_so_beside_quantised_weights(settings, processor, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for path in (source, target):
+        path.mkdir()
+    build_model(settings.models.teacher.init, processor.tokenizer).to(torch.bfloat16).save_pretrained(source)
+    processor.save_pretrained(source)
+    quantize_folder(source, target, "nf4", "cpu")
+    model = load_model(target, "auto", "cpu")
+    assert model.model.visual.blocks[0].norm1.weight.dtype == torch.bfloat16
+    sample = make_sample("image", "image", 1, QUESTIONS)
+    assert len(list(answers(model, load_processor(target), [(sample, sample.records[0])], 1, 2))) == 1

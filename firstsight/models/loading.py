@@ -191,7 +191,8 @@ def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype
         return getattr(torch, precision)
     if device == "cuda":
         return torch.bfloat16
-    return (config.dtype or torch.float32) if precision in ("int8", "nf4") else torch.float32
+    quantised = precision in ("int8", "nf4") or hasattr(config, "quantization_config")
+    return (config.dtype or torch.float32) if quantised else torch.float32
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

@@ -178,7 +178,7 @@ def _sums_and_gradients(
     precision = torch.promote_types(hidden.dtype, torch.float32)
     hidden_grad = torch.empty_like(hidden, dtype=precision) if wants_hidden else None
     # Summed in full precision over the chunks, whatever the head's own.
-    head_grad = torch.zeros_like(head, dtype=precision) if wants_head else None
+    head_grad = torch.empty_like(head, dtype=precision) if wants_head else None
     sums = hidden.new_zeros(3, dtype=precision)
     block = _BLOCK[hidden.device.type]
     for start in range(0, len(hidden), CHUNK):
@@ -194,7 +194,10 @@ def _sums_and_gradients(
         if wants_hidden:
             hidden_grad[rows] = _times_head(logits, head)
         if wants_head:
-            head_grad.addmm_(logits.T, chunk)
+            # The first product starts the sum: a buffer of zeros would be written and read for nothing.
+            head_grad.addmm_(logits.T, chunk, beta=min(start, 1))
+    if wants_head and not len(hidden):
+        head_grad.zero_()
     return sums, hidden_grad, head_grad.to(head.dtype) if wants_head else None
 
 

@@ -17,6 +17,7 @@ from transformers import (
 
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
+from firstsight.models import egogpt  # noqa: F401 - makes the auto classes know it
 
 # It says at every layer that inputs are cast to float16, which is what LLM.int8 does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

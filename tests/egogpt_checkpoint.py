@@ -27,14 +27,16 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = (("\u010a", "\u010a"), ("\u010a\u010a", "\u010a"))
 VOCABULARY_ROWS = 272
 QUESTION = "What is in my left hand?"
-# Of each case: the height and width of its image or the number of frames of its video, and where newlines stand.
+SQUARE = (384, 384)
+# Of each case: how its pictures are given, their heights and widths, and where the newlines of a video stand.
 CASES = {
-    "image-of-two-tiles": ((384, 768), "grid"),
-    "image-with-borders": ((320, 560), "grid"),
-    "one-frame-grid": (1, "grid"),
-    "sixteen-frames-grid": (16, "grid"),
-    "one-frame-one-token": (1, "one_token"),
-    "sixteen-frames-one-token": (16, "one_token"),
+    "image-of-two-tiles": ("image", [(384, 768)], "grid"),
+    "image-with-borders": ("image", [(320, 768)], "grid"),
+    "three-images": ("image", [SQUARE] * 3, "grid"),
+    "one-frame-grid": ("video", [SQUARE], "grid"),
+    "sixteen-frames-grid": ("video", [SQUARE] * 16, "grid"),
+    "one-frame-one-token": ("video", [SQUARE], "one_token"),
+    "sixteen-frames-one-token": ("video", [SQUARE] * 16, "one_token"),
 }
 
 
@@ -197,21 +199,20 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def frames(count: int) -> list[Tensor]:
-    """Frames uint8 [384, 384, 3] of coloured noise in squares of 16 pixels, which no resizing touches."""
-    noise = [random.Random(f"frame {number}").randbytes(24 * 24 * 3) for number in range(count)]
-    return [_enlarged(one, 24, 24) for one in noise]
+def pictures(case: str) -> list[Tensor]:
+    """The pictures of a case, uint8 [height, width, 3]: coloured noise in squares of 16 pixels.
+
+    Libraries round differently when they resize. A height that is not a tile's has to be, so that picture is of
+    stripes from top to bottom; a tile's height stays, and halving the width of squares has one result.
+    """
+    return [_picture(f"{number}", *size) for number, size in enumerate(CASES[case][1])]
 
 
-def picture(height: int, width: int) -> Tensor:
-    """A picture uint8 [height, width, 3] of the same kind; sides in multiples of 16."""
-    noise = random.Random(f"picture {height} {width}").randbytes(3 * height * width // 256)
-    return _enlarged(noise, height // 16, width // 16)
-
-
-def _enlarged(noise: bytes, height: int, width: int) -> Tensor:
-    picture = torch.frombuffer(bytearray(noise), dtype=torch.uint8).reshape(height, width, 3)
-    return picture.repeat_interleave(16, dim=0).repeat_interleave(16, dim=1)
+def _picture(name: str, height: int, width: int) -> Tensor:
+    rows, columns = height // 16 if height % 384 == 0 else 1, width // 16
+    noise = bytearray(random.Random(f"picture {name}").randbytes(3 * rows * columns))
+    squares = torch.frombuffer(noise, dtype=torch.uint8).reshape(rows, columns, 3)
+    return squares.repeat_interleave(height // rows, dim=0).repeat_interleave(16, dim=1)
 
 
 def kept(length: int) -> list[int]:

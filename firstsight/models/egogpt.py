@@ -1,6 +1,6 @@
 """EgoGPT as a transformers model: LLaVA-OneVision that hears silence, and pools and lays out videos as EgoGPT does.
 
-EgoGPT puts speech features before the features of the first picture, those of 30 seconds of silence where there is no
+EgoGPT puts speech features between the pictures and the question, those of 30 seconds of silence where there is no
 audio. FirstSight has no audio, so they depend on the weights alone: `firstsight.models.egogpt_conversion` computes
 them once and keeps them as a parameter, and neither Whisper's encoder nor its 635 M parameters are needed here.
 Importing this module makes transformers' auto classes read what that conversion writes.
@@ -23,11 +23,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-IMAGE_TOKEN, VIDEO_TOKEN, SILENCE_TOKEN = "<image>", "<video>", "<silence>"
-# Stands in the prompt where the authors' does and becomes no token: it keeps "\n" and "\n\n" from merging into one.
-SPEECH_MARK = "<speech>"
+IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN = "<image>", "<video>", "<speech>"
 
-# `<image>\n<speech>\n\n{question}` in ChatML. The silence stands where its features go, before the first picture.
+# `<image>\n<speech>\n\n{question}` in ChatML, as the authors ask; without media, the question alone.
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != 'system' -%}
 <|im_start|>system
@@ -39,7 +37,6 @@ You are a helpful assistant.<|im_end|>
 {{ message.content }}
 {%- else -%}
 {%- set media = message.content | rejectattr('type', 'equalto', 'text') | list -%}
-{%- if media -%}<silence>{%- endif -%}
 {%- for part in media -%}{{ '<' ~ part.type ~ '>\n' }}{%- endfor -%}
 {%- if media -%}{{ '<speech>\n\n' }}{%- endif -%}
 {%- for part in message.content | selectattr('type', 'equalto', 'text') -%}{{ part.text }}{%- endfor -%}
@@ -54,26 +51,26 @@ You are a helpful assistant.<|im_end|>
 class EgoGptConfig(LlavaOnevisionConfig):
     """LLaVA-OneVision's configuration, and how EgoGPT lays out silence and video.
 
-    silence_tokens, silence_token_index: how many speech features silence has, and the id of their placeholder;
+    speech_tokens, speech_token_index: how many speech features silence has, and the id of their placeholder;
     newline_position: the newline of a video stands after each row of each frame ("grid") or once at its end
     ("one_token").
     """
 
     model_type = "egogpt"
 
-    silence_tokens: int = 300
-    silence_token_index: int = 151648
+    speech_tokens: int = 300
+    speech_token_index: int = 151648
     newline_position: str = "grid"
 
 
 class EgoGptModel(LlavaOnevisionModel):
-    """The model without its head; `silence` [silence_tokens, H] are the speech features of no speech."""
+    """The model without its head; `silence` [speech_tokens, H] are the speech features of no speech."""
 
     config: EgoGptConfig
 
     def __init__(self, config: EgoGptConfig):
         super().__init__(config)
-        self.silence = nn.Parameter(torch.zeros(config.silence_tokens, config.text_config.hidden_size))
+        self.silence = nn.Parameter(torch.zeros(config.speech_tokens, config.text_config.hidden_size))
 
     def forward(
         self,
@@ -92,8 +89,8 @@ class EgoGptModel(LlavaOnevisionModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            silences = int((input_ids == self.config.silence_token_index).sum()) // self.config.silence_tokens
-            features = {self.config.silence_token_index: self.silence.repeat(silences, 1)}
+            silences = int((input_ids == self.config.speech_token_index).sum()) // self.config.speech_tokens
+            features = {self.config.speech_token_index: self.silence.repeat(silences, 1)}
             if pixel_values is not None:
                 images = self.get_image_features(
                     pixel_values, image_sizes, batch_num_images=batch_num_images, return_dict=True
@@ -145,7 +142,7 @@ class EgoGptForConditionalGeneration(LlavaOnevisionForConditionalGeneration):
 class EgoGptProcessor(LlavaOnevisionProcessor):
     """LLaVA-OneVision's processor with EgoGPT's token counts.
 
-    num_image_tokens: patches of a tile; num_silence_tokens and newline_position as in `EgoGptConfig`.
+    num_image_tokens: patches of a tile; num_speech_tokens and newline_position as in `EgoGptConfig`.
     """
 
     def __init__(
@@ -155,11 +152,11 @@ class EgoGptProcessor(LlavaOnevisionProcessor):
         video_processor: Any = None,
         chat_template: str | None = None,
         num_image_tokens: int = 729,
-        num_silence_tokens: int = 300,
+        num_speech_tokens: int = 300,
         newline_position: str = "grid",
         vision_aspect_ratio: str = "anyres_max_9",
     ):
-        self.num_silence_tokens = num_silence_tokens
+        self.num_speech_tokens = num_speech_tokens
         self.newline_position = newline_position
         super().__init__(
             image_processor,
@@ -181,7 +178,7 @@ class EgoGptProcessor(LlavaOnevisionProcessor):
         if isinstance(text, str):
             text = [text]
         if text is not None:
-            text = [prompt.replace(SILENCE_TOKEN, SILENCE_TOKEN * self.num_silence_tokens) for prompt in text]
+            text = [prompt.replace(SPEECH_TOKEN, SPEECH_TOKEN * self.num_speech_tokens) for prompt in text]
             if images is not None:
                 remaining = iter(images)
                 images = [list(islice(remaining, prompt.count(IMAGE_TOKEN))) for prompt in text]

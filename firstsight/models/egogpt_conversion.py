@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers.pre_tokenizers import Sequence, Split
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionVideoProcessor,
-    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     WhisperConfig,
 )
@@ -30,8 +28,7 @@ from firstsight.core.files import write_json
 from firstsight.models.egogpt import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
-    SILENCE_TOKEN,
-    SPEECH_MARK,
+    SPEECH_TOKEN,
     VIDEO_TOKEN,
     EgoGptConfig,
     EgoGptForConditionalGeneration,
@@ -207,36 +204,27 @@ def _processor(source: Path, settings: dict[str, Any], shapes: Shapes, name: str
         tokenizer=_tokenizer(source),
         chat_template=CHAT_TEMPLATE,
         num_image_tokens=_shape(shapes, "model.vision_tower.embeddings.position_embedding.weight", name)[0],
-        num_silence_tokens=_silence_tokens(settings, shapes, name),
+        num_speech_tokens=_speech_tokens(settings, shapes, name),
         newline_position=_setting(settings, "mm_newline_position", "one_token", ("grid", "one_token"), name),
         vision_aspect_ratio=settings.get("image_aspect_ratio"),
     )
 
 
-def _silence_tokens(settings: dict[str, Any], shapes: Shapes, name: str) -> int:
+def _speech_tokens(settings: dict[str, Any], shapes: Shapes, name: str) -> int:
     return _shape(shapes, "speech.encoder.embed_positions.weight", name)[0] // settings["speech_encoder_ds_rate"]
 
 
-def _tokenizer(source: Path) -> PreTrainedTokenizerFast:
-    """The checkpoint's tokenizer, with the three tokens that mark media, cutting text at `SPEECH_MARK`."""
-    original = Qwen2Tokenizer.from_pretrained(source, local_files_only=True)
-    backend = original.backend_tokenizer
-    backend.pre_tokenizer = Sequence([Split(SPEECH_MARK, "removed"), backend.pre_tokenizer])
-    # Not a Qwen2Tokenizer, which would make its own pre-tokenizer again when it is loaded.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=original.eos_token,
-        pad_token=original.pad_token,
-        extra_special_tokens=[IMAGE_TOKEN, VIDEO_TOKEN, SILENCE_TOKEN],
-        model_max_length=original.model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
+def _tokenizer(source: Path) -> Qwen2Tokenizer:
+    """The checkpoint's tokenizer, with the three tokens that mark media after its own."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN], special_tokens=True)
+    return tokenizer
 
 
 def _config(settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor, name: str) -> EgoGptConfig:
     _setting(settings, "mm_patch_merge_type", "flat", ("spatial_unpad",), name)
     _setting(settings, "add_faster_video", False, (False,), name)
-    tokens = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN, SILENCE_TOKEN])
+    tokens = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN])
     if max(tokens) >= settings["vocab_size"]:
         raise UserError(
             f"{name}: expected at least {max(tokens) + 1} rows of embeddings, three of them for the tokens that mark "
@@ -263,8 +251,8 @@ def _config(settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor
         },
         image_token_index=tokens[0],
         video_token_index=tokens[1],
-        silence_token_index=tokens[2],
-        silence_tokens=processor.num_silence_tokens,
+        speech_token_index=tokens[2],
+        speech_tokens=processor.num_speech_tokens,
         newline_position=processor.newline_position,
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         vision_aspect_ratio=processor.vision_aspect_ratio,

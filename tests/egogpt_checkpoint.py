@@ -1,9 +1,12 @@
-"""A tiny random EgoGPT checkpoint in the layout of the authors' own, and the media that it was shown.
+r"""A tiny random EgoGPT checkpoint in the layout of the authors' own, and the media that it was shown.
 
 tests/data/egogpt.safetensors holds what the authors' code (github.com/EvolvingLMMs-Lab/EgoLife, folder EgoGPT, commit
-7a97157) makes of it, run once outside this repository in float32 on a CPU, under torch 2.15 and transformers 4.45.2:
-for each of `CASES`, the hidden states [S, H] after the last norm, every 24th of the S positions and the last 8, and
-the logits [V] of the last. Nothing here is of their code, and none of it depends on a random generator of torch.
+7a97157) makes of it, run once outside this repository in float32 on a CPU, under torch 2.15.0 and transformers 4.45.2:
+of each of `CASES`, the hidden states [S, H] after the last norm at the `kept` of the S positions, the logits [V] of the
+last, and S. All weights were loaded by name, strictly; the prompt is that of their inference.py, with `<image>\n` for
+each of several images; a video went through their SigLIP processor, an image through their anyres tiling, and several
+images through their padding, as in their training. Nothing here is of their code, and none of it depends on a random
+generator of torch.
 
 What is true of the real checkpoint and cannot be small: 384-pixel pictures of 27 x 27 patches, 30 s of silence,
 72 values an attention head of SigLIP and 64 of Whisper, 2,048 hidden values of the speech projector.

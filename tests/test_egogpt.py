@@ -163,8 +163,19 @@ def refuse_broken_file(source):
     return "found a broken file"
 
 
+def refuse_no_tokenizer(source):
+    (source / "vocab.json").unlink()
+    return "found a broken file"
+
+
+def refuse_missing_setting(source):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_theta"}))
+    return r"config\.json: expected rope_theta, found none"
+
+
 def refuse_missing_weight(source):
-    change_weights(source, lambda weights: weights.pop("lm_head.weight", weights.popitem()))
+    change_weights(source, lambda weights: weights.popitem())
     return "expected a weight for .*, found none"
 
 
@@ -203,6 +214,8 @@ def refuse_a_full_vocabulary(source):
     [
         refuse_no_weights,
         refuse_broken_file,
+        refuse_no_tokenizer,
+        refuse_missing_setting,
         refuse_missing_weight,
         refuse_missing_speech,
         refuse_unexpected_weight,

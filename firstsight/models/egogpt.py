@@ -1,9 +1,12 @@
-"""EgoGPT as a transformers model: LLaVA-OneVision that hears silence, and pools and lays out videos as EgoGPT does.
+r"""EgoGPT as a transformers model: LLaVA-OneVision that hears silence, and pools and lays out videos as EgoGPT does.
 
 EgoGPT puts speech features between the pictures and the question, those of 30 seconds of silence where there is no
 audio. FirstSight has no audio, so they depend on the weights alone: `firstsight.models.egogpt_conversion` computes
 them once and keeps them as a parameter, and neither Whisper's encoder nor its 635 M parameters are needed here.
 Importing this module makes transformers' auto classes read what that conversion writes.
+
+The order is that of the authors' forward pass, `<image>\n<speech>\n\n`; only a function of theirs that nothing calls
+puts speech first.
 """
 
 from itertools import islice
@@ -105,7 +108,7 @@ class EgoGptModel(LlavaOnevisionModel):
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`pooler_output` [B, tokens, H] of videos [B, frames, 3, height, width], newlines included."""
-        batch, frames = pixel_values_videos.shape[:2]
+        batch = len(pixel_values_videos)
         states = self.vision_tower(pixel_values_videos.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
         features = self.multi_modal_projector(states)
         side = isqrt(features.shape[1])

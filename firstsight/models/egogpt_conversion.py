@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -106,33 +106,42 @@ def is_original(config_path: Path) -> bool:
 
 
 def convert(source: Path, folder: Path, name: str = "") -> None:
-    """Convert the checkpoint in `source` into the empty `folder`, with one shard of it in memory at a time.
+    """Convert the checkpoint in `source` into the empty `folder`.
+
+    One shard is in memory at a time, and the speech modules in float32 (2.6 GB in the 7B model).
 
     Args:
         name: what errors call the checkpoint; the path of `source` if empty.
 
     Raises:
         UserError: the layout is another than EgoGPT's, weights are missing, unexpected or of another shape, a file is
-            broken, or the model has no rows for the three tokens that mark media.
+            missing or broken, or the model has no rows for the three tokens that mark media.
     """
     name = name or str(source)
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise UserError(f"{name}: expected weights in *.safetensors, found none; name a complete EgoGPT checkpoint")
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if absent := [key for key in (*TEXT_FIELDS, "rope_theta", "speech_encoder_ds_rate") if key not in settings]:
+        raise UserError(f"{name}: config.json: expected {absent[0]}, found none; download the checkpoint again")
     try:
         shapes = dict(_shapes(files))
-        processor = _processor(source, settings, shapes, name)
-        config = _config(settings, shapes, processor, name)
-        speech = _check(settings, config, shapes, name)
-        _write_weights(files, folder, speech)
-    except (SafetensorError, OSError) as error:
+        tokenizer = _tokenizer(source)
+    except Exception as error:  # whatever libraries raise over a damaged file
         raise UserError(
-            f"{name}: expected a complete EgoGPT checkpoint, found a broken file ({error}); download it again"
+            f"{name}: expected a complete EgoGPT checkpoint, found a broken file ({' '.join(str(error).split())}); "
+            "download it again"
         ) from None
+    processor = _processor(tokenizer, settings, shapes, name)
+    config = _config(settings, shapes, processor, name)
+    with torch.device("meta"):
+        model, speech = EgoGptForConditionalGeneration(config), _speech(settings, config, shapes, name)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "model.silence"}
+    expected |= {f"speech.{key}": tuple(value.shape) for key, value in speech.state_dict().items()}
+    _check(expected, shapes, name)
+    _write_weights(files, folder, speech)
     processor.save_pretrained(folder)
     config.save_pretrained(folder)
-    tokenizer = processor.tokenizer
     GenerationConfig(
         bos_token_id=settings.get("bos_token_id"),
         eos_token_id=tokenizer.eos_token_id,
@@ -196,17 +205,17 @@ def _pinpoints(settings: dict[str, Any], name: str) -> list[list[int]]:
     return [[height, width] for width, height in given]
 
 
-def _processor(source: Path, settings: dict[str, Any], shapes: Shapes, name: str) -> EgoGptProcessor:
+def _processor(tokenizer: Qwen2Tokenizer, settings: dict[str, Any], shapes: Shapes, name: str) -> EgoGptProcessor:
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": IMAGE_SIDE, "width": IMAGE_SIDE}}
     return EgoGptProcessor(
         image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=_pinpoints(settings, name), **half),
         video_processor=LlavaOnevisionVideoProcessor(**half),
-        tokenizer=_tokenizer(source),
+        tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
         num_image_tokens=_shape(shapes, "model.vision_tower.embeddings.position_embedding.weight", name)[0],
         num_speech_tokens=_speech_tokens(settings, shapes, name),
         newline_position=_setting(settings, "mm_newline_position", "one_token", ("grid", "one_token"), name),
-        vision_aspect_ratio=settings.get("image_aspect_ratio"),
+        vision_aspect_ratio=_setting(settings, "image_aspect_ratio", "square", ("anyres_max_9",), name),
     )
 
 
@@ -260,12 +269,8 @@ def _config(settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor
     )
 
 
-def _check(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name: str) -> Speech:
-    """Compare names and shapes of the weights with what the model has; the speech modules, without weights yet."""
-    with torch.device("meta"):
-        model, speech = EgoGptForConditionalGeneration(config), _speech(settings, config, shapes, name)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "model.silence"}
-    expected |= {f"speech.{key}": tuple(value.shape) for key, value in speech.state_dict().items()}
+def _check(expected: Shapes, shapes: Shapes, name: str) -> None:
+    """Compare names and shapes of the weights with what the model has, before anything is written."""
     if missing := sorted(expected.keys() - shapes.keys()):
         raise UserError(
             f"{name}: expected a weight for {missing[0]}, found none for it and {len(missing) - 1} more; "
@@ -282,7 +287,6 @@ def _check(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name:
                 f"{name}: {key}: expected the shape {list(shape)} that config.json gives, found {list(shapes[key])}; "
                 "download the checkpoint again"
             )
-    return speech
 
 
 def _speech(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name: str) -> Speech:
@@ -301,26 +305,30 @@ def _speech(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name
 
 @torch.inference_mode()
 def _write_weights(files: list[Path], folder: Path, speech: Speech) -> None:
-    """Write the renamed shards, and one more with the features of silence, and their index."""
-    heard: dict[str, Tensor] = {}
+    """Write the renamed shards, one more with the features of silence, and their index."""
     places: dict[str, str] = {}
     size = 0
-    for number, path in enumerate([*files, None], start=1):
-        if path is None:
-            speech.load_state_dict(heard, assign=True)
-            # Summed in float32 and kept so, whatever the weights' precision: loading rounds it once.
-            kept = {"model.silence": speech.eval().silence().contiguous()}
-        else:
-            kept = {}
-            with safe_open(path, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
-                    ours = _rename(key)
-                    if ours.startswith("speech."):
-                        heard[ours.removeprefix("speech.")] = weights.get_tensor(key).float()
-                    else:
-                        kept[ours] = weights.get_tensor(key)
+    for number, part in enumerate(_parts(files, speech), start=1):
         file = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
-        save_file(kept, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(kept, file)
-        size += sum(value.nbytes for value in kept.values())
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+        size += sum(value.nbytes for value in part.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _parts(files: list[Path], speech: Speech) -> Iterator[dict[str, Tensor]]:
+    """The renamed weights of each file without those of speech, then what these make of silence."""
+    heard = {}
+    for path in files:
+        part = {}
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
+                ours, value = _rename(key), weights.get_tensor(key)
+                if ours.startswith("speech."):
+                    heard[ours.removeprefix("speech.")] = value.float()
+                else:
+                    part[ours] = value
+        yield part
+    speech.load_state_dict(heard, assign=True)
+    # In float32, whatever the precision of the other weights: loading rounds it once.
+    yield {"model.silence": speech.eval().silence()}

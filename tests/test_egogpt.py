@@ -104,6 +104,19 @@ def test_the_prompt_is_the_authors(loaded):
     ]
 
 
+def test_it_saves_and_loads_as_any_model(loaded, tmp_path):
+    model, processor = loaded
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, reread = load_model(tmp_path, "float32", "cpu"), load_processor(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    for sample in SAMPLES:
+        question = [(sample, sample.records[0])]
+        inputs, expected = model_inputs(reread, question, "cpu"), model_inputs(processor, question, "cpu")
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
 def test_the_true_model_has_as_many_parameters_as_its_parts():
     text = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
     heads = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}

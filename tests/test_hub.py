@@ -227,8 +227,8 @@ def pickles_only(folder):
 
 
 def unknown_architecture(folder):
-    edit(folder, "config.json", model_type="egogpt_qwen")
-    return "found model_type 'egogpt_qwen'; take"
+    edit(folder, "config.json", model_type="nothing_known")
+    return "found model_type 'nothing_known'; take"
 
 
 def remote_code(folder):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from firstsight.core.errors import UserError
+from firstsight.models import egogpt_conversion
 from firstsight.models.architecture import auto_class
 
 # It prints a table of what does not fit; `check_weights` says it in one line.
@@ -64,7 +65,7 @@ def weight_files(folder: Path, present: Collection[str], place: str) -> list[str
 
 
 def check_config(folder: Path, place: str) -> None:
-    """Raise UserError unless transformers itself has a class for the checkpoint."""
+    """Raise UserError unless transformers itself has a class for the checkpoint, or it is one to be converted."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config.get("model_type")
@@ -72,6 +73,8 @@ def check_config(folder: Path, place: str) -> None:
         raise UserError(
             f"{place}: expected a {CONFIG} that can be read, found {error}; name a Hugging Face model folder"
         ) from None
+    if egogpt_conversion.is_original(folder / CONFIG):
+        return
     # Many repositories carry code from before transformers had their class; then it is not needed.
     if auto_class(kind) is None:
         own = ", and code of its own to run (auto_map), which is refused" if "auto_map" in config else ""
@@ -89,6 +92,8 @@ def check_weights(folder: Path, place: str) -> None:
     """
     for name in weight_files(folder, _names(folder), place):
         _headers(folder / name)
+    if egogpt_conversion.is_original(folder / CONFIG):
+        return  # its conversion compares them
     # Quantised weights are packed: their shapes are not those of the config.
     if "quantization_config" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
         return

@@ -29,8 +29,8 @@ from firstsight.distillation.loss import HiddenTeacher, distillation_loss
 
 STUDENT, TEACHER = (151_936, 1536), (152_064, 3584)
 SHARED, TEMPERATURE, ALPHA = 151_657, 2.0, 0.7
-TOKENS = {"cpu": (1024,), "cuda": (1024, 4096, 8192)}
-REPEATS = {"cpu": 3, "cuda": 10}
+TOKENS = {"cpu": (128, 1024), "cuda": (1024, 4096, 8192)}
+REPEATS = {"cpu": 2, "cuda": 10}
 
 
 def ours(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:

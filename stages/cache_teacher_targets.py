@@ -26,7 +26,7 @@ from firstsight.distillation.building import Builder
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
-from firstsight.runs.scratch import kept_folder
+from firstsight.runs import scratch
 
 TEACHER, OUTPUT = Path("models/teacher-finetuned"), Path("data/teacher-targets")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
@@ -39,10 +39,9 @@ def run() -> None:
     processor = load_processor(TEACHER)
     shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
     splits = {split: PackedDataset(Split(path), processor) for split, path in SPLITS.items()}
-    tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
     made_from = {
         "kind": settings.kind,
-        "teacher": fingerprint_files(sorted(TEACHER.glob("*.safetensors"))),
+        "teacher": fingerprint_files(sorted(TEACHER.rglob("*.safetensors"))),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
         "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared),
@@ -63,11 +62,11 @@ def run() -> None:
     rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
     error_sums: Counter[str] = Counter()
     work = made_from | {"k": settings.k, "batch_size": settings.batch_size, "device": device}
-    with kept_folder("cache-teacher-targets", work) as scratch, whole_folder(OUTPUT) as folder:
+    with scratch.kept_folder("cache-teacher-targets", work) as kept, whole_folder(OUTPUT) as folder:
         for split, dataset in splits.items():
-            writer = SplitTargetsWriter(scratch, split)
+            writer = SplitTargetsWriter(kept, split)
             if writer.batches:
-                log.info("%s: going on from batch %d of %d, from %s", split, writer.batches, batches[split], scratch)
+                log.info("%s: going on from batch %d of %d, from %s", split, writer.batches, batches[split], kept)
             rest = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
             loader = DataLoader(
                 rest, settings.batch_size, collate_fn=dataset.collate, num_workers=loaded.runtime.data_workers
@@ -78,7 +77,7 @@ def run() -> None:
             error_sums.update(writer.close())
         error = {temperature: total / tokens for temperature, total in error_sums.items()}
         index = Index(**made_from, bytes_per_token=builder.bytes_per_token, topk_error=error)
-        link_folder(scratch, folder)
+        link_folder(kept, folder)
         write_index(folder, index, builder.kept_head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{tokens:,}", size / 1e6)
@@ -87,8 +86,9 @@ def run() -> None:
 
 
 def check_space(needed: int) -> None:
-    """Say how much will be written, and raise UserError when the disk has no room for it."""
-    free = shutil.disk_usage(OUTPUT.parent).free
+    """Say how much will be written, and raise UserError when output or scratch are on a disk without room for it."""
+    scratch.root().mkdir(parents=True, exist_ok=True)
+    free = min(shutil.disk_usage(place).free for place in (OUTPUT.parent, scratch.root()))
     log.info("writing about %.1f MB of targets; %.1f GB are free", needed / 1e6, free / 1e9)
     if needed > 0.95 * free:
         raise UserError(

@@ -18,7 +18,8 @@ from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
 from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_head, read_index
-from firstsight.distillation.trainer import DistillationModel, train
+from firstsight.distillation.trainer import DistillationModel, total_steps, train
+from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.runs.processes import shared
@@ -43,11 +44,16 @@ def run() -> None:
         one.check_answers()
 
     device = pick_device(loaded.runtime.device)
-    student = load_model(STUDENT, "float32", device)
+    tuning = Tuning(STUDENT, settings, device, total_steps(len(train_set), settings))
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
     head = head_weight(teacher) if online else read_head(TARGETS, device)
     model = DistillationModel(
-        student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=index.shared_vocabulary
+        tuning.model,
+        settings,
+        teacher_head=head,
+        teacher=teacher,
+        shared_vocabulary=index.shared_vocabulary,
+        regularisation=tuning.regularisation,
     )
     with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("distill")) as scratch:
         history = train(
@@ -59,9 +65,10 @@ def run() -> None:
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
+            after_step=tuning.after_step,
         )
         if PartialState().is_main_process:
-            student.save_pretrained(folder)
+            tuning.save_merged(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)

@@ -3,7 +3,8 @@
     python -m stages.download_models teacher|student
 
 reads  what `models.teacher` or `models.student` names in params.yaml
-writes models/teacher or models/student, a plain Hugging Face folder, and in it source.json, where it came from
+writes models/teacher or models/student, a plain Hugging Face folder (EgoGPT's own checkpoints are converted into one),
+       and in it source.json: where it came from, licence, architecture and size
 """
 
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from firstsight.core import params
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.models import hub
+from firstsight.models import checkpoint, egogpt_conversion, hub
 from firstsight.models.initialise import initialise
 
 
@@ -27,8 +28,16 @@ def run() -> None:
             hub.link(Path(model.source), folder)
         else:
             commit = hub.download(model.source, model.revision, folder)
-            log.info("to pin it: models.%s.revision: %s", role, commit)
-        write_json(folder / "source.json", {"source": model.source, "revision": model.revision, "commit": commit})
+            if model.revision != commit:
+                log.info(
+                    "%s is a moving name; to pin it: models.%s.revision: %s", model.revision or "main", role, commit
+                )
+        if egogpt_conversion.is_original(folder / "config.json"):
+            log.info("converting EgoGPT's own layout")
+            with whole_folder(folder) as converted:
+                egogpt_conversion.convert(folder, converted, model.source)
+        origin = {"source": model.source, "revision": model.revision, "commit": commit}
+        write_json(folder / "source.json", origin | checkpoint.facts(folder))
     log.info("wrote models/%s from %s", role, model.source)
 
 

@@ -3,7 +3,8 @@
     accelerate launch -m stages.finetune_teacher
 
 reads  models/teacher and the train and validation splits, by `finetune_teacher` in params.yaml
-writes models/teacher-finetuned, a complete model folder either way, and its training history
+writes models/teacher-finetuned: a complete model folder, or models/teacher's files and an adapter beside them; and the
+       training history
 """
 
 from pathlib import Path
@@ -15,8 +16,9 @@ from firstsight.core.files import link_folder, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.trainer import DistillationModel, train
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.distillation.trainer import DistillationModel, total_steps, train
+from firstsight.models.adapters import Tuning
+from firstsight.models.loading import load_processor, pick_device
 from firstsight.runs.processes import shared
 from firstsight.runs.scratch import scratch_folder
 
@@ -38,19 +40,20 @@ def run() -> None:
     train_set, validation_set = (
         PackedDataset(Split(Path(f"data/egoqa/{split}.parquet")), processor) for split in ("train", "validation")
     )
-    teacher = load_model(TEACHER, "float32", device)
+    tuning = Tuning(TEACHER, settings, device, total_steps(len(train_set), settings))
     with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("finetune-teacher")) as scratch:
         history = train(
-            DistillationModel(teacher),
+            DistillationModel(tuning.model, regularisation=tuning.regularisation),
             train_set,
             validation_set,
             settings,
             scratch,
             data_workers=runtime.data_workers,
             device=device,
+            after_step=tuning.after_step,
         )
         if PartialState().is_main_process:
-            teacher.save_pretrained(folder)
+            tuning.save(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)

@@ -2,8 +2,9 @@
 
     python -m stages.report
 
-reads  evaluations/*/*.json, the training histories, the data card and the train and test splits
-writes metrics/{quality,performance,training}.json, metrics/plots/ and metrics/report.html
+reads  evaluations/*/*.json, the training histories, where the models came from, the data card and the train and test
+       splits
+writes metrics/{models,quality,performance,training}.json, metrics/plots/ and metrics/report.html
 """
 
 import csv
@@ -21,6 +22,7 @@ HISTORIES = {
     "finetune-teacher": Path("models/teacher-finetuned/history.json"),
     "distill": Path("models/student-distilled/history.json"),
 }
+MODELS = {role: Path("models") / role / "source.json" for role in ("teacher", "student")}
 
 
 def run() -> None:
@@ -36,6 +38,7 @@ def run() -> None:
     predictions = {
         variant: [entry["answer"] for entry in entries] for variant, entries in measured["predictions"].items()
     }
+    models = {role: read_json(path, "download-models") for role, path in MODELS.items()}
     histories = {stage: read_json(path, stage) for stage, path in HISTORIES.items()}
 
     baseline = summary.question_only_baseline(Split(DATA / "train.parquet"), [record for _, record in questions])
@@ -44,6 +47,7 @@ def run() -> None:
     curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
 
     with whole_folder(OUTPUT) as folder:
+        write_json(folder / "models.json", summary.models_table(models))
         write_json(folder / "quality.json", quality)
         write_json(folder / "performance.json", performance)
         write_json(

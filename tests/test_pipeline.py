@@ -79,6 +79,11 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert set(quality) == {"question-only", "teacher", "student", "student-distilled", "student-quantized"}
     assert 0 < quality["question-only"]["exact_match"] < 0.6
     assert quality["teacher"]["teacher_agreement"] == 1
+    models = json.loads((metrics / "models.json").read_text())
+    assert models["teacher"].keys() == models["student"].keys()
+    assert models["teacher"]["architecture"] == "Qwen2VLForConditionalGeneration"
+    assert models["student"]["dtype"] == "F32"
+    assert 4 * models["student"]["parameters"] < models["student"]["bytes"] < models["teacher"]["bytes"]
     performance = json.loads((metrics / "performance.json").read_text())
     assert performance["teacher"]["compression"] == 1 < performance["student-distilled"]["compression"]
     assert performance["student-quantized"]["disk_bytes"] < performance["student-distilled"]["disk_bytes"]

@@ -33,16 +33,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Make the files of `source` appear in the folder `target` as hard links; copies where links cannot be made."""
+    """Make the files of `source` appear in the folder `target`, as `link_file` does."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():
             place.mkdir()
-            continue
-        try:
-            os.link(path.resolve(), place)
-        except OSError:
-            shutil.copyfile(path, place)
+        else:
+            link_file(path, place)
+
+
+def link_file(path: Path, place: Path) -> None:
+    """Make the file `path` appear at `place` as a hard link; a copy where links cannot be made."""
+    try:
+        os.link(path.resolve(), place)
+    except OSError:
+        shutil.copyfile(path, place)
 
 
 def write_json(path: Path, value: Any) -> None:

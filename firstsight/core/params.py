@@ -124,12 +124,28 @@ class Data(Section):
         return self
 
 
+class Adapter(Section):
+    """peft's low-rank adapters: of `rank`, scaled by `alpha / rank`, on the modules whose names end in `targets`."""
+
+    rank: Count
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: Annotated[list[str], Field(min_length=1)]
+
+
 class Optimisation(Section):
     """AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
 
     A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions, whatever the number
     of processes. `gradient_checkpointing` computes activations twice instead of keeping them.
+
+    `method` says what is trained: all weights (full), or adapters over them (lora, adalora) or over their NF4 copy
+    (qlora). Without `train_vision` the vision tower and its projector stay as they are.
     """
+
+    method: Literal["full", "lora", "qlora", "adalora"]
+    train_vision: bool
+    adapter: Adapter
 
     epochs: Positive
     batch_size: Count

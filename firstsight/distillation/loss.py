@@ -178,7 +178,7 @@ def _sums_and_gradients(
     precision = torch.promote_types(hidden.dtype, torch.float32)
     hidden_grad = torch.empty_like(hidden, dtype=precision) if wants_hidden else None
     # Summed in full precision over the chunks, whatever the head's own.
-    head_grad = torch.zeros_like(head, dtype=precision) if wants_head else None
+    head_grad = torch.empty_like(head, dtype=precision) if wants_head else None
     sums = hidden.new_zeros(3, dtype=precision)
     block = _BLOCK[hidden.device.type]
     for start in range(0, len(hidden), CHUNK):
@@ -194,7 +194,10 @@ def _sums_and_gradients(
         if wants_hidden:
             hidden_grad[rows] = _times_head(logits, head)
         if wants_head:
-            head_grad.addmm_(logits.T, chunk)
+            # The first product starts the sum: a buffer of zeros would be written and read for nothing.
+            head_grad.addmm_(logits.T, chunk, beta=min(start, 1))
+    if wants_head and not len(hidden):
+        head_grad.zero_()
     return sums, hidden_grad, head_grad.to(head.dtype) if wants_head else None
 
 
@@ -227,7 +230,7 @@ def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | Non
     soft_gradient = None
     if teacher_logits is not None:
         agreement = (logits[:, :shared].argmax(-1) == teacher_logits.argmax(-1)).sum()
-        log_p = log_softmax(teacher_logits / temperature, dim=-1)
+        log_p = log_softmax(teacher_logits.div_(temperature), dim=-1)
         log_q = log_softmax(logits[:, :shared] / temperature, dim=-1)
         soft_gradient, soft = _DIVERGENCES[objective.divergence.kind](log_p, log_q, objective.divergence.beta)
     log_probabilities = log_softmax(logits, dim=-1)
@@ -240,21 +243,23 @@ def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | Non
     return torch.stack([soft, ce, agreement.to(ce.dtype)])
 
 
-# Each takes log p and log q [n, V] and returns the gradient of D for the student's logits over T [n, V], and D summed
-# over rows. Terms that sum to zero, such as q - p, are added to D: they cancel, to first order, the rounding of the
-# softmax normalisers, which at high temperatures is not small beside D.
+# Each takes log p and log q [n, V], and overwrites them: fresh memory for every term is what takes time on a CPU. It
+# returns the gradient of D for the student's logits over T [n, V], and D summed over rows. Terms that sum to zero, such
+# as q - p, are added to D: they cancel, to first order, the rounding of the softmax normalisers, which at high
+# temperatures is not small beside D.
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor, _beta: float) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    gradient = log_q.exp() - p
-    return gradient, (p * (log_p - log_q) + gradient).sum()
+    p, ratio = log_p.exp(), log_p.sub_(log_q)
+    gradient = log_q.exp_().sub_(p)
+    return gradient, p.mul_(ratio).add_(gradient).sum()
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor, _beta: float) -> tuple[Tensor, Tensor]:
-    q, ratio = log_q.exp(), log_q - log_p
-    gradient = q * (ratio - (q * ratio).sum(-1, keepdim=True))
-    return gradient, (q * ratio + log_p.exp() - q).sum()
+    q, ratio = log_q.exp(), log_q.sub_(log_p)
+    weighted = q * ratio
+    gradient = ratio.sub_(weighted.sum(-1, keepdim=True)).mul_(q)
+    return gradient, weighted.add_(log_p.exp_()).sub_(q).sum()
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 without a teacher and with alpha 0, supervised fine-tuning."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
@@ -31,6 +32,7 @@ class DistillationModel(nn.Module):
         teacher_head: [V, H_t] the teacher's output head over the V shared tokens, for teachers known by hidden states.
         teacher: the teacher itself, frozen and in eval mode, when it runs beside the student.
         shared_vocabulary: V, the tokens that both have.
+        regularisation: what the method of training adds to the loss of a step, if anything.
     """
 
     accepts_loss_kwargs = True  # The Trainer then counts the answer tokens of the whole optimizer step.
@@ -43,12 +45,13 @@ class DistillationModel(nn.Module):
         teacher_head: Tensor | None = None,
         teacher: PreTrainedModel | None = None,
         shared_vocabulary: int = 0,
+        regularisation: Callable[[], Tensor | None] = lambda: None,
     ):
         super().__init__()
         self.student = student
         # The teacher is no part of this module: neither trained, nor saved, nor sent from process to process.
         self._teacher, self._teacher_head = (teacher,), None if teacher_head is None else teacher_head.detach()
-        self.shared_vocabulary = shared_vocabulary
+        self.shared_vocabulary, self._regularisation = shared_vocabulary, regularisation
         self.temperature, self.alpha = (settings.temperature, settings.alpha) if settings else (1.0, 0.0)
         self.divergence = Divergence(settings.divergence, settings.jsd_beta) if settings else Divergence("forward_kl")
 
@@ -79,6 +82,9 @@ class DistillationModel(nn.Module):
         sums["tokens"] = torch.full_like(loss.ce, len(answers))
         # No answer counts where a batch is nothing but the filling up of a last step; zero then, not 0 / 0.
         mean = loss.total / num_items_in_batch.clamp(min=1)
+        if self.training and (penalty := self._regularisation()) is not None:
+            # In shares that make one over the micro-batches of a step.
+            mean = mean + penalty * len(answers) / num_items_in_batch.clamp(min=1)
         return {"loss": mean} | {name: value.detach()[None] for name, value in sums.items()}
 
     def _known(self, teacher: dict[str, Tensor]) -> Teacher:
@@ -102,8 +108,11 @@ class DistillationModel(nn.Module):
         return parts
 
 
+_CHECKPOINT = "trained.safetensors"
+
+
 class DistillationTrainer(Trainer):
-    """HF Trainer over a `DistillationModel`, whose checkpoints are those of the student alone."""
+    """HF Trainer over a `DistillationModel`, whose checkpoints hold what is trained of the student, and that alone."""
 
     model: DistillationModel
 
@@ -111,19 +120,13 @@ class DistillationTrainer(Trainer):
         return EpochShuffle(train_dataset or self.train_dataset, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        prefix = "student."
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in (state_dict or self.model.state_dict()).items()
-            if name.startswith(prefix)
-        }
-        self.model.student.save_pretrained(output_dir or self.args.output_dir, state_dict=weights)
+        folder, values = Path(output_dir or self.args.output_dir), state_dict or self.model.state_dict()
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        save_file({name: values[name].contiguous() for name in trained}, folder / _CHECKPOINT)
 
     def _load_best_model(self) -> None:
-        # Through from_pretrained, because folders keep the hub's names of weights, which are not the modules'.
-        student = self.model.student
-        best = type(student).from_pretrained(self.state.best_model_checkpoint, dtype=student.dtype)
-        student.load_state_dict(best.state_dict())
+        self.model.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / _CHECKPOINT), strict=False)
 
 
 class EpochShuffle(Sampler[int]):
@@ -167,6 +170,22 @@ def micro_batches(optimisation: Optimisation, processes: int) -> tuple[int, int]
     return micro, share // micro
 
 
+def total_steps(samples: int, optimisation: Optimisation) -> int:
+    """Optimizer steps that training on a split of so many samples takes, unless it stops early."""
+    step = optimisation.batch_size * optimisation.gradient_accumulation_steps
+    return math.ceil(optimisation.epochs * math.ceil(samples / step))
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function with the step's number after each optimizer step, while the gradients are still there."""
+
+    def __init__(self, function: Callable[[int], None]):
+        self._function = function
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._function(state.global_step)
+
+
 class Progress(ProgressCallback):
     """The progress bar, and a line for each evaluation, instead of one for each logged step."""
 
@@ -197,14 +216,16 @@ def train(
     scratch: Path,
     *,
     early_stopping_epochs: int | None = None,
+    after_step: Callable[[int], None] | None = None,
     data_workers: int = 0,
     device: str,
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
     The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; how many processes
-    there are changes nothing but rounding. Returns the history: one row a logged step, with training and validation
-    figures, and no timings, so that equal runs have equal histories.
+    there are changes nothing but rounding. After each optimizer step, gradients still there, `after_step` is called
+    with its number. Returns the history: one row a logged step, with training and validation figures, and no timings,
+    so that equal runs have equal histories.
     """
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
@@ -236,7 +257,9 @@ def train(
         dataloader_num_workers=data_workers,
         report_to="none",
     )
-    callbacks = [EarlyStoppingCallback(early_stopping_epochs)] if early_stopping_epochs else []
+    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(early_stopping_epochs)] if early_stopping_epochs else []
+    if after_step:
+        callbacks.append(AfterStep(after_step))
     if arguments.n_gpu > 1:
         # One process drives one GPU; Trainer would spread the model over all it sees with DataParallel.
         arguments._n_gpu = 1

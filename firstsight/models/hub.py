@@ -1,62 +1,187 @@
-"""Models from the Hugging Face hub or from a local folder."""
+"""Models from the Hugging Face hub or from a local folder: safetensors and text files of one commit, checked."""
 
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import HfApi, get_token, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import filter_repo_objects
 
 from firstsight.core.errors import UserError
-from firstsight.core.files import link_folder
+from firstsight.core.files import link_file
+from firstsight.models import checkpoint
 
-# Weights as safetensors, and the text files that say how to use them; never pickles, never code.
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
+# Folders inside a repository hold the same weights for other libraries.
+SUBFOLDERS = "*/*"
 
 
 def download(repository: str, revision: str | None, folder: Path) -> str:
     """Download `repository` through the hub's own cache and make its files appear in `folder`, linked, not copied.
 
+    With HF_HUB_OFFLINE both commit and files are the cache's. Otherwise the hub is asked, and never the cache for a
+    commit that the hub did not name.
+
     Returns the commit that `revision` (None: the main branch) stands for.
 
     Raises:
-        UserError: the repository is missing, private or gated, or the hub cannot be reached.
+        UserError: the repository or revision is missing, private or gated, or the hub cannot be reached; a file did
+            not arrive as the hub has it; the disk is too small; the checkpoint is not fit to be used.
     """
-    try:
-        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED)))
-    except GatedRepoError:
-        raise UserError(
-            f"{repository}: expected access to a gated repository, found none; accept its terms on the hub "
-            "and set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{repository}: expected a hub repository or a local folder, found neither; correct "
-            "models.*.source, or set HF_TOKEN if it is private"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{repository}: expected an answer from the hub, found {str(error).splitlines()[0]}; check the "
-            "network, or name a local folder under models.*.source"
-        ) from None
-    link_folder(snapshot, folder)
-    return snapshot.name
+    # The client's own error over such a token quotes it.
+    if (token := get_token()) and not (token.isascii() and token.isprintable()):
+        raise UserError("HF_TOKEN: expected printable ASCII characters, found others; copy the token again")
+    with _one_line(repository, revision):
+        commit = HfApi().resolve_revision(repository, revision=revision).resolved
+        if is_offline_mode():
+            snapshot = _cached(repository, commit)
+        else:
+            _confirm(repository, revision, commit)
+            snapshot = _fetch(repository, commit)
+    _link(snapshot, folder, repository)
+    return commit
 
 
 def link(source: Path, folder: Path) -> None:
     """Make the model in the local folder `source` appear in `folder`.
 
     Raises:
-        UserError: there is no config.json, or no readable safetensors file.
+        UserError: the checkpoint is not fit to be used, or the disk too small for a copy where it cannot be linked.
     """
-    weights = sorted(source.glob("*.safetensors"))
-    if not (source / "config.json").is_file() or not weights:
+    _link(source, folder, str(source))
+
+
+def _confirm(repository: str, revision: str | None, commit: str) -> None:
+    """Raise unless the hub itself says that `revision` is `commit`: unreached, its client asks the cache instead."""
+    if (now := HfApi().model_info(repository, revision=revision).sha) != commit:
         raise UserError(
-            f"{source}: expected config.json and *.safetensors, found "
-            f"{sorted(path.name for path in source.iterdir())[:8]}; name a Hugging Face model folder"
+            f"{repository}: expected {revision or 'main'} to stay at one commit, found {commit}, then {now}; "
+            "run it again"
         )
-    for path in weights:
-        try:
-            safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: expected safetensors, found a broken file ({error}); download it again") from None
-    link_folder(source, folder)
+
+
+def _fetch(repository: str, commit: str) -> Path:
+    """Download what is wanted of a commit, and compare it with the hub's checksums. Returns the cache's folder."""
+    listing = HfApi().list_repo_tree(repository, revision=commit)
+    names = [entry.path for entry in listing if isinstance(entry, RepoFile)]
+    # The small files first: a checkpoint that is refused costs no gigabytes.
+    snapshot = _snapshot(repository, commit, checkpoint.TEXT)
+    _check_sums(repository, commit)
+    checkpoint.check_config(snapshot, repository)
+    weights = checkpoint.weight_files(snapshot, names, repository)
+    planned = snapshot_download(repository, revision=commit, allow_patterns=weights, dry_run=True)
+    _check_free(snapshot, sum(file.file_size or 0 for file in planned if file.will_download), repository)
+    _snapshot(repository, commit, weights)
+    _check_sums(repository, commit)
+    return snapshot
+
+
+def _cached(repository: str, commit: str) -> Path:
+    """The cache's folder of a commit, with all that is wanted of it; there is nothing to compare checksums with."""
+    snapshot = _snapshot(repository, commit, checkpoint.TEXT)
+    names = [path.name for path in snapshot.iterdir()]
+    return _snapshot(repository, commit, checkpoint.weight_files(snapshot, names, repository))
+
+
+def _snapshot(repository: str, commit: str, patterns: Iterable[str]) -> Path:
+    """The cache's folder of a commit, after downloading the files that match and are not there yet."""
+    return Path(
+        snapshot_download(repository, revision=commit, allow_patterns=list(patterns), ignore_patterns=SUBFOLDERS)
+    )
+
+
+def _check_sums(repository: str, commit: str) -> None:
+    """Hash every file of the cached commit: SHA-256 of large ones, git's SHA-1 of small ones, as the hub states them.
+
+    Raises UserError after deleting the wrong ones, which would be taken for right otherwise.
+    """
+    verified = HfApi().verify_repo_checksums(repository, revision=commit)
+    for wrong in verified.mismatches:
+        pointer = verified.verified_path / wrong["path"]
+        pointer.resolve().unlink()
+        pointer.unlink(missing_ok=True)
+    for wrong in verified.mismatches:
+        raise UserError(
+            f"{repository}/{wrong['path']}: expected {wrong['algorithm']} {wrong['expected']}, found "
+            f"{wrong['actual']}; it is deleted from the cache: run it again, and if that is no help, look for a proxy "
+            "or mirror between here and the hub"
+        )
+
+
+def _link(source: Path, folder: Path, place: str) -> None:
+    """Check the checkpoint in `source`, and link what is wanted of it into `folder`."""
+    checkpoint.check_config(source, place)
+    checkpoint.check_weights(source, place)
+    names = [path.name for path in source.iterdir() if path.is_file()]
+    wanted = [
+        source / name
+        for name in (
+            *filter_repo_objects(names, allow_patterns=list(checkpoint.TEXT)),
+            *checkpoint.weight_files(source, names, place),
+        )
+    ]
+    if source.stat().st_dev != folder.stat().st_dev:
+        _check_free(folder, sum(path.stat().st_size for path in wanted), place)
+    for path in wanted:
+        link_file(path, folder / path.name)
+
+
+def _check_free(folder: Path, needed: int, place: str) -> None:
+    """Raise UserError unless the disk of `folder` has `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{place}: expected {needed / 1e9:.3g} GB free under {folder}, found {free / 1e9:.3g} GB; make room there, "
+            "or point HF_HUB_CACHE to a larger disk"
+        )
+
+
+@contextmanager
+def _one_line(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub's client raises into a UserError with the remedy."""
+    try:
+        yield
+    except GatedRepoError:
+        remedy = f"expected access to a gated repository, found none; accept its terms at hf.co/{repository} and "
+        remedy += "set HF_TOKEN to a token of that account"
+    except RepositoryNotFoundError:
+        remedy = "expected a hub repository or a local folder, found neither; correct models.*.source, or set "
+        remedy += "HF_TOKEN if it is private"
+    except RevisionNotFoundError:
+        remedy = f"expected a revision {revision!r}, found none; correct models.*.revision"
+    except HFValidationError:
+        remedy = "expected a local folder, or a hub repository as owner/name, found neither; correct models.*.source"
+    except (HTTPError, RevisionResolutionError, OSError) as error:
+        remedy = _unreached(error, revision)
+    else:
+        return
+    raise UserError(f"{repository}: {remedy}") from None
+
+
+def _unreached(error: Exception, revision: str | None) -> str:
+    """The line for a hub that did not answer, or not with a file."""
+    if is_offline_mode():
+        return (
+            f"expected {revision or 'main'} in the hub's cache, because HF_HUB_OFFLINE is set, found it missing or "
+            "incomplete; run it once with a network, or name a local folder under models.*.source"
+        )
+    found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"expected a token that the hub accepts, found {found}; correct HF_TOKEN, or log in again"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"expected room in the hub's cache, found {found}; make some, or point HF_HUB_CACHE to a larger disk"
+    return (
+        f"expected an answer from the hub, found {found}; check the network and run it again, which keeps the files "
+        "that have come, or name a local folder under models.*.source"
+    )

@@ -7,23 +7,31 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
+    AutoConfig,
     AutoProcessor,
+    BatchEncoding,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
+from firstsight.models.architecture import auto_class
 
 # It says at every layer that inputs are cast to float16, which is what LLM.int8 does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# The vision tower loses most from 8 and 4 bits and holds least of the weights; "visual" alone would not match its
-# blocks, and naming any module drops the default that skips the head.
-KEPT_IN_HIGH_PRECISION = ["model.visual", "lm_head"]
+# The vision tower loses most from 8 and 4 bits and holds least of the weights. Whole names, because "visual" alone
+# would not match the tower's blocks; and with the head's, because naming any module drops the default that skips it.
+KEPT_IN_HIGH_PRECISION = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# The folder of an adapter that belongs to the model it lies in.
+ADAPTER = "adapter"
 
 _SENTENCE = "What is in the cup?"
 
@@ -47,10 +55,44 @@ def pick_device(wanted: str) -> str:
     return device
 
 
-def load_processor(folder: Path) -> ProcessorMixin:
+class TextProcessor:
+    """A tokenizer as the processor of a text-only model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.batch_decode, self.save_pretrained = tokenizer.batch_decode, tokenizer.save_pretrained
+
+    def __call__(self, text: list[str], **options: Any) -> BatchEncoding:
+        return self.tokenizer(text, **options)
+
+    def apply_chat_template(self, conversations: list, **options: Any) -> Any:
+        """As the tokenizer's, with contents joined to text, which is what text-only templates expect.
+
+        Raises:
+            UserError: a content has media.
+        """
+        single = isinstance(conversations[0], dict)
+        plain = [
+            [turn | {"content": self._text(turn["content"])} for turn in conversation]
+            for conversation in ([conversations] if single else conversations)
+        ]
+        return self.tokenizer.apply_chat_template(plain[0] if single else plain, **options)
+
+    def _text(self, content: list[dict[str, str]]) -> str:
+        if media := [part["type"] for part in content if part["type"] != "text"]:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: expected records without media, because this model reads text alone, "
+                f"found {media}; take a vision-language model, or data without media"
+            )
+        return "".join(part["text"] for part in content)
+
+
+def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
     """The folder's processor: tokenizer, image and video processor, chat template."""
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if isinstance(processor, PreTrainedTokenizerBase):
+            processor = TextProcessor(processor)
         read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
         turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
         rendered = processor.apply_chat_template(turns, tokenize=False)
@@ -67,30 +109,33 @@ def load_processor(folder: Path) -> ProcessorMixin:
 
 
 def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
-    """The folder's model, on `device`, in eval mode.
+    """The folder's model, on `device`, in eval mode; its adapter, if there is one, merged, or over quantised weights.
+
+    The architecture is what its config says: any of transformers' image-text models, or a text-only language model.
 
     Args:
-        precision: "float32" or "bfloat16"; "int8" or "nf4" quantises on loading, all but vision tower and head;
+        precision: "float32" or "bfloat16"; "int8" or "nf4" quantises the language model on loading, and nothing else;
             "auto" is bfloat16 on CUDA and float32 on the CPU, and what a folder of a quantised model says it is.
 
     Raises:
-        UserError: the folder lacks files, a file is broken, or weights are missing or of another shape.
+        UserError: the folder lacks files, a file is broken, weights are missing or of another shape, or transformers
+            does not know the architecture.
+        RuntimeError: a layer that should keep its precision was quantised, or none was; never expected.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(precision)
-    if dtype is None:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    # Left out where there is none: None would undo the quantisation that a quantised folder declares.
-    quantization = (
-        {"quantization_config": quantization_config(precision, dtype)} if precision in ("int8", "nf4") else {}
-    )
+    quantised = precision in ("int8", "nf4")
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        dtype = _dtype(precision, device, config)
+        # Left out where there is none: None would undo the quantisation that a quantised folder declares.
+        quantization = {"quantization_config": quantization_config(precision, dtype)} if quantised else {}
+        model, info = auto_class(config.model_type).from_pretrained(
             folder,
             dtype=dtype,
             device_map=device,
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,  # not even asked about
             **quantization,
         )
     except torch.OutOfMemoryError:
@@ -99,7 +144,32 @@ def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
         raise _broken(folder, error) from None
     if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise _broken(folder, f"no fitting weight for {absent[0]} and {len(absent) - 1} more")
+    if quantised:
+        check_quantised(model)
+    if (folder / ADAPTER).is_dir():
+        model = _with_adapter(model, folder / ADAPTER, merge=not quantised)
     return model.eval()
+
+
+def language_model_name(model: PreTrainedModel) -> str:
+    """The name, with a dot after it, under which a model has its language model; what is beside it sees."""
+    return "model.language_model." if hasattr(model.model, "language_model") else "model."
+
+
+def check_quantised(model: PreTrainedModel) -> dict[str, int]:
+    """Number of quantised and of other linear layers. Names of modules to skip fail silently, so types are asserted.
+
+    Raises:
+        RuntimeError: a layer outside the language model was quantised, or none was.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantised = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
+    wrong = [name for name in quantised if not name.startswith(language_model_name(model))]
+    if wrong or not quantised:
+        raise RuntimeError(
+            f"expected quantised layers in the language model only, found {len(quantised)}, and {wrong[:3]} outside it"
+        )
+    return {"quantized_layers": len(quantised), "kept_layers": len(linear) - len(quantised)}
 
 
 def quantization_config(method: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -113,6 +183,26 @@ def quantization_config(method: str, compute_dtype: torch.dtype) -> BitsAndBytes
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=KEPT_IN_HIGH_PRECISION,
     )
+
+
+def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
+    """The precision of the weights that are not quantised; on a CPU, beside quantised ones, that of the checkpoint."""
+    if precision in ("float32", "bfloat16"):
+        return getattr(torch, precision)
+    if device == "cuda":
+        return torch.bfloat16
+    quantised = precision in ("int8", "nf4") or hasattr(config, "quantization_config")
+    return (config.dtype or torch.float32) if quantised else torch.float32
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
+    from peft import PeftModel  # seconds to import, for the few models that have one
+
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # whatever libraries raise over a damaged file
+        raise _broken(folder, error) from None
+    return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
 def _broken(folder: Path, found: Any) -> UserError:

@@ -33,6 +33,15 @@ _NOISY = (
     "latency_ms_p90",
     "decode_tokens_per_second",
 )
+_SOURCE = ("source", "commit", "licence", "architecture", "parameters", "dtype", "bytes")
+
+
+def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of teacher and student as downloaded: where from, under which licence, and what; the commonest dtype first."""
+    return {
+        role: {name: (source | {"dtype": ", ".join(source["dtypes"])})[name] for name in _SOURCE}
+        for role, source in sources.items()
+    }
 
 
 def question_only_baseline(train: Iterable[Sample], test: Iterable[Record]) -> float:

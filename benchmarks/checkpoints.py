@@ -1,0 +1,49 @@
+"""Checkpoints of any size with random weights, written shard by shard, so that a 16 GB one needs 2 GB of memory."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+_SHARD_BYTES = 2 << 30
+
+
+def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> None:
+    """A checkpoint of `config`'s architecture in `folder`: sharded safetensors with an index, as on the hub.
+
+    Weights are normal with standard deviation 0.02, norms' are one, biases zero: the model computes finite nonsense.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.config.save_pretrained(folder)
+    norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(model.named_parameters())  # tied ones once
+    shards: list[list[str]] = [[]]
+    room = _SHARD_BYTES
+    for name, parameter in parameters.items():
+        if room < 0:
+            shards.append([])
+            room = _SHARD_BYTES
+        shards[-1].append(name)
+        room -= parameter.nbytes
+    files = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weights = {name: _weight(name, parameters[name], norms, generator) for name in names}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    size = sum(parameter.nbytes for parameter in parameters.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _weight(name: str, parameter: nn.Parameter, norms: set[str], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith(".bias"):
+        return torch.zeros(parameter.shape, dtype=parameter.dtype)
+    if name.rsplit(".", 1)[0] in norms:
+        return torch.ones(parameter.shape, dtype=parameter.dtype)
+    return torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0, 0.02, generator=generator)

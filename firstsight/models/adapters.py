@@ -1,0 +1,151 @@
+"""What is trained of a model: all its weights, or low-rank adapters beside them (peft).
+
+    full      every weight, in float32
+    lora      low-rank updates of linear layers (Hu et al., 2021, arXiv:2106.09685), over frozen weights
+    qlora     the same over frozen NF4 weights (Dettmers et al., 2023, arXiv:2305.14314)
+    adalora   updates in SVD form whose ranks are shared out as training goes (Zhang et al., 2023, arXiv:2303.10512)
+
+Without `train_vision`, the language model alone is trained; vision tower and projector stay as they are.
+"""
+
+import re
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import link_folder
+from firstsight.core.params import Optimisation
+from firstsight.models.loading import ADAPTER, language_model_name, load_model
+
+# How weights are loaded that are, or are not, trained.
+_PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
+
+
+class Tuning:
+    """A model made ready for training by one of the methods; `model` is what computes, adapters in place.
+
+    Args:
+        folder: the model's folder.
+        settings: `method`, `train_vision` and `adapter` matter here.
+        steps: optimizer steps that training will take; AdaLoRA plans its ranks over them.
+
+    Raises:
+        UserError: no layer has one of the names in `adapter.targets`; and as `load_model`.
+    """
+
+    def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
+        self._folder, self._method, self._device = folder, settings.method, device
+        model = load_model(folder, _PRECISIONS[settings.method], device)
+        self._peft: PeftModel | None = None
+        if settings.method == "full":
+            prefix = language_model_name(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = settings.train_vision or name.startswith((prefix, "lm_head"))
+            self.model = model
+        else:
+            self._peft = get_peft_model(model, _config(model, folder, settings, steps))
+            self.model = self._peft.get_base_model()
+
+    def regularisation(self) -> Tensor | None:
+        """AdaLoRA's penalty on singular vectors that are not orthonormal, weighted; None for other methods."""
+        if self._method != "adalora":
+            return None
+        config = self._peft.peft_config["default"]
+        factors = [
+            product
+            for layer in self.model.modules()
+            if isinstance(layer, AdaLoraLayer)
+            for left, right in [(layer.lora_A["default"], layer.lora_B["default"])]
+            for product in (left @ left.T, right.T @ right)
+        ]
+        penalties = [torch.linalg.norm(one - torch.eye(len(one), device=one.device)) for one in factors]
+        return config.orth_reg_weight * torch.stack(penalties).mean()
+
+    def after_step(self, step: int) -> None:
+        """To be called after each optimizer step, gradients still there: AdaLoRA then shares out its ranks."""
+        if self._method == "adalora":
+            self._peft.base_model.update_and_allocate(step)
+
+    def save(self, folder: Path) -> None:
+        """The model as it was trained: its weights, or the untouched base, linked, with the adapter beside it."""
+        if self._peft is None:
+            self._save_whole(self.model, folder)
+        else:
+            link_folder(self._folder, folder)
+            self._peft.save_pretrained(folder / ADAPTER)
+
+    def save_merged(self, folder: Path) -> None:
+        """The model as one set of weights, adapters worked in, in the precision of the folder it came from."""
+        if self._method in ("lora", "adalora"):
+            self._save_whole(self._peft.merge_and_unload(), folder)
+        elif self._method == "qlora":
+            self._save_whole(self._dequantised(), folder)
+        else:
+            self._save_whole(self.model, folder)
+
+    def _save_whole(self, model: PreTrainedModel, folder: Path) -> None:
+        dtype = AutoConfig.from_pretrained(self._folder).dtype
+        (model.to(dtype) if dtype is not None else model).save_pretrained(folder)
+
+    def _dequantised(self) -> PreTrainedModel:
+        """The model that was trained, its NF4 weights as the numbers they stand for, with what the adapters add.
+
+        Merging into the original weights instead would hand on another model than the one that was trained.
+        """
+        whole = load_model(self._folder, "auto", self._device)
+        for name, layer in list(self.model.named_modules()):
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            if name.endswith(".base_layer") or not isinstance(base, bnb.nn.Linear4bit):
+                continue
+            weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+            if isinstance(layer, BaseTunerLayer):
+                weight = weight + layer.get_delta_weight("default").float()
+            target = whole.get_submodule(name).weight
+            target.data.copy_(weight.to(target.dtype))
+        return whole
+
+
+def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps: int) -> PeftConfig:
+    adapter = settings.adapter
+    common = {
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "target_modules": _targets(model, folder, settings),
+    }
+    if settings.method != "adalora":
+        return LoraConfig(r=adapter.rank, **common)
+    # Half as many ranks again to begin with; the budget falls between a tenth and four fifths of the steps.
+    return AdaLoraConfig(
+        init_r=-(-3 * adapter.rank // 2),
+        target_r=adapter.rank,
+        tinit=steps // 10,
+        tfinal=steps // 5,
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+        **common,
+    )
+
+
+def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
+    """A pattern of the layers to adapt: in the language model those named by `adapter.targets`, in the rest, if it is
+    trained at all, every linear layer."""
+    prefix = language_model_name(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    language = {name.rsplit(".", 1)[-1] for name in linear if name.startswith(prefix)}
+    for target in settings.adapter.targets:
+        if target not in language:
+            raise UserError(
+                f"{folder}: expected a linear layer named {target!r} in the language model, as adapter.targets says, "
+                f"found {sorted(language)}; correct adapter.targets"
+            )
+    chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, settings.adapter.targets))})"]
+    if settings.train_vision:
+        chosen += [re.escape(name) for name in linear if not name.startswith((prefix, "lm_head"))]
+    return "|".join(f"(?:{pattern})" for pattern in chosen)

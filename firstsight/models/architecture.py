@@ -1,0 +1,20 @@
+"""Which of transformers' classes a checkpoint's `model_type` stands for."""
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+
+from firstsight.models import egogpt  # noqa: F401 - makes the auto classes know it
+
+
+def auto_class(model_type: str | None) -> type | None:
+    """The Auto class that builds such a model: of those that see, or else of text-only ones; None if there is none."""
+    # Its get() knows nothing: it is filled as classes are asked for.
+    config = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
+    if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if config in MODEL_FOR_CAUSAL_LM_MAPPING else None

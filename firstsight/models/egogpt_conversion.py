@@ -1,0 +1,334 @@
+"""Turn an EgoGPT checkpoint of its authors (`model_type: egogpt_qwen`) into a folder that transformers reads.
+
+Weights are renamed shard by shard. Whisper's encoder and the speech projector are run once, over silence, and left
+behind: what they make of it is kept instead (`firstsight.models.egogpt`).
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2Tokenizer,
+    WhisperConfig,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import write_json
+from firstsight.models.egogpt import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    SPEECH_TOKEN,
+    VIDEO_TOKEN,
+    EgoGptConfig,
+    EgoGptForConditionalGeneration,
+    EgoGptProcessor,
+)
+
+# config.json names SigLIP so400m and Whisper large-v3, and says nothing of their shapes. The weights say all but these.
+IMAGE_SIDE = 384
+VISION_HEAD_DIM, SPEECH_HEAD_DIM = 72, 64
+MEL_FRAMES = 3000  # 30 s
+
+TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+)
+
+# The authors' names as regular expressions, and ours. What is renamed to `speech.*` is not kept.
+RENAMES = (
+    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+    (r"^model\.speech_projector\.", "speech.projector."),
+    (r"^model\.speech_encoder\.encoder\.", "speech.encoder."),
+    (r"^speech\.encoder\.positional_embedding$", "speech.encoder.embed_positions.weight"),
+    (r"^speech\.encoder\.ln_post\.", "speech.encoder.layer_norm."),
+    (r"^speech\.encoder\.blocks\.", "speech.encoder.layers."),
+    (r"\.attn\.query\.", ".self_attn.q_proj."),
+    (r"\.attn\.key\.", ".self_attn.k_proj."),
+    (r"\.attn\.value\.", ".self_attn.v_proj."),
+    (r"\.attn\.out\.", ".self_attn.out_proj."),
+    (r"\.attn_ln\.", ".self_attn_layer_norm."),
+    (r"\.mlp\.0\.", ".fc1."),
+    (r"\.mlp\.2\.", ".fc2."),
+    (r"\.mlp_ln\.", ".final_layer_norm."),
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Speech(nn.Module):
+    """Whisper's encoder and EgoGPT's speech projector, which joins `rate` frames into one feature of size H."""
+
+    def __init__(self, encoder: WhisperConfig, rate: int, width: int, hidden_size: int):
+        super().__init__()
+        self.encoder = WhisperEncoder(encoder)
+        self.projector = nn.ModuleDict(
+            {
+                "linear1": nn.Linear(rate * encoder.d_model, width),
+                "linear2": nn.Linear(width, hidden_size),
+            }
+        )
+        self.rate = rate
+
+    def silence(self) -> Tensor:
+        """The features [n, H] of 30 seconds without a sound, which the authors give as a spectrogram of zeros."""
+        states = self.encoder(torch.zeros(1, self.encoder.config.num_mel_bins, MEL_FRAMES)).last_hidden_state[0]
+        joined = states[: len(states) // self.rate * self.rate].reshape(-1, self.rate * states.shape[1])
+        return self.projector["linear2"](self.projector["linear1"](joined).relu())
+
+
+def is_original(config_path: Path) -> bool:
+    """Whether `config_path` is the config.json of an EgoGPT checkpoint of its authors."""
+    try:
+        return json.loads(config_path.read_text(encoding="utf-8")).get("model_type") == "egogpt_qwen"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def convert(source: Path, folder: Path, name: str = "") -> None:
+    """Convert the checkpoint in `source` into the empty `folder`.
+
+    One shard is in memory at a time, and the speech modules in float32 (2.6 GB in the 7B model).
+
+    Args:
+        name: what errors call the checkpoint; the path of `source` if empty.
+
+    Raises:
+        UserError: the layout is another than EgoGPT's, weights are missing, unexpected or of another shape, a file is
+            missing or broken, or the model has no rows for the three tokens that mark media.
+    """
+    name = name or str(source)
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name}: expected weights in *.safetensors, found none; name a complete EgoGPT checkpoint")
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if absent := [key for key in (*TEXT_FIELDS, "rope_theta", "speech_encoder_ds_rate") if key not in settings]:
+        raise UserError(f"{name}: config.json: expected {absent[0]}, found none; download the checkpoint again")
+    try:
+        shapes = dict(_shapes(files))
+        tokenizer = _tokenizer(source)
+    except Exception as error:  # whatever libraries raise over a damaged file
+        raise UserError(
+            f"{name}: expected a complete EgoGPT checkpoint, found a broken file ({' '.join(str(error).split())}); "
+            "download it again"
+        ) from None
+    processor = _processor(tokenizer, settings, shapes, name)
+    config = _config(settings, shapes, processor, name)
+    with torch.device("meta"):
+        model, speech = EgoGptForConditionalGeneration(config), _speech(settings, config, shapes, name)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "model.silence"}
+    expected |= {f"speech.{key}": tuple(value.shape) for key, value in speech.state_dict().items()}
+    _check(expected, shapes, name)
+    _write_weights(files, folder, speech)
+    processor.save_pretrained(folder)
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=settings.get("bos_token_id"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+
+
+def _rename(name: str) -> str:
+    for pattern, ours in RENAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _shapes(files: list[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Our name and the shape of every weight, read from the headers of the files."""
+    for path in files:
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
+                yield _rename(key), tuple(weights.get_slice(key).get_shape())
+
+
+def _shape(shapes: Shapes, weight: str, name: str) -> tuple[int, ...]:
+    if weight not in shapes:
+        raise UserError(f"{name}: expected a weight for {weight}, found none; download the checkpoint again")
+    return shapes[weight]
+
+
+def _layers(shapes: Shapes, prefix: str) -> int:
+    """How many layers have weights named `prefix`.N."""
+    return len({key.removeprefix(f"{prefix}.").split(".")[0] for key in shapes if key.startswith(f"{prefix}.")})
+
+
+def _setting(settings: dict[str, Any], key: str, default: Any, known: tuple[Any, ...], name: str) -> Any:
+    """What config.json says of `key`, or what the authors' code takes where it says nothing."""
+    if (value := settings.get(key, default)) not in known:
+        raise UserError(
+            f"{name}: config.json: {key}: expected {' or '.join(map(repr, known))}, found {value!r}; "
+            "only checkpoints in EgoGPT's own layout can be converted"
+        )
+    return value
+
+
+def _pinpoints(settings: dict[str, Any], name: str) -> list[list[int]]:
+    """The anyres grid as heights and widths in pixels; config.json has widths and heights, or a range of tiles.
+
+    Their order is kept: of resolutions that fit equally well, the first is taken.
+    """
+    given = settings.get("image_grid_pinpoints")
+    if isinstance(given, str) and (ends := re.findall(r"\((\d+)x(\d+)\)", given)):
+        (left, top), (right, bottom) = (map(int, ends[index]) for index in (0, -1))
+        given = [
+            [IMAGE_SIDE * width, IMAGE_SIDE * height]
+            for width in range(left, right + 1)
+            for height in range(top, bottom + 1)
+        ]
+    if not isinstance(given, list):
+        raise UserError(
+            f"{name}: config.json: image_grid_pinpoints: expected a list of resolutions or a range of tiles, "
+            f"found {given!r}; only checkpoints in EgoGPT's own layout can be converted"
+        )
+    return [[height, width] for width, height in given]
+
+
+def _processor(tokenizer: Qwen2Tokenizer, settings: dict[str, Any], shapes: Shapes, name: str) -> EgoGptProcessor:
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": IMAGE_SIDE, "width": IMAGE_SIDE}}
+    return EgoGptProcessor(
+        image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=_pinpoints(settings, name), **half),
+        video_processor=LlavaOnevisionVideoProcessor(**half),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        num_image_tokens=_shape(shapes, "model.vision_tower.embeddings.position_embedding.weight", name)[0],
+        num_speech_tokens=_speech_tokens(settings, shapes, name),
+        newline_position=_setting(settings, "mm_newline_position", "one_token", ("grid", "one_token"), name),
+        vision_aspect_ratio=_setting(settings, "image_aspect_ratio", "square", ("anyres_max_9",), name),
+    )
+
+
+def _speech_tokens(settings: dict[str, Any], shapes: Shapes, name: str) -> int:
+    return _shape(shapes, "speech.encoder.embed_positions.weight", name)[0] // settings["speech_encoder_ds_rate"]
+
+
+def _tokenizer(source: Path) -> Qwen2Tokenizer:
+    """The checkpoint's tokenizer, with the three tokens that mark media after its own."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN], special_tokens=True)
+    return tokenizer
+
+
+def _config(settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor, name: str) -> EgoGptConfig:
+    _setting(settings, "mm_patch_merge_type", "flat", ("spatial_unpad",), name)
+    _setting(settings, "add_faster_video", False, (False,), name)
+    tokens = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN])
+    if max(tokens) >= settings["vocab_size"]:
+        raise UserError(
+            f"{name}: expected at least {max(tokens) + 1} rows of embeddings, three of them for the tokens that mark "
+            f"media, found {settings['vocab_size']}; only checkpoints in EgoGPT's own layout can be converted"
+        )
+    hidden, _, patch, _ = _shape(shapes, "model.vision_tower.embeddings.patch_embedding.weight", name)
+    return EgoGptConfig(
+        text_config={
+            "model_type": "qwen2",
+            "rope_parameters": {"rope_type": "default", "rope_theta": settings["rope_theta"]},
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+            **{field: settings[field] for field in TEXT_FIELDS},
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": hidden,
+            "intermediate_size": _shape(shapes, "model.vision_tower.encoder.layers.0.mlp.fc1.weight", name)[0],
+            "num_hidden_layers": _layers(shapes, "model.vision_tower.encoder.layers"),
+            "num_attention_heads": hidden // VISION_HEAD_DIM,
+            "image_size": IMAGE_SIDE,
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        image_token_index=tokens[0],
+        video_token_index=tokens[1],
+        speech_token_index=tokens[2],
+        speech_tokens=processor.num_speech_tokens,
+        newline_position=processor.newline_position,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+        vision_aspect_ratio=processor.vision_aspect_ratio,
+        architectures=[EgoGptForConditionalGeneration.__name__],
+    )
+
+
+def _check(expected: Shapes, shapes: Shapes, name: str) -> None:
+    """Compare names and shapes of the weights with what the model has, before anything is written."""
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise UserError(
+            f"{name}: expected a weight for {missing[0]}, found none for it and {len(missing) - 1} more; "
+            "download the checkpoint again"
+        )
+    if unexpected := sorted(shapes.keys() - expected.keys()):
+        raise UserError(
+            f"{name}: expected EgoGPT's weights alone, found {unexpected[0]} and {len(unexpected) - 1} more; "
+            "only checkpoints in EgoGPT's own layout can be converted"
+        )
+    for key, shape in expected.items():
+        if shapes[key] != shape:
+            raise UserError(
+                f"{name}: {key}: expected the shape {list(shape)} that config.json gives, found {list(shapes[key])}; "
+                "download the checkpoint again"
+            )
+
+
+def _speech(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name: str) -> Speech:
+    width, mels, _ = _shape(shapes, "speech.encoder.conv1.weight", name)
+    encoder = WhisperConfig(
+        d_model=width,
+        num_mel_bins=mels,
+        encoder_layers=_layers(shapes, "speech.encoder.layers"),
+        encoder_attention_heads=width // SPEECH_HEAD_DIM,
+        encoder_ffn_dim=_shape(shapes, "speech.encoder.layers.0.fc1.weight", name)[0],
+        max_source_positions=_shape(shapes, "speech.encoder.embed_positions.weight", name)[0],
+    )
+    projected = _shape(shapes, "speech.projector.linear1.weight", name)[0]
+    return Speech(encoder, settings["speech_encoder_ds_rate"], projected, config.text_config.hidden_size)
+
+
+@torch.inference_mode()
+def _write_weights(files: list[Path], folder: Path, speech: Speech) -> None:
+    """Write the renamed shards, one more with the features of silence, and their index."""
+    places: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(_parts(files, speech), start=1):
+        file = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+        size += sum(value.nbytes for value in part.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _parts(files: list[Path], speech: Speech) -> Iterator[dict[str, Tensor]]:
+    """The renamed weights of each file without those of speech, then what these make of silence."""
+    heard = {}
+    for path in files:
+        part = {}
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
+                ours, value = _rename(key), weights.get_tensor(key)
+                if ours.startswith("speech."):
+                    heard[ours.removeprefix("speech.")] = value.float()
+                else:
+                    part[ours] = value
+        yield part
+    speech.load_state_dict(heard, assign=True)
+    # In float32, whatever the precision of the other weights: loading rounds it once.
+    yield {"model.silence": speech.eval().silence()}

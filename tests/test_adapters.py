@@ -1,0 +1,117 @@
+"""Every way to train a model learns, saves, reloads and merges to the same outputs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import change, run_stage
+from safetensors.torch import load_file
+
+from firstsight.core.errors import UserError
+from firstsight.core.params import Optimisation
+from firstsight.data.dataset import PackedDataset
+from firstsight.data.records import Split
+from firstsight.distillation.trainer import DistillationModel, total_steps, train
+from firstsight.models.adapters import Tuning
+from firstsight.models.loading import load_model, load_processor
+from firstsight.models.packed import last_hidden_states
+
+METHODS = ["full", "lora", "qlora", "adalora"]
+
+
+def optimisation(settings, **changes) -> Optimisation:
+    values = {name: getattr(settings.train, name) for name in Optimisation.model_fields}
+    return Optimisation(**values | {"epochs": 2.0, "learning_rate": 5e-3} | changes)
+
+
+@pytest.fixture
+def sets(smoke):
+    processor = load_processor(smoke / "models/student")
+    return [PackedDataset(Split(smoke / f"data/egoqa/{split}.parquet"), processor) for split in ("train", "validation")]
+
+
+def tuned(smoke, settings, sets, scratch: Path) -> tuple[Tuning, list[float]]:
+    """The smoke run's student trained by `settings.method`, and its validation losses."""
+    train_set, validation_set = sets
+    tuning = Tuning(smoke / "models/student", settings, "cpu", total_steps(len(train_set), settings))
+    model = DistillationModel(tuning.model, regularisation=tuning.regularisation)
+    history = train(model, train_set, validation_set, settings, scratch, device="cpu", after_step=tuning.after_step)
+    return tuning, [row["eval_objective"] for row in history if "eval_objective" in row]
+
+
+@torch.inference_mode()
+def states(model, dataset) -> torch.Tensor:
+    batch = dataset.collate([dataset[index] for index in range(4)])
+    return last_hidden_states(model.eval(), batch)[batch["labels"] != -100]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_saves_reloads_and_merges(smoke, settings, sets, tmp_path, method):
+    tuning, losses = tuned(smoke, optimisation(settings, method=method, train_vision=False), sets, tmp_path / "scratch")
+    assert losses[-1] < losses[0]
+    trained = states(tuning.model, sets[1])
+    for save in ("save", "save_merged"):
+        folder = tmp_path / save
+        folder.mkdir()
+        getattr(tuning, save)(folder)
+        load_processor(smoke / "models/student").save_pretrained(folder)
+        # QLoRA's adapter belongs to NF4 weights.
+        precision = "nf4" if (save, method) == ("save", "qlora") else "float32"
+        found = states(load_model(folder, precision, "cpu"), sets[1])
+        torch.testing.assert_close(found, trained, atol=2e-4, rtol=1e-3)
+    assert (tmp_path / "save/adapter").is_dir() == (method != "full")
+    assert not (tmp_path / "save_merged/adapter").exists()
+    before, after = (load_file(path / "model.safetensors") for path in (smoke / "models/student", folder))
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved
+    assert not any("visual" in name for name in moved)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_vision_tower_is_trained_by_choice(smoke, settings, method):
+    for vision in (False, True):
+        tuning = Tuning(smoke / "models/student", optimisation(settings, method=method, train_vision=vision), "cpu", 10)
+        names = [name for name, parameter in tuning.model.named_parameters() if parameter.requires_grad]
+        assert any("visual" in name for name in names) == vision
+        assert any("language_model" in name for name in names)
+
+
+def test_qlora_trains_over_nf4_weights_of_the_language_model_alone(smoke, settings):
+    tuning = Tuning(smoke / "models/student", optimisation(settings, method="qlora", train_vision=False), "cpu", 10)
+    quantised = [name for name, module in tuning.model.named_modules() if isinstance(module, Linear4bit)]
+    assert quantised
+    assert all("language_model" in name for name in quantised)
+    assert all("lora" in name for name, parameter in tuning.model.named_parameters() if parameter.requires_grad)
+
+
+def test_adalora_shares_out_its_ranks(smoke, settings, sets, tmp_path):
+    adapter = settings.train.adapter.model_copy(update={"rank": 4})
+    changes = {"method": "adalora", "train_vision": False, "adapter": adapter, "epochs": 6.0}
+    tuning, _ = tuned(smoke, optimisation(settings, **changes), sets, tmp_path)
+    values = [p for name, p in tuning.model.named_parameters() if "lora_E" in name]
+    assert all(len(value) == 6 for value in values)  # begun with half as many again
+    assert sum(int(value.count_nonzero()) for value in values) == 4 * len(values)
+    assert tuning.regularisation() > 0
+
+
+def test_a_target_that_is_no_layer_is_refused(smoke, settings):
+    adapter = settings.train.adapter.model_copy(update={"targets": ["q_proj", "w1"]})
+    with pytest.raises(
+        UserError, match=r"expected a linear layer named 'w1' in the language model.*found \['down_proj'"
+    ):
+        Tuning(smoke / "models/student", optimisation(settings, method="lora", adapter=adapter), "cpu", 10)
+
+
+def test_an_adapted_teacher_and_student_go_through_the_stages(smoke_copy):
+    change(smoke_copy, "finetune_teacher", method="lora", train_vision=False)
+    change(smoke_copy, "train", method="qlora", train_vision=False)
+    change(smoke_copy, "targets", precision="int8")
+    for stage in (("finetune_teacher",), ("cache_teacher_targets",), ("distill",), ("evaluate", "teacher")):
+        run_stage(smoke_copy, *stage)
+    assert (smoke_copy / "models/teacher-finetuned/adapter/adapter_model.safetensors").exists()
+    history = json.loads((smoke_copy / "models/student-distilled/history.json").read_text())
+    losses = [row["eval_objective"] for row in history if "eval_objective" in row]
+    assert losses[-1] < losses[0]
+    load_model(smoke_copy / "models/student-distilled", "auto", "cpu")

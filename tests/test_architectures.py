@@ -1,0 +1,179 @@
+"""Checkpoints of several architectures through one path: loading, quantising, packing, asking."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import make_sample
+from families import save_llava, tokenizer_like
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from firstsight.core.errors import UserError
+from firstsight.data.packing import collate, encode, pack
+from firstsight.evaluation.answering import answers, model_inputs
+from firstsight.models.initialise import CHAT_TEMPLATE, build_model
+from firstsight.models.loading import language_model_name, load_model, load_processor
+from firstsight.models.packed import last_hidden_states
+from firstsight.quantization.quantize import quantize_folder
+
+QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.08,
+}
+# Qwen2's template knows content as text alone.
+TEXT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role + '\n' + message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_qwen2_vl(folder: Path, settings, processor) -> None:
+    torch.manual_seed(0)
+    build_model(settings.models.teacher.init, processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_qwen2_5_vl(folder: Path, settings, processor) -> None:
+    token = processor.tokenizer.convert_tokens_to_ids
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config=TEXT
+        | {
+            "vocab_size": 704,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=processor.image_processor,
+        video_processor=processor.video_processor,
+        tokenizer=processor.tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def save_qwen2(folder: Path, settings, processor) -> None:
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**TEXT, vocab_size=704)).save_pretrained(folder)
+    tokenizer = tokenizer_like(processor.tokenizer)
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def save_llava_onevision(folder: Path, settings, processor) -> None:
+    save_llava(folder, tokenizer_like(processor.tokenizer))
+
+
+SAVE = {
+    "Qwen2VLForConditionalGeneration": save_qwen2_vl,
+    "Qwen2_5_VLForConditionalGeneration": save_qwen2_5_vl,
+    "LlavaOnevisionForConditionalGeneration": save_llava_onevision,
+    "Qwen2ForCausalLM": save_qwen2,
+}
+
+
+@pytest.fixture(scope="module", params=SAVE, ids=list(SAVE))
+def architecture(request, settings, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    SAVE[request.param](folder, settings, processor)
+    return request.param, folder
+
+
+def samples(name: str):
+    kinds = {"none": 0} if name == "Qwen2ForCausalLM" else {"none": 0, "image": 1, "video": 4}
+    return [make_sample(kind, kind, frames, QUESTIONS) for kind, frames in kinds.items()]
+
+
+@torch.inference_mode()
+def test_an_architecture_loads_and_packs_exactly(architecture):
+    name, folder = architecture
+    model, processor = load_model(folder, "auto", "cpu"), load_processor(folder)
+    assert type(model).__name__ == name
+    assert not model.training
+    packed = [pack(processor, sample, encode(processor, sample, sample.records)) for sample in samples(name)]
+    batch = collate(packed, processor.tokenizer.pad_token_id)
+    hidden = last_hidden_states(model, batch)
+    for row, sample in enumerate(samples(name)):
+        for number, record in enumerate(sample.records, start=1):
+            own = (batch["labels"][row, 1:] != -100) & (batch["segment_ids"][row, 1:] == number)
+            tokens = batch["labels"][row, 1:][own]
+            alone = dict(model_inputs(processor, [(sample, record)], "cpu"))
+            prompt = alone["input_ids"].shape[1]
+            for key, fill in (("input_ids", tokens), ("attention_mask", torch.ones_like(tokens))):
+                alone[key] = torch.cat([alone[key], fill[None]], dim=1)
+            if "mm_token_type_ids" in alone:
+                alone["mm_token_type_ids"] = torch.cat([alone["mm_token_type_ids"], tokens[None] * 0], dim=1)
+            if hasattr(model.model, "rope_deltas"):
+                model.model.rope_deltas = None
+            expected = model.model(**alone).last_hidden_state[0, prompt - 1 : -1]
+            torch.testing.assert_close(hidden[row, :-1][own], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "kind", "bound"), [("int8", Linear8bitLt, 0.05), ("nf4", Linear4bit, 0.4)])
+@torch.inference_mode()
+def test_a_quantised_load_keeps_sight_and_head_and_reloads_exactly(architecture, tmp_path, method, kind, bound):
+    name, folder = architecture
+    whole, model = load_model(folder, "float32", "cpu"), load_model(folder, method, "cpu")
+    linear = {key: type(module) for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    inside = {key for key in linear if key.startswith(language_model_name(model))}
+    assert {key for key, one in linear.items() if one is kind} == inside
+    assert len(inside) == 2 * 7
+    processor, asked = load_processor(folder), samples(name)
+    batch = collate([pack(processor, one, encode(processor, one, one.records)) for one in asked], 0)
+    expected, found = last_hidden_states(whole, batch), last_hidden_states(model, batch)
+    assert (found - expected).norm() < bound * expected.norm()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(last_hidden_states(load_model(tmp_path, "auto", "cpu"), batch), found)
+
+
+def test_an_architecture_answers_in_batches_as_alone(architecture):
+    name, folder = architecture
+    model, processor = load_model(folder, "auto", "cpu"), load_processor(folder)
+    questions = [(sample, record) for sample in samples(name) for record in sample.records]
+    together = list(answers(model, processor, questions, 4, 6))
+    assert together == [one for question in questions for one in answers(model, processor, [question], 1, 6)]
+
+
+def test_a_text_model_refuses_pictures(settings, processor, tmp_path):
+    save_qwen2(tmp_path, settings, processor)
+    sample = make_sample("image", "image", 1, QUESTIONS)
+    with pytest.raises(UserError, match="expected records without media, because this model reads text alone"):
+        encode(load_processor(tmp_path), sample, sample.records)
+
+
+@torch.inference_mode()
+def test_a_16_bit_checkpoint_stays_so_beside_quantised_weights(settings, processor, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for path in (source, target):
+        path.mkdir()
+    build_model(settings.models.teacher.init, processor.tokenizer).to(torch.bfloat16).save_pretrained(source)
+    processor.save_pretrained(source)
+    quantize_folder(source, target, "nf4", "cpu")
+    model = load_model(target, "auto", "cpu")
+    assert model.model.visual.blocks[0].norm1.weight.dtype == torch.bfloat16
+    sample = make_sample("image", "image", 1, QUESTIONS)
+    assert len(list(answers(model, load_processor(target), [(sample, sample.records[0])], 1, 2))) == 1

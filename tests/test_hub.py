@@ -1,0 +1,449 @@
+"""Downloading, with the hub's real client against a hub on loopback; and what is refused of hubs and folders."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, YAML_SAFE, change, run_stage, workspace, write_params
+from hub_server import Hub, Repository
+from huggingface_hub import constants, file_download
+from safetensors.torch import load_file, save_file
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files, read_json
+from firstsight.core.params import Initialisation
+from firstsight.models import checkpoint, hub
+from firstsight.models.initialise import CHAT_TEMPLATE, build_model, build_processor, train_tokenizer
+from firstsight.models.loading import load_model, load_processor
+
+NAME = "tiny/qwen2-vl"
+CARD = "---\nlicense: apache-2.0\nlicense_link: LICENSE\n---\n# Tiny\n"
+TOKEN = "hf_secretsecretsecret"
+
+
+def save_as_on_the_hub(init: Initialisation, folder: Path) -> None:
+    """A checkpoint in the layout of Qwen/Qwen2-VL-2B-Instruct: flat config, old names, bfloat16 shards, split texts."""
+    torch.manual_seed(init.seed)
+    tokenizer = train_tokenizer((ROOT / init.corpus).read_text().splitlines(), init.words)
+    model = build_model(init, tokenizer).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+    processor = build_processor(tokenizer, init.max_pixels)
+    processor.image_processor.save_pretrained(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for key in ("dtype", "layer_types", "model_type", "pad_token_id", "sliding_window"):
+        text.pop(key)
+    vision = {key: value for key, value in config["vision_config"].items() if not key.startswith(("rope", "dtype"))}
+    config |= text | {
+        "vision_config": vision | {"in_chans": vision.pop("in_channels"), "spatial_patch_size": 14},
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": config.pop("dtype"),
+        "transformers_version": "4.41.2",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text(CARD)
+    (folder / "LICENSE").write_text("Apache License 2.0")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "modeling.py").write_text("raise SystemExit")
+    (folder / "onnx").mkdir()
+    (folder / "onnx/config.json").write_text("{}")
+
+
+@pytest.fixture(scope="session")
+def published(settings, tmp_path_factory) -> Path:
+    """Checkpoints as the hub has them: `student` and `teacher`. Read only."""
+    folder = tmp_path_factory.mktemp("published")
+    for role in ("student", "teacher"):
+        (folder / role).mkdir()
+        save_as_on_the_hub(getattr(settings.models, role).init, folder / role)
+    return folder
+
+
+@pytest.fixture
+def served(published, tmp_path, monkeypatch):
+    """A hub that serves a copy of the student as NAME, and a client of it with an empty cache and without a token."""
+    shutil.copytree(published / "student", tmp_path / "published")
+    with Hub({NAME: Repository(tmp_path / "published")}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(
+            file_download, "time", SimpleNamespace(sleep=lambda _: None)
+        )  # between the client's retries
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+def download(tmp_path: Path, revision: str | None = None, name: str = NAME) -> str:
+    """Download into a fresh folder `model`; a refusal leaves it empty."""
+    shutil.rmtree(tmp_path / "model", ignore_errors=True)
+    (tmp_path / "model").mkdir()
+    return hub.download(name, revision, tmp_path / "model")
+
+
+def refusal(tmp_path: Path, *arguments, **names) -> str:
+    with pytest.raises(UserError) as error:
+        download(tmp_path, *arguments, **names)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "model").iterdir())
+    return str(error.value)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: fingerprint_files([path]) for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_branch_is_resolved_and_what_is_wanted_arrives_as_it_is(served, tmp_path):
+    commit = download(tmp_path)
+    source = served.repositories[NAME]
+    assert commit == source.commit == download(tmp_path, commit) == download(tmp_path, "main")
+    unwanted = {"pytorch_model.bin", "modeling.py"}
+    published = contents(source.folder)
+    assert contents(tmp_path / "model") == {name: published[name] for name in published.keys() - unwanted}
+    assert len(served.fetched()) == len(set(served.fetched()))  # nothing twice
+    assert len([name for name in published if name.endswith(".safetensors")]) > 2
+    model, processor = load_model(tmp_path / "model", "float32", "cpu"), load_processor(tmp_path / "model")
+    assert model.num_parameters() == checkpoint.facts(tmp_path / "model")["parameters"]
+    assert processor.tokenizer.eos_token == "<|im_end|>"
+
+
+def test_files_are_linked_from_the_cache(served, tmp_path):
+    commit = download(tmp_path)
+    cached = tmp_path / f"cache/models--tiny--qwen2-vl/snapshots/{commit}/config.json"
+    assert (tmp_path / "model/config.json").samefile(cached)
+
+
+def test_a_transfer_that_breaks_off_is_resumed(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # of the client's 10 MB, only whole ones are kept
+    shard = first_shard(served)
+    served.broken[shard] = (20000, 2)
+    download(tmp_path)
+    ranges = [request.range for request in served.requests if request.path == f"/cdn/{NAME}/{shard}"]
+    assert ranges == [None, "bytes=20000-", "bytes=40000-"]
+    assert contents(tmp_path / "model")[shard] == contents(served.repositories[NAME].folder)[shard]
+
+
+def test_after_a_transfer_that_fails_a_rerun_fetches_what_is_missing(served, tmp_path):
+    shard = first_shard(served)
+    served.broken[shard] = (0, 100)
+    assert "expected an answer from the hub, found" in refusal(tmp_path)
+    came = set(served.fetched()) - {shard}
+    served.broken.clear()
+    served.requests.clear()
+    download(tmp_path)
+    assert shard in served.fetched()
+    assert not came & set(served.fetched())
+
+
+@pytest.mark.parametrize("name", ["shard", "config.json"])
+def test_wrong_bytes_are_refused_and_fetched_anew(served, tmp_path, name):
+    name, algorithm = (first_shard(served), "sha256") if name == "shard" else (name, "git-sha1")
+    served.wrong.add(name)
+    assert f"{NAME}/{name}: expected {algorithm} " in refusal(tmp_path)
+    served.wrong.clear()
+    served.requests.clear()
+    download(tmp_path)
+    assert name in served.fetched()
+    assert contents(tmp_path / "model")[name] == contents(served.repositories[NAME].folder)[name]
+
+
+def test_offline_the_cache_is_enough_and_its_absence_is_said(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "expected main in the hub's cache, because HF_HUB_OFFLINE is set" in refusal(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    commit = download(tmp_path)
+    expected = contents(tmp_path / "model")
+    served.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        assert download(tmp_path, revision) == commit
+        assert contents(tmp_path / "model") == expected
+    assert served.requests == []
+    assert "because HF_HUB_OFFLINE is set" in refusal(tmp_path, "0" * 40)
+
+
+def test_no_network_is_no_reason_to_guess_a_commit(served, tmp_path, monkeypatch):
+    download(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    assert "expected an answer from the hub, found" in refusal(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+    edit(served.repositories[NAME].folder, "generation_config.json", top_k=1)
+    served.down = 1
+    assert "expected main to stay at one commit" in refusal(tmp_path)
+    assert download(tmp_path) == served.repositories[NAME].commit
+
+
+def test_missing_and_gated_repositories_and_revisions(served, tmp_path, monkeypatch):
+    assert "nobody/nothing: expected a hub repository or a local folder" in refusal(tmp_path, name="nobody/nothing")
+    assert "a/b/c: expected a local folder, or a hub repository as owner/name" in refusal(tmp_path, name="a/b/c")
+    assert f"{NAME}: expected a revision 'v2', found none" in refusal(tmp_path, "v2")
+    assert f"{NAME}: expected a revision '{'0' * 40}', found none" in refusal(tmp_path, "0" * 40)
+    served.repositories[NAME].gated = True
+    assert f"{NAME}: expected access to a gated repository, found none; accept its terms" in refusal(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    served.refused = TOKEN
+    assert "expected a token that the hub accepts" in refusal(tmp_path)
+    served.refused = None
+    download(tmp_path)
+    assert {request.authorization for request in served.requests if request.path.startswith("/cdn")} == {None}
+
+
+def test_too_small_a_disk_is_said_before_the_weights_are_fetched(served, tmp_path, monkeypatch):
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(hub, "shutil", full)
+    assert "GB free under" in refusal(tmp_path)
+    assert not [name for name in served.fetched() if name.endswith(".safetensors")]
+
+
+def first_shard(served: Hub) -> str:
+    return min(name for name in served.repositories[NAME].files if name.endswith(".safetensors"))
+
+
+def edit(folder: Path, name: str, **values) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | values))
+
+
+def pickles_only(folder):
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    return "found pickles (pytorch_model.bin), which can run code when read"
+
+
+def unknown_architecture(folder):
+    edit(folder, "config.json", model_type="nothing_known")
+    return "found model_type 'nothing_known'; take"
+
+
+def remote_code(folder):
+    edit(folder, "config.json", model_type="own", auto_map={"AutoModel": "modeling.Own"})
+    return "found model_type 'own', and code of its own to run (auto_map), which is refused"
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return "expected a config.json that can be read"
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("[1]")
+    return "expected a config.json that can be read"
+
+
+def broken_index(folder):
+    (folder / checkpoint.INDEX).write_text("{}")
+    return "expected a weight_map in model.safetensors.index.json"
+
+
+def missing_shard(folder):
+    min(folder.glob("model-*.safetensors")).unlink()
+    return "shards that model.safetensors.index.json names, found no model-00001-of-"
+
+
+EARLY = [
+    pickles_only,
+    unknown_architecture,
+    remote_code,
+    no_config,
+    broken_config,
+    broken_index,
+    missing_shard,
+]
+
+
+@pytest.mark.parametrize("damage", EARLY)
+def test_an_unfit_repository_is_refused_before_its_weights_are_fetched(served, tmp_path, damage):
+    expected = damage(served.repositories[NAME].folder)
+    assert expected in refusal(tmp_path)
+    assert not [name for name in served.fetched() if name.endswith((".safetensors", ".bin", ".py"))]
+
+
+def broken_shard(folder):
+    shard = min(folder.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    return "expected safetensors, found a broken file"
+
+
+def other_sizes(folder):
+    edit(folder, "config.json", intermediate_size=128)
+    return (
+        "expected the weights that config.json describes, found 6 that do not fit (model.language_model.layers.0.mlp."
+    )
+
+
+def fewer_layers(folder):
+    edit(folder, "config.json", num_hidden_layers=1)
+    return "model.language_model.layers.1.input_layernorm.weight: not in the model"
+
+
+def another_layer(folder):
+    edit(folder, "config.json", num_hidden_layers=3)
+    return "model.language_model.layers.2.input_layernorm.weight: missing"
+
+
+def other_vocabulary(folder):
+    edit(folder, "config.json", vocab_size=700)
+    return "found 1 that do not fit (model.language_model.embed_tokens.weight: [672, 32] instead of [700, 32])"
+
+
+def untied_without_a_head(folder):
+    edit(folder, "config.json", tie_word_embeddings=False)
+    return "found 1 that do not fit (lm_head.weight: missing)"
+
+
+def impossible_config(folder):
+    edit(folder, "config.json", hidden_size="wide")
+    return "expected the weights that config.json describes, found"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *EARLY,
+        broken_shard,
+        other_sizes,
+        fewer_layers,
+        another_layer,
+        other_vocabulary,
+        untied_without_a_head,
+        impossible_config,
+    ],
+)
+def test_an_unfit_folder_is_refused(published, tmp_path, damage):
+    folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
+    expected = damage(folder)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError) as error:
+        hub.link(folder, tmp_path / "model")
+    assert expected in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_config_that_contradicts_its_weights_is_refused_from_the_hub_too(served, tmp_path):
+    expected = other_vocabulary(served.repositories[NAME].folder)
+    assert expected in refusal(tmp_path)
+
+
+def test_code_beside_an_architecture_that_transformers_knows_is_left_behind(published, tmp_path):
+    folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
+    edit(folder, "config.json", auto_map={"AutoModelForImageTextToText": "modeling.Own"})
+    (tmp_path / "model").mkdir()
+    hub.link(folder, tmp_path / "model")
+    assert not {"modeling.py", "pytorch_model.bin", "onnx"} & {path.name for path in (tmp_path / "model").iterdir()}
+    assert load_model(tmp_path / "model", "auto", "cpu")
+
+
+def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
+    folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
+    tensors = [tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
+    found = checkpoint.facts(folder)
+    assert found["licence"] == "apache-2.0"
+    assert (found["architecture"], found["model_type"]) == ("Qwen2VLForConditionalGeneration", "qwen2_vl")
+    assert found["dtypes"] == {"BF16": found["parameters"]}
+    assert found["parameters"] == sum(tensor.numel() for tensor in tensors)
+    shard = min(folder.glob("*.safetensors"))
+    save_file({name: tensor.float() for name, tensor in load_file(shard).items()}, shard)
+    assert sum(checkpoint.facts(folder)["dtypes"].values()) == found["parameters"]
+    assert list(checkpoint.facts(folder)["dtypes"]) == ["BF16", "F32"]
+    for card, licence in (
+        ("---\nlicense: other\nlicense_name: qwen-research\n---\n", "qwen-research"),
+        ("---\nlicense: [\n---\n", "LICENSE"),
+        ("no metadata", "LICENSE"),
+    ):
+        (folder / "README.md").write_text(card)
+        assert checkpoint.facts(folder)["licence"] == licence
+    (folder / "LICENSE").unlink()
+    assert checkpoint.facts(folder)["licence"] is None
+
+
+def test_a_quantised_folder_is_taken_as_it_is(smoke, tmp_path):
+    hub.link(smoke / "models/student-quantized", tmp_path)
+    assert "U8" in checkpoint.facts(tmp_path)["dtypes"]
+
+
+def name_models(folder: Path) -> None:
+    values = YAML_SAFE.load(folder / "params.yaml")
+    for role in ("teacher", "student"):
+        values["models"][role] |= {"source": f"tiny/{role}", "init": None}
+    write_params(folder, values)
+
+
+def test_hub_models_go_through_the_stages(served, published, tmp_path, caplog):
+    """From the hub's layout to a distilled student, and into the metrics."""
+    served.repositories |= {f"tiny/{role}": Repository(published / role) for role in ("teacher", "student")}
+    folder = workspace(tmp_path / "project")
+    name_models(folder)
+    change(folder, "finetune_teacher", enabled=False)
+    change(folder, "train", epochs=1)
+    log = logging.getLogger("firstsight")
+    log.addHandler(caplog.handler)
+    for role in ("teacher", "student"):
+        run_stage(folder, "download_models", role)
+    log.removeHandler(caplog.handler)
+    for role in ("teacher", "student"):
+        source = read_json(folder / f"models/{role}/source.json", "download-models")
+        commit = served.repositories[f"tiny/{role}"].commit
+        assert (source["source"], source["revision"], source["commit"]) == (f"tiny/{role}", None, commit)
+        assert source["licence"] == "apache-2.0"
+        assert f"main is a moving name; to pin it: models.{role}.revision: {commit}" in caplog.text
+    for stage in ("build_egoqa_dataset", "finetune_teacher", "cache_teacher_targets", "distill"):
+        run_stage(folder, stage)
+    assert load_model(folder / "models/student-distilled", "auto", "cpu")
+
+
+def test_a_token_is_neither_printed_nor_stored(served, tmp_path):
+    """In processes of their own, as a user runs them: a download, and refusals; whatever they say and write."""
+    served.repositories[NAME].gated = True
+    folder = workspace(tmp_path / "project")
+    values = YAML_SAFE.load(folder / "params.yaml")
+    values["models"]["student"] |= {"source": NAME, "init": None}
+    write_params(folder, values)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": served.endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_CACHE": str(tmp_path / "home/hub"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+    def run(**variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "stages.download_models", "student"],
+            cwd=folder,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    unprintable = run(HF_TOKEN=f"{TOKEN}\x0b.")
+    done = run(HF_TOKEN=TOKEN, HF_DEBUG="1")
+    assert done.returncode == 0, done.stderr
+    served.refused = TOKEN
+    refused = run(HF_TOKEN=TOKEN)
+    assert (unprintable.returncode, refused.returncode) == (1, 1)
+    assert unprintable.stderr.startswith("error: HF_TOKEN: expected printable ASCII characters")
+    assert refused.stderr.startswith(f"error: {NAME}: expected a token that the hub accepts")
+    assert f"Bearer {TOKEN}" in {request.authorization for request in served.requests}
+    for process in (done, refused, unprintable):
+        assert TOKEN not in process.stdout + process.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path

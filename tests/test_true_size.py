@@ -1,0 +1,39 @@
+"""Qwen2-VL-2B at its true size, with random weights: it loads, answers and is quantised on the CPU."""
+
+import pytest
+import torch
+from conftest import make_sample
+
+from benchmarks.checkpoints import write_random
+from benchmarks.distill_step import STUDENT, config
+from firstsight.evaluation.answering import answers
+from firstsight.models.loading import load_model, load_processor
+from firstsight.quantization.quantize import quantize_folder
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_2b_student_loads_answers_and_is_quantised(processor, tmp_path):
+    folder, quantised = tmp_path / "student", tmp_path / "quantised"
+    for path in (folder, quantised):
+        path.mkdir()
+    write_random(config(STUDENT, 1, processor.tokenizer), folder, torch.bfloat16)
+    processor.save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) == 3
+    sample = make_sample("image", "image", 1, [("What is in your left hand?", "a cup")])
+
+    model = load_model(folder, "bfloat16", "cpu")
+    assert model.num_parameters() == 2_208_985_600
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert len(list(answers(model, load_processor(folder), [(sample, sample.records[0])], 1, 2))) == 1
+    del model
+
+    # Seven layers in each of 28 blocks; the head and all of the vision tower are kept.
+    counts = quantize_folder(folder, quantised, "nf4", "cpu")
+    assert counts["quantized_layers"] == 28 * 7
+    sizes = [sum(path.stat().st_size for path in one.glob("*.safetensors")) for one in (folder, quantised)]
+    assert sizes[0] == pytest.approx(2 * 2_208_985_600, rel=1e-3)
+    # 1.31 of the 2.21 billion parameters go from 16 bits to about 4.1.
+    assert sizes[1] < 0.6 * sizes[0]
+    model = load_model(quantised, "auto", "cpu")
+    assert len(list(answers(model, load_processor(quantised), [(sample, sample.records[0])], 1, 2))) == 1

@@ -95,3 +95,11 @@ def message(folder, values) -> str:
         params.load(path)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_is_complete_and_guesses_no_commit(path):
+    loaded = params.load(path)
+    for model in (loaded.models.teacher, loaded.models.student):
+        assert model.revision in (None, "main")
+    assert (ROOT / loaded.data.path).is_file()

@@ -62,7 +62,7 @@ def run() -> None:
     rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
     error_sums: Counter[str] = Counter()
     work = made_from | {"k": settings.k, "batch_size": settings.batch_size, "device": device}
-    with scratch.kept_folder("cache-teacher-targets", work) as kept, whole_folder(OUTPUT) as folder:
+    with scratch.kept_folder("cache-teacher-targets", work) as kept:
         for split, dataset in splits.items():
             writer = SplitTargetsWriter(kept, split)
             if writer.batches:
@@ -77,8 +77,9 @@ def run() -> None:
             error_sums.update(writer.close())
         error = {temperature: total / tokens for temperature, total in error_sums.items()}
         index = Index(**made_from, bytes_per_token=builder.bytes_per_token, topk_error=error)
-        link_folder(kept, folder)
-        write_index(folder, index, builder.kept_head)
+        with whole_folder(OUTPUT) as folder:
+            link_folder(kept, folder)
+            write_index(folder, index, builder.kept_head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{tokens:,}", size / 1e6)
     for temperature, kl in error.items():

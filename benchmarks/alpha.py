@@ -7,21 +7,16 @@ data; without one, seeds 0, 1 and 2. Writes benchmarks/alpha-SEED.csv: exact mat
 it was measured on.
 """
 
-import csv
-import platform
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
-
+from benchmarks.measuring import environment, write
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
-from firstsight.distillation.targets import read_head
+from firstsight.distillation.targets import read_head, read_index
 from firstsight.distillation.trainer import DistillationModel, train
 from firstsight.evaluation.answering import answers
 from firstsight.evaluation.quality import summarise
@@ -49,16 +44,10 @@ def run() -> None:
                 "exact_match": round(quality["exact_match"], 4),
                 "f1": round(quality["f1"], 4),
                 "seconds": round(time.perf_counter() - started),
-                "device": f"{platform.machine()} {device}, {torch.get_num_threads()} threads",
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "date": date.today().isoformat(),
+                **environment(device),
             })  # fmt: skip
             log.info("seed %d, alpha %g: exact match %.3f", seed, alpha, quality["exact_match"])
-        with Path(f"benchmarks/alpha-{seed}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(f"alpha-{seed}", rows)
 
 
 def one_student(loaded: params.Params, seed: int, alpha: float, device: str, questions: list) -> dict:
@@ -71,11 +60,16 @@ def one_student(loaded: params.Params, seed: int, alpha: float, device: str, que
         initialise(init.model_copy(update={"seed": init.seed + seed}), folder)
         student, processor = load_model(folder, "float32", device), load_processor(folder)
         settings = loaded.train.model_copy(update={"seed": loaded.train.seed + seed, "alpha": alpha})
-        model = DistillationModel(student, read_head(TARGETS).to(device), settings.temperature, alpha)
+        model = DistillationModel(
+            student,
+            settings,
+            teacher_head=read_head(TARGETS, device),
+            shared_vocabulary=read_index(TARGETS).shared_vocabulary,
+        )
         train(
             model,
-            dataset("train", processor),
-            dataset("validation", processor),
+            dataset("train", processor, None),
+            dataset("validation", processor, None),
             settings,
             Path(scratch) / "checkpoints",
             early_stopping_epochs=settings.early_stopping_epochs,

@@ -80,8 +80,8 @@ class Shape:
         self.parameters = model.num_parameters()
         self.stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.head = head.weight.numel()
-        tied = head.weight is model.get_input_embeddings().weight
-        self.language = sum(p.numel() for p in decoder.parameters()) + (0 if tied else self.head)
+        self.tied = head.weight is model.get_input_embeddings().weight
+        self.language = sum(p.numel() for p in decoder.parameters()) + (0 if self.tied else self.head)
         self.vision = self.parameters - self.language
         self.embedding = model.get_input_embeddings().weight.numel()
         self.linear = sum(m.weight.numel() for m in self.language_linears.values())
@@ -99,10 +99,13 @@ class Shape:
         """
         if settings.method == "full":
             return self.parameters if settings.train_vision else self.language
-        adapted = [m for name, m in self.language_linears.items() if name.endswith(tuple(settings.adapter.targets))]
-        found = {name.rsplit(".", 1)[-1] for name in self.language_linears}
-        if absent := sorted(set(settings.adapter.targets) - found):
-            raise UserError(f"adapter.targets: expected some of {', '.join(sorted(found))}, found {absent[0]}")
+        targets, last = settings.adapter.targets, {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
+        if absent := sorted(set(targets) - set(last.values())):
+            raise UserError(
+                f"adapter.targets: expected linear layers of {self.name}'s language model "
+                f"({', '.join(sorted(set(last.values())))}), found {absent[0]}; correct it"
+            )
+        adapted = [module for name, module in self.language_linears.items() if last[name] in targets]
         if settings.train_vision:
             adapted += self.vision_linears
         if settings.method == "adalora":
@@ -231,6 +234,6 @@ def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Si
     models = 1 if teacher is None else 2
     logits = (models * min(CHUNK, answers) + _TEMPORARIES * min(_BLOCK, answers)) * shape.rows * 4
     trained_head = shape.head * 4 if settings.method == "full" else 0
-    widest = max([teacher.hidden] if teacher else [], default=0)
-    converted = _HEAD_ROWS * max(widest, 0 if settings.method == "full" else shape.hidden) * 4
-    return logits + trained_head + converted
+    narrow = [teacher.hidden] if teacher else []
+    narrow += [] if settings.method == "full" else [shape.hidden]
+    return logits + trained_head + _HEAD_ROWS * max(narrow, default=0) * 4

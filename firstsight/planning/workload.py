@@ -126,7 +126,7 @@ def _visual(config: PretrainedConfig, sizes: Sizes) -> tuple[float, float]:
     if config.model_type == "llava_onevision":
         side = vision.image_size // vision.patch_size
         if sizes.kind == "video":
-            return sizes.frames * side**2, sizes.frames * -(-side // 2) ** 2 + 1
+            return sizes.frames * side**2, sizes.frames * -((-side // 2) ** 2) + 1
         tiles = sizes.frames * _TILES
         return tiles * side**2, tiles * side**2
     raise UserError(

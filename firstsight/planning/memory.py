@@ -133,7 +133,7 @@ def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
     return Memory(
         weights=_trained_weights(shape, settings),
         training=_optimisation(shape, settings),
-        activations=_kept(shape, settings, sizes) + _loss(shape, settings, None, sizes),
+        activations=training_activations(shape, settings, sizes) + _loss(shape, settings, None, sizes),
     )
 
 
@@ -151,7 +151,7 @@ def caching(shape: Shape, params: Params, sizes: Sizes) -> Memory:
 def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> Memory:
     """Of distill; with the teacher beside the student for online targets, with its head for hidden states."""
     settings, targets = params.train, params.targets
-    weights, activations = _trained_weights(student, settings), _kept(student, settings, sizes)
+    weights, activations = _trained_weights(student, settings), training_activations(student, settings, sizes)
     if targets.kind == "online":
         weights += teacher.weights_bytes(targets.precision)
         activations += _inference(teacher, targets.precision, settings.batch_size, sizes)
@@ -194,38 +194,48 @@ def _optimisation(shape: Shape, settings: Optimisation) -> float:
     return 14 * trained + (2 * shape.largest_linear if settings.method == "qlora" else 0)
 
 
-def _kept(shape: Shape, settings: Optimisation, sizes: Sizes) -> float:
-    """Activations from forward to backward pass of a micro-batch."""
+def layer_bytes(shape: Shape, settings: Optimisation, sizes: Sizes) -> tuple[float, float]:
+    """Of a micro-batch, what autograd keeps of one language layer and of one vision block, were neither frozen."""
     patches, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
-    mask = settings.batch_size * (tokens / settings.batch_size) ** 2 * 2
     h, i, e, m = shape.hidden, shape.intermediate, shape.vision_hidden, shape.vision_intermediate
-    full = settings.method == "full"
-    layer = tokens * ((34 if full else 28) * h + 8 * i) + (mask if full else 0)
-    if not full and settings.adapter.dropout:
-        layer += tokens * (24 * h + 4 * i)
-    block = patches * ((26 if full else 22) * e + 6 * m)
-    # A frozen tower is run as without training.
-    frozen = patches * (16 * e + 4 * m)
-    shared_mask = mask * (2 if full else 1)
-    input_bytes = 4 if full else 2
+    if settings.method == "full":
+        mask = 2 * tokens**2 / settings.batch_size
+        return tokens * (34 * h + 8 * i) + mask, patches * (26 * e + 6 * m)
+    dropout = 24 * h + 4 * i if settings.adapter.dropout else 0
+    return tokens * (28 * h + 8 * i + dropout), patches * (22 * e + 6 * m)
+
+
+def training_activations(shape: Shape, settings: Optimisation, sizes: Sizes) -> float:
+    """Of a micro-batch: what is kept from forward to backward pass, and the layer that is worked on."""
+    patches, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
+    layer, block = layer_bytes(shape, settings, sizes)
+    # A frozen tower runs as without training.
+    working = max(layer, block if settings.train_vision else _block(shape, patches))
+    mask = tokens**2 / settings.batch_size * _stream(settings)
     if settings.gradient_checkpointing:
-        kept = tokens * input_bytes * h * shape.layers
-        kept += patches * input_bytes * e * shape.vision_layers if settings.train_vision else 0
-        working = 2 * max(layer, block if settings.train_vision else frozen)
-    else:
-        kept = layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0)
-        working = max(layer, block if settings.train_vision else frozen)
-    return kept + working + shared_mask
+        # The layer worked on is both computed again and differentiated.
+        working *= 2
+        layer, block = (_stream(settings) * one for one in (tokens * shape.hidden, patches * shape.vision_hidden))
+    return layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0) + mask + working
+
+
+def _stream(settings: Optimisation) -> int:
+    """Bytes a number of the residual stream."""
+    return 4 if settings.method == "full" else 2
+
+
+def _block(shape: Shape, patches: float) -> float:
+    """A vision block without training."""
+    return patches * (16 * shape.vision_hidden + 4 * shape.vision_intermediate)
 
 
 def _inference(shape: Shape, precision: str, batch_size: int, sizes: Sizes) -> float:
     """Activations alive at once in a forward pass without training."""
     patches, tokens = (batch_size * one for one in patches_and_tokens(shape.model, sizes))
-    mask = batch_size * (tokens / batch_size) ** 2 * 2
+    mask = 2 * tokens**2 / batch_size
     language = tokens * (16 * shape.hidden + 6 * shape.intermediate) + mask
-    vision = patches * (16 * shape.vision_hidden + 4 * shape.vision_intermediate)
     dequantised = 2 * shape.largest_linear if precision == "nf4" else 0
-    return (max(language, vision) + mask) * (2 if precision == "float32" else 1) + dequantised
+    return (max(language, _block(shape, patches)) + mask) * (2 if precision == "float32" else 1) + dequantised
 
 
 def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Sizes) -> float:

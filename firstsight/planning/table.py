@@ -8,8 +8,7 @@ from firstsight.planning import arithmetic, memory
 from firstsight.planning.memory import LOADED, Memory, Shape
 from firstsight.planning.workload import Workload
 
-HEADER = ("stage", "loads", "weights", "training", "activations", "GPU memory", "keeps on disk", "scratch", "time")
-_GIB, _GB = 1 << 30, 1e9
+HEADER = ("stage", "loads", "weights", "training", "activations", "GPU memory", "disk", "scratch", "time")
 
 
 @dataclass(frozen=True)
@@ -104,29 +103,32 @@ def render(found: list[Row]) -> str:
         for row in cells
     ]
     kept, scratch = sum(row.disk for row in found), max(row.scratch for row in found)
-    total = f"disk  {_size(kept, _GB, 'GB')} kept, and {_size(scratch, _GB, 'GB')} of checkpoints while a stage trains"
+    total = f"disk  {_disk(kept)} kept, and {_disk(scratch)} of checkpoints while a stage trains"
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", total])
 
 
 def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
-    """Whether all stages fit a GPU, and by how much; the first largest stage where they do not."""
+    """Whether all stages fit a GPU, and by how much; which stages do not."""
     largest = max((row for row in found if row.memory), key=lambda row: row.memory.total)
     spare = memory_bytes - largest.memory.total
     if spare >= 0:
-        return f"fits {name} with {_size(spare)} to spare"
-    too_large = [row.stage for row in found if row.memory and row.memory.total > memory_bytes]
-    return f"does not fit {name}: {largest.stage} takes {_size(largest.memory.total)}" + (
-        f" (too large as well: {', '.join(stage for stage in too_large if stage != largest.stage)})"
-        if len(too_large) > 1
-        else ""
+        return f"fits {name} with {_memory(spare)} to spare"
+    stages = [row.stage for row in found if row.memory and row.memory.total > memory_bytes]
+    return (
+        f"does not fit {name}: {largest.stage} takes {_memory(largest.memory.total)} (too large: {', '.join(stages)})"
     )
 
 
 def _cells(row: Row, operations: float) -> tuple[str, ...]:
     used = row.memory
-    parts = [_size(one) for one in (used.weights, used.training, used.activations, used.total)] if used else ["-"] * 4
-    disk = [_size(one, _GB, "GB") if one else "-" for one in (row.disk, row.scratch)]
-    return (row.stage, row.loads, *parts, *disk, f"{row.operations / operations:.1%}" if row.operations else "-")
+    parts = (used.weights, used.training, used.activations, used.total) if used else (0,) * 4
+    return (
+        row.stage,
+        row.loads,
+        *(_memory(one) if one else "-" for one in parts),
+        *(_disk(one) if one else "-" for one in (row.disk, row.scratch)),
+        f"{row.operations / operations:.1%}" if row.operations else "-",
+    )
 
 
 def _checkpoints(shape: Shape, settings: Optimisation) -> float:
@@ -162,5 +164,11 @@ def _millions(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _size(count: float, unit: float = _GIB, name: str = "GiB") -> str:
-    return f"{count / unit:.1f} {name}"
+def _memory(count: float) -> str:
+    """2 ** 30 -> "1.0 GiB"; as GPUs are sold."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 20 else f"{count / 2**20:.1f} MiB"
+
+
+def _disk(count: float) -> str:
+    """1e9 -> "1.0 GB"; as disks are."""
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

@@ -5,6 +5,8 @@ about what Qwen2's tokenizer makes of English.
 """
 
 import io
+import math
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -72,8 +74,8 @@ def workload(data: Data, path: Path) -> Workload:
         samples = _SAMPLES
         typical = largest = Sizes("video", data.max_frames, data.max_pixels, 1, _QUESTION, _ANSWER)
         source = (
-            f"not built yet; assumed {samples:,} samples, each a video of {data.max_frames} frames of "
-            f"{data.max_pixels:,} pixels with one question of {_QUESTION} tokens and an answer of {_ANSWER}"
+            f"not built yet; assumed {samples:,} videos of {data.max_frames} frames of {data.max_pixels:,} pixels, "
+            "a question each"
         )
     held_out = {"validation": data.validation_fraction, "test": data.test_fraction}
     shares = {"train": 1 - sum(held_out.values()), **held_out}
@@ -126,7 +128,7 @@ def _visual(config: PretrainedConfig, sizes: Sizes) -> tuple[float, float]:
     if config.model_type == "llava_onevision":
         side = vision.image_size // vision.patch_size
         if sizes.kind == "video":
-            return sizes.frames * side**2, sizes.frames * -((-side // 2) ** 2) + 1
+            return sizes.frames * side**2, sizes.frames * math.ceil(side / 2) ** 2 + 1
         tiles = sizes.frames * _TILES
         return tiles * side**2, tiles * side**2
     raise UserError(

@@ -35,7 +35,11 @@ def run() -> None:
     print(f"params  {path}\ndata    {work.source}\n\n{table.render(rows)}\n")
     for name, memory in gpus():
         print(table.verdict(rows, name, memory))
-    print("\ntime is each stage's share of the arithmetic, not hours; GPU memory is a formula's, firstsight/planning/")
+    if any("EgoGPT" in model.source for model in (loaded.models.teacher, loaded.models.student)):
+        print("\nEgoGPT's speech encoder and what it adds to a sequence are not counted")
+    print(
+        "\ntime is each stage's share of the arithmetic, not hours; GPU memory is calculated, see firstsight/planning/memory.py"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The plan's sizes are the models' own, its formulas what PyTorch and peft really take on tiny models."""
 
+import re
 import subprocess
 import sys
 
@@ -108,6 +109,23 @@ def test_presets_fit_the_gpu_they_are_for(name, size, in_root):
     rows = table.rows(loaded, workload(loaded.data, path))
     assert table.verdict(rows, "it", size * GIB).startswith("fits it with")
     assert table.verdict(rows, "it", 8 * GIB).startswith("does not fit it: ")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_reads_a_file_that_exists_and_revisions_that_are_pinned_or_named(path):
+    loaded = params.load(path)
+    assert (ROOT / loaded.data.path).is_file()
+    for model in (loaded.models.teacher, loaded.models.student):
+        if model.source != "init":
+            assert model.source in KNOWN
+            assert re.fullmatch("main|[0-9a-f]{40}", model.revision)
+
+
+def test_nothing_else_imports_the_plan():
+    others = [path for folder in ("firstsight", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    for path in others:
+        if path.parent.name != "planning" and path.name != "plan.py":
+            assert "firstsight.plan" not in path.read_text(), path
 
 
 def test_what_should_take_less_takes_less(teacher, student, preset):

@@ -37,7 +37,7 @@ scales (one in thousands) and outliers.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ class Memory:
     weights: float
     training: float = 0.0
     activations: float = 0.0
-    overhead: float = field(default=OVERHEAD)
+    overhead: float = OVERHEAD
 
     @property
     def total(self) -> float:
@@ -138,10 +138,8 @@ def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
 
 
 def caching(shape: Shape, params: Params, sizes: Sizes) -> Memory:
-    """Of cache-teacher-targets; none for online targets."""
+    """Of cache-teacher-targets, unless targets are online, when it loads no model."""
     settings = params.targets
-    if settings.kind == "online":
-        return Memory(0, overhead=0)
     return Memory(
         weights=shape.weights_bytes(settings.precision),
         activations=_inference(shape, settings.precision, settings.batch_size, sizes),

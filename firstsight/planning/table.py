@@ -8,7 +8,7 @@ from firstsight.planning import arithmetic, memory
 from firstsight.planning.memory import LOADED, Memory, Shape
 from firstsight.planning.workload import Workload
 
-HEADER = ("stage", "loads", "weights", "training", "activations", "GPU memory", "disk", "scratch", "time")
+HEADER = ("stage", "loads", "weights", "training", "activations", "GPU", "disk", "scratch", "time")
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,7 @@ def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
     if spare >= 0:
         return f"fits {name} with {_memory(spare)} to spare"
     stages = [row.stage for row in found if row.memory and row.memory.total > memory_bytes]
-    return (
-        f"does not fit {name}: {largest.stage} takes {_memory(largest.memory.total)} (too large: {', '.join(stages)})"
-    )
+    return f"does not fit {name}: {', '.join(stages)} would take up to {_memory(largest.memory.total)}"
 
 
 def _cells(row: Row, operations: float) -> tuple[str, ...]:
@@ -149,7 +147,7 @@ def _training(shape: Shape, settings: Optimisation) -> str:
     trained = shape.trained(settings)
     if settings.method == "full":
         return f"{_millions(trained)} trained of {_millions(shape.parameters)}"
-    return f"{_millions(trained)} {settings.method} over {_millions(shape.parameters)} {LOADED[settings.method]}"
+    return f"{_millions(trained)} {settings.method}, {_millions(shape.parameters)} {LOADED[settings.method]}"
 
 
 def _named(precision: str) -> str:

@@ -6,7 +6,6 @@ about what Qwen2's tokenizer makes of English.
 
 import io
 import math
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -94,7 +93,10 @@ def _built(card: dict) -> Workload:
 
 
 def _sizes(samples: Iterable[Sample]) -> tuple[Sizes, Sizes]:
-    """The mean and the largest of samples; each size of the largest is the largest there is, wherever it occurs."""
+    """The mean and the largest of samples, all taken to be of the commonest kind.
+
+    Each size of the largest is the largest there is, whichever sample it is of.
+    """
     kinds, rows = [], []
     for sample in samples:
         width, height = Image.open(io.BytesIO(sample.frames[0])).size if sample.frames else (0, 0)

@@ -37,9 +37,7 @@ def run() -> None:
         print(table.verdict(rows, name, memory))
     if any("EgoGPT" in model.source for model in (loaded.models.teacher, loaded.models.student)):
         print("\nEgoGPT's speech encoder and what it adds to a sequence are not counted")
-    print(
-        "\ntime is each stage's share of the arithmetic, not hours; GPU memory is calculated, see firstsight/planning/memory.py"
-    )
+    print("\ntime is a stage's share of the arithmetic, not hours; for GPU memory see firstsight/planning/memory.py")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from firstsight.core.params import Optimisation, Params
+from firstsight.core.params import Evaluate, Optimisation, Params
 from firstsight.models.shapes import on_meta
 from firstsight.planning import arithmetic, memory
 from firstsight.planning.memory import LOADED, Memory, Shape
@@ -29,65 +29,74 @@ class Row:
 def rows(params: Params, work: Workload) -> list[Row]:
     """The stages that take weights, memory or time; what fine-tuning or caching leaves out is not among them."""
     teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
-    train, evaluate = params.train, params.evaluate
-
-    def variant(name: str, shape: Shape, precision: str) -> Row:
-        used = memory.answering(shape, precision, evaluate.batch_size, evaluate.max_new_tokens, work.largest)
-        return Row(
-            f"evaluate {name}",
-            f"{_millions(shape.parameters)} {_named(precision)}",
-            used,
-            operations=arithmetic.answering(shape, work, evaluate.max_new_tokens),
-        )
-
     found = [
-        Row("download-models", f"{_millions(shape.parameters)} {role}", disk=shape.stored_bytes)
+        Row("download-models", f"{_count(shape.parameters)} {role}", disk=shape.stored_bytes)
         for role, shape in (("teacher", teacher), ("student", student))
     ]
     if params.finetune_teacher.enabled:
-        settings = params.finetune_teacher
-        found.append(
-            Row(
-                "finetune-teacher",
-                _training(teacher, settings),
-                memory.finetuning(teacher, settings, work.largest),
-                disk=teacher.stored_bytes if settings.method == "full" else 4 * teacher.trained(settings),
-                scratch=_checkpoints(teacher, settings),
-                operations=arithmetic.finetuning(teacher, settings, work),
-            )
-        )
+        found.append(_finetune_teacher(teacher, params.finetune_teacher, work))
     if params.targets.kind != "online":
-        found.append(
-            Row(
-                "cache-teacher-targets",
-                f"{_millions(teacher.parameters)} {_named(params.targets.precision)}",
-                memory.caching(teacher, params, work.largest),
-                disk=_targets(student, teacher, params, work),
-                operations=arithmetic.caching(teacher, work),
-            )
-        )
-    beside = f", teacher {_named(params.targets.precision)}" if params.targets.kind == "online" else ""
-    return [
-        *found,
-        Row(
-            "distill",
-            _training(student, train) + beside,
-            memory.distilling(student, teacher, params, work.largest),
-            disk=student.stored_bytes,
-            scratch=_checkpoints(student, train),
-            operations=arithmetic.distilling(student, teacher, params, work),
-        ),
-        Row(
-            "quantize-student",
-            f"{_millions(student.parameters)} {params.quantize.method}",
-            memory.quantising(student, params.quantize.method),
-            disk=student.weights_bytes(params.quantize.method),
-        ),
-        variant("teacher", teacher, evaluate.precision),
-        variant("student", student, evaluate.precision),
-        variant("student-distilled", student, evaluate.precision),
-        variant("student-quantized", student, params.quantize.method),
-    ]
+        found.append(_cache_teacher_targets(student, teacher, params, work))
+    found.append(_distill(student, teacher, params, work))
+    found.append(_quantize_student(student, params.quantize.method))
+    variants = {
+        "teacher": (teacher, params.evaluate.precision),
+        "student": (student, params.evaluate.precision),
+        "student-distilled": (student, params.evaluate.precision),
+        "student-quantized": (student, params.quantize.method),
+    }
+    return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]
+
+
+def _finetune_teacher(teacher: Shape, settings: Optimisation, work: Workload) -> Row:
+    return Row(
+        "finetune-teacher",
+        _training(teacher, settings),
+        memory.finetuning(teacher, settings, work.largest),
+        disk=teacher.stored_bytes if settings.method == "full" else 4 * teacher.trained(settings),
+        scratch=_checkpoints(teacher, settings),
+        operations=arithmetic.finetuning(teacher, settings, work),
+    )
+
+
+def _cache_teacher_targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> Row:
+    return Row(
+        "cache-teacher-targets",
+        _loaded(teacher, params.targets.precision),
+        memory.caching(teacher, params, work.largest),
+        disk=_targets(student, teacher, params, work),
+        operations=arithmetic.caching(teacher, work),
+    )
+
+
+def _distill(student: Shape, teacher: Shape, params: Params, work: Workload) -> Row:
+    beside = f", {_loaded(teacher, params.targets.precision)}" if params.targets.kind == "online" else ""
+    return Row(
+        "distill",
+        _training(student, params.train) + beside,
+        memory.distilling(student, teacher, params, work.largest),
+        disk=student.stored_bytes,
+        scratch=_checkpoints(student, params.train),
+        operations=arithmetic.distilling(student, teacher, params, work),
+    )
+
+
+def _quantize_student(student: Shape, method: str) -> Row:
+    return Row(
+        "quantize-student",
+        _loaded(student, method),
+        memory.quantising(student, method),
+        disk=student.weights_bytes(method),
+    )
+
+
+def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, work: Workload) -> Row:
+    return Row(
+        f"evaluate {variant}",
+        _loaded(shape, precision),
+        memory.answering(shape, precision, settings.batch_size, settings.max_new_tokens, work.largest),
+        operations=arithmetic.answering(shape, work, settings.max_new_tokens),
+    )
 
 
 def render(found: list[Row]) -> str:
@@ -144,22 +153,22 @@ def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
 
 
 def _training(shape: Shape, settings: Optimisation) -> str:
-    trained = shape.trained(settings)
+    trained = _count(shape.trained(settings))
     if settings.method == "full":
-        return f"{_millions(trained)} trained of {_millions(shape.parameters)}"
-    return f"{_millions(trained)} {settings.method}, {_millions(shape.parameters)} {LOADED[settings.method]}"
+        return f"{trained} trained of {_count(shape.parameters)}"
+    return f"{trained} {settings.method}, {_loaded(shape, LOADED[settings.method])}"
 
 
-def _named(precision: str) -> str:
-    return "bfloat16" if precision == "auto" else precision
+def _loaded(shape: Shape, precision: str) -> str:
+    return f"{_count(shape.parameters)} {'bfloat16' if precision == 'auto' else precision}"
 
 
-def _millions(count: float) -> str:
-    """8291375616 -> "8.29 G", of parameters."""
-    for divisor, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= divisor:
-            return f"{count / divisor:.3g}{prefix}"
-    return f"{count:.0f}"
+def _count(parameters: float) -> str:
+    """8291375616 -> "8.29 G"."""
+    for divisor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if parameters >= divisor:
+            return f"{parameters / divisor:.3g} {prefix}"
+    return str(parameters)
 
 
 def _memory(count: float) -> str:

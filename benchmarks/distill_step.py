@@ -36,11 +36,9 @@ from firstsight.distillation.trainer import DistillationModel
 from firstsight.models.head import head_weight
 from firstsight.models.initialise import build_processor, train_tokenizer
 from firstsight.models.loading import load_model
+from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.sources import synthetic
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied (the hub's config.json of 7B and 2B)
-TEACHER = (3584, 18_944, 28, 28, 4, 152_064, False)
-STUDENT = (1536, 8960, 28, 12, 2, 151_936, True)
 # divisor of widths and vocabulary, side of a picture in pixels (28 a visual token)
 SCALE = {"cpu": (8, 224), "cuda": (1, 448)}
 # Tokens of both vocabularies, at true size.
@@ -48,18 +46,14 @@ SHARED = 151_657
 SAMPLES, STEPS = 4, {"cpu": 3, "cuda": 10}
 
 
-def config(sizes: tuple, divisor: int, tokenizer) -> Qwen2VLConfig:
-    hidden, intermediate, layers, heads, kv_heads, rows, tied = sizes
+def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
+    """Qwen2-VL with the sizes of its language model, widths and vocabulary divided."""
     token = tokenizer.convert_tokens_to_ids
+    widths = {name: sizes[name] // divisor for name in ("vocab_size", "hidden_size", "intermediate_size")}
     return Qwen2VLConfig(
         text_config={
-            "vocab_size": rows // divisor,
-            "hidden_size": hidden // divisor,
-            "intermediate_size": intermediate // divisor,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "tie_word_embeddings": tied,
+            **sizes,
+            **widths,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
@@ -73,14 +67,14 @@ def config(sizes: tuple, divisor: int, tokenizer) -> Qwen2VLConfig:
             "embed_dim": 1280 // divisor,
             # Rotary positions need heads of a multiple of 4.
             "num_heads": 16 if divisor == 1 else 8,
-            "hidden_size": hidden // divisor,
+            "hidden_size": widths["hidden_size"],
             "mlp_ratio": 4,
         },
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=tied,
+        tie_word_embeddings=sizes["tie_word_embeddings"],
     )
 
 
@@ -106,7 +100,7 @@ def measure(case: str, device: str) -> dict[str, float]:
     batch = {name: one.to(device) for name, one in collate(features, tokenizer.pad_token_id).items()}
     answers = int((batch["labels"] != IGNORE).sum())
 
-    student_config, teacher_config = (config(sizes, divisor, tokenizer) for sizes in (STUDENT, TEACHER))
+    student_config, teacher_config = (config(sizes, divisor, tokenizer) for sizes in (QWEN2_VL_2B, QWEN2_VL_7B))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     with tempfile.TemporaryDirectory() as folder:

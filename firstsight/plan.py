@@ -1,0 +1,44 @@
+"""Plan a run before anything is downloaded: memory, disk and relative time of every stage, and what GPU it fits.
+
+    python -m firstsight.plan [presets/X.yaml]      params.yaml where no file is named
+
+Nothing is computed but sizes, on any machine. GPU memory is in GiB, as GPUs are sold; disk in GB.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from firstsight.core import params
+from firstsight.core.stage import main
+from firstsight.planning import table
+from firstsight.planning.workload import workload
+
+# What GPUs there commonly are, where there is none to ask.
+COMMON_GIB = (24, 48, 80)
+
+
+def gpus() -> list[tuple[str, int]]:
+    """Name and bytes of the GPUs at hand, or of common ones."""
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    if found:
+        return [(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)", gpu.total_memory) for gpu in found]
+    return [(f"{size} GiB", size << 30) for size in COMMON_GIB]
+
+
+def run() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else params.PARAMS_FILE
+    loaded = params.load(path)
+    work = workload(loaded.data, path)
+    rows = table.rows(loaded, work)
+    print(f"params  {path}\ndata    {work.source}\n\n{table.render(rows)}\n")
+    for name, memory in gpus():
+        print(table.verdict(rows, name, memory))
+    if any("EgoGPT" in model.source for model in (loaded.models.teacher, loaded.models.student)):
+        print("\nEgoGPT's speech encoder and what it adds to a sequence are not counted")
+    print("\ntime is a stage's share of the arithmetic, not hours; for GPU memory see firstsight/planning/memory.py")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,306 @@
+"""The plan's sizes are the models' own, its formulas what PyTorch and peft really take on tiny models."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_sample, run_stage, workspace
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig
+
+from firstsight import plan
+from firstsight.core import params
+from firstsight.core.errors import UserError
+from firstsight.data.packing import collate, encode, pack
+from firstsight.models.initialise import build_model
+from firstsight.models.loading import load_model
+from firstsight.models.packed import answer_states
+from firstsight.models.shapes import KNOWN, on_meta
+from firstsight.planning import arithmetic, memory, table
+from firstsight.planning.memory import Shape
+from firstsight.planning.workload import Sizes, patches_and_tokens, workload
+
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+GIB = 1 << 30
+VIDEO = Sizes("video", frames=16, pixels=200_704, questions=1, question_tokens=32, answer_tokens=16)
+
+
+def known(source: str) -> Shape:
+    return Shape(source, on_meta(params.Model(source=source, revision=None, init=None)))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Shape:
+    return known("Qwen/Qwen2-VL-7B-Instruct")
+
+
+@pytest.fixture(scope="module")
+def student() -> Shape:
+    return known("Qwen/Qwen2-VL-2B-Instruct")
+
+
+@pytest.fixture
+def preset() -> params.Params:
+    return params.load(ROOT / "presets" / "qwen2-vl-7b-24gb.yaml")
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def but(section, **values):
+    return section.model_copy(update=values)
+
+
+def test_known_models_have_their_published_sizes(teacher, student):
+    assert (teacher.parameters, teacher.vision) == (8_291_375_616, 675_759_104)
+    assert (student.parameters, student.vision) == (2_208_985_600, 665_271_296)
+    for source in (source for source in KNOWN if "EgoGPT" in source):
+        egogpt = known(source)
+        tower = sum(one.numel() for one in egogpt.model.model.vision_tower.parameters())
+        projector = sum(one.numel() for one in egogpt.model.model.multi_modal_projector.parameters())
+        assert (egogpt.language, tower, projector) == (7_615_616_512, 397_747_744, 16_980_992)
+        assert egogpt.vision == tower + projector + 3584  # and image_newline
+
+
+def test_sixteen_bit_weights_take_two_bytes_each(teacher, student):
+    assert teacher.weights_bytes("bfloat16") == teacher.stored_bytes == 2 * teacher.parameters
+    assert student.weights_bytes("auto") == student.stored_bytes == 2 * student.parameters
+
+
+def test_a_video_is_a_token_for_four_patches_of_two_frames(student):
+    patches, tokens = patches_and_tokens(student.model, VIDEO)
+    assert patches == 8 * 448 * 448 / 14**2 == 8192
+    assert 8192 / 4 + 48 < tokens < 8192 / 4 + 48 + 32
+
+
+def test_patches_and_tokens_are_the_processors(model, processor):
+    """But for the text, which is estimated."""
+    sample = make_sample("kitchen", "video", 4, [("What do I hold?", "a cup"), ("Where?", "here")])
+    packed = pack(processor, sample, encode(processor, sample, sample.records))
+    sizes = Sizes("video", 4, 84 * 84, 2, 0, 0)
+    patches, _ = patches_and_tokens(model, sizes)
+    assert patches == len(packed["pixel_values_videos"])
+    assert patches / 4 == int((packed["mm_token_type_ids"] > 0).sum())
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_has_a_table(path, in_root):
+    loaded = params.load(path)
+    rows = table.rows(loaded, workload(loaded.data, path))
+    printed = table.render(rows)
+    for row in rows:
+        assert row.stage in printed
+        assert row.operations >= 0
+        assert row.memory is None or row.memory.total > memory.OVERHEAD
+    assert {"download-models", "distill", "quantize-student", "evaluate teacher"} <= {row.stage for row in rows}
+    assert ("finetune-teacher" in printed) == loaded.finetune_teacher.enabled
+
+
+@pytest.mark.parametrize(("name", "size"), [("egogpt-7b", 80), ("qwen2-vl-7b", 48), ("qwen2-vl-7b-24gb", 24)])
+def test_presets_fit_the_gpu_they_are_for(name, size, in_root):
+    """With the teacher fine-tuned too, as their comments promise."""
+    path = ROOT / "presets" / f"{name}.yaml"
+    loaded = params.load(path)
+    loaded = but(loaded, finetune_teacher=but(loaded.finetune_teacher, enabled=True))
+    rows = table.rows(loaded, workload(loaded.data, path))
+    assert table.verdict(rows, "it", size * GIB).startswith("fits it with")
+    assert table.verdict(rows, "it", 8 * GIB).startswith("does not fit it: ")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_reads_a_file_that_exists_and_revisions_that_are_pinned_or_named(path):
+    loaded = params.load(path)
+    assert (ROOT / loaded.data.path).is_file()
+    for model in (loaded.models.teacher, loaded.models.student):
+        if model.source != "init":
+            assert model.source in KNOWN
+            assert re.fullmatch("main|[0-9a-f]{40}", model.revision)
+
+
+def test_nothing_else_imports_the_plan():
+    others = [path for folder in ("firstsight", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    for path in others:
+        if path.parent.name != "planning" and path.name != "plan.py":
+            assert "firstsight.plan" not in path.read_text(), path
+
+
+def test_what_should_take_less_takes_less(teacher, student, preset):
+    def distilling(**train):
+        return memory.distilling(student, teacher, but(preset, train=but(preset.train, **train)), VIDEO)
+
+    adapters, full = distilling(), distilling(method="full")
+    assert adapters.total < full.total
+    assert distilling(method="qlora").weights < adapters.weights
+    assert adapters.training < distilling(method="adalora").training
+    assert full.total < distilling(method="full", train_vision=True).total
+    assert adapters.activations < distilling(gradient_checkpointing=False).activations
+    assert adapters.activations < distilling(batch_size=2).activations
+    online = but(preset, targets=but(preset.targets, kind="online"))
+    assert adapters.total < memory.distilling(student, teacher, online, VIDEO).total
+    topk = but(preset, targets=but(preset.targets, kind="topk"))
+    assert memory.distilling(student, teacher, topk, VIDEO).weights < adapters.weights
+    weights = [teacher.weights_bytes(precision) for precision in ("nf4", "int8", "bfloat16", "float32")]
+    assert weights == sorted(weights)
+
+
+def test_caching_the_teacher_saves_its_passes(teacher, student, preset, in_root):
+    work = workload(preset.data, ROOT / "presets" / "none.yaml")
+    online = but(preset, targets=but(preset.targets, kind="online"))
+    cached = arithmetic.distilling(student, teacher, preset, work)
+    beside = arithmetic.distilling(student, teacher, online, work)
+    assert beside - cached == pytest.approx(preset.train.epochs * arithmetic.caching(teacher, work))
+
+
+def tiny() -> params.Params:
+    return params.load(ROOT / "params.yaml")
+
+
+def test_weights_gradients_and_moments_of_the_default_are_the_real_ones(processor):
+    loaded = tiny()
+    model = build_model(loaded.models.student.init, processor.tokenizer)
+    shape = Shape("init", model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
+    moments = sum(s[name].nbytes for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    assert shape.trained(loaded.train) == model.num_parameters()
+    assert shape.weights_bytes("float32") == model.get_memory_footprint(return_buffers=False)
+    linear = shape.linear + sum(one.weight.numel() for one in shape.vision_linears)
+    assert memory.distilling(shape, shape, loaded, VIDEO).training == gradients + moments + 2 * linear
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantised_weights_are_the_real_ones(precision, tmp_path):
+    """At widths that fill NF4's blocks of 64, and but for its scales, which bitsandbytes keeps beside the weights."""
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 300,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        vision_config={"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 128, "mlp_ratio": 4},
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    shape = Shape("tiny", model)
+    real = load_model(tmp_path, precision, "cpu").get_memory_footprint(return_buffers=False)
+    # What is kept is float32 on the CPU and half of that on CUDA.
+    kept = 4 * (shape.parameters - shape.linear)
+    scales = shape.linear * (1 / 64 + 4 / (64 * 256)) if precision == "nf4" else 0
+    assert shape.weights_bytes(precision) - kept / 2 == pytest.approx(real - kept + scales)
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_adapters_are_as_large_as_pefts(train_vision, processor):
+    loaded = tiny()
+    settings = but(loaded.train, method="lora", train_vision=train_vision)
+    model = build_model(loaded.models.teacher.init, processor.tokenizer)
+    shape = Shape("init", model)
+    names = "|".join(settings.adapter.targets)
+    pattern = rf".*language_model.*\.({names})"
+    if train_vision:
+        pattern += r"|.*visual\.blocks\..*\.(qkv|proj|fc1|fc2)|.*visual\.merger\.mlp\.(0|2)"
+    adapted = get_peft_model(model, LoraConfig(r=settings.adapter.rank, target_modules=pattern))
+    assert shape.trained(settings) == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_an_adapter_on_no_layer_is_one_line(student, preset):
+    settings = but(preset.train, adapter=but(preset.train.adapter, targets=["query"]))
+    with pytest.raises(UserError, match=r"adapter.targets: expected linear layers of .*, found query"):
+        student.trained(settings)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_activations_are_what_autograd_saves(method, processor):
+    """Under bfloat16 autocast, on a sequence long enough for its layers to outweigh what surrounds them."""
+    loaded = tiny()
+    settings = but(loaded.train, method=method, train_vision=method == "full", batch_size=2)
+    model = build_model(loaded.models.teacher.init, processor.tokenizer).train()
+    shape = Shape("init", model)
+    questions = [
+        (f"What is in the {name} hand, and in the other?", "a cup, a ball " * 12) for name in ("left", "right")
+    ]
+    samples = [make_sample(name, "video", 8, questions) for name in ("a", "b")]
+    batch = collate(
+        [pack(processor, one, encode(processor, one, one.records)) for one in samples], processor.tokenizer.pad_token_id
+    )
+    tokens = batch["input_ids"].shape[1]
+    copies = 2 * (shape.linear + sum(one.weight.numel() for one in shape.vision_linears))
+    if method == "lora":
+        model = model.to(torch.bfloat16)
+        batch["pixel_values_videos"] = batch["pixel_values_videos"].to(torch.bfloat16)
+        config = LoraConfig(r=4, target_modules=settings.adapter.targets)
+        model = get_peft_model(model, config).get_base_model()
+        copies = 0
+    kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            saved[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        hidden, _ = answer_states(model, batch, batch["labels"])
+    found = sum(size for _, size in saved.values()) - copies
+
+    patches, around = patches_and_tokens(shape.model, Sizes("video", 8, 84 * 84, 0, 0, 0))
+    assert 2 * patches == len(batch["pixel_values_videos"])
+    sizes = Sizes("video", 8, 84 * 84, 1, tokens - around, 0)
+    layer, block = memory.layer_bytes(shape, settings, sizes)
+    expected = layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0)
+    assert found == pytest.approx(expected, rel=0.1)
+    assert expected < memory.training_activations(shape, settings, sizes)
+    assert hidden.requires_grad
+
+
+def test_a_built_data_set_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workspace(tmp_path))
+    run_stage(tmp_path, "build_egoqa_dataset")
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    plan.run()
+    printed = capsys.readouterr().out
+    assert "data/egoqa" in printed
+    assert "questions about 48 media" in printed
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("no/such/folder/anywhere", "expected a local folder, or a model whose sizes are known"),
+        ("someone/some-model-never-downloaded", "hf download someone/some-model-never-downloaded config.json"),
+    ],
+)
+def test_a_model_of_unknown_size_is_one_line(source, line):
+    with pytest.raises(UserError, match=line) as error:
+        on_meta(params.Model(source=source, revision=None, init=None))
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_folder_is_planned_by_its_config(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    found = on_meta(params.Model(source=str(tmp_path), revision=None, init=None))
+    assert found.num_parameters() == model.num_parameters()
+    assert found.device.type == "meta"
+
+
+def test_the_command_prints_a_table_and_a_verdict():
+    command = [sys.executable, "-m", "firstsight.plan", "presets/qwen2-vl-7b-24gb.yaml"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "cache-teacher-targets" in printed
+    assert "fits" in printed.splitlines()[-4]
+    refused = subprocess.run([*command[:-1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: nowhere.yaml: expected a parameter file")

@@ -5,9 +5,10 @@ import torch
 from conftest import make_sample
 
 from benchmarks.checkpoints import write_random
-from benchmarks.distill_step import STUDENT, config
+from benchmarks.distill_step import config
 from firstsight.evaluation.answering import answers
 from firstsight.models.loading import load_model, load_processor
+from firstsight.models.shapes import QWEN2_VL_2B
 from firstsight.quantization.quantize import quantize_folder
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,7 @@ def test_the_2b_student_loads_answers_and_is_quantised(processor, tmp_path):
     folder, quantised = tmp_path / "student", tmp_path / "quantised"
     for path in (folder, quantised):
         path.mkdir()
-    write_random(config(STUDENT, 1, processor.tokenizer), folder, torch.bfloat16)
+    write_random(config(QWEN2_VL_2B, 1, processor.tokenizer), folder, torch.bfloat16)
     processor.save_pretrained(folder)
     assert len(list(folder.glob("model-*.safetensors"))) == 3
     sample = make_sample("image", "image", 1, [("What is in your left hand?", "a cup")])

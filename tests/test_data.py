@@ -13,8 +13,8 @@ from firstsight.data import records
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split, SplitWriter
 from firstsight.models.initialise import train_tokenizer
-from firstsight.sources import scenes, synthetic
-from firstsight.sources.splits import split_of, without_duplicates
+from firstsight.sources import preview, scenes
+from firstsight.sources.splits import split_of
 
 
 def test_samples_read_back_equal_in_any_order(tmp_path, monkeypatch):
@@ -69,17 +69,6 @@ def test_splits_are_by_group_in_proportion_and_move_with_the_seed_alone(settings
     assert any(split_of(group, reseeded) != split[group] for group in groups)
 
 
-def test_duplicates_are_dropped_and_counted():
-    first = make_sample("a", "image", 1, [("Why?", "so"), ("Why?", "because"), ("How?", "well")])
-    again = dataclasses.replace(make_sample("b", "image", 1, [("Why?", "so"), ("Where?", "here")]), group="elsewhere")
-    dropped = Counter()
-    kept = [sample for sample, _ in without_duplicates([(first, None), (again, None)], dropped)]
-    assert [[record.question for record in sample.records] for sample in kept] == [["Why?", "How?"], ["Where?"]]
-    assert dropped == {"duplicate": 2}
-    # The same frames under another group would straddle splits.
-    assert kept[1].group == "a"
-
-
 def test_scenes_answer_from_what_is_there():
     for seed in range(200):
         rng = random.Random(seed)
@@ -123,13 +112,13 @@ def test_more_scenes_leave_the_earlier_ones_as_they_were(settings):
         settings.data.model_copy(update={"synthetic": settings.data.synthetic.model_copy(update={"scenes": count})})
         for count in (5, 9)
     )
-    assert list(synthetic.read(few)) == list(synthetic.read(more))[:5]
+    assert list(preview.samples(few, 5)) == list(preview.samples(more, 9))[:5]
 
 
 def test_the_tokenizer_corpus_knows_every_word_of_the_scenes(settings):
     """One token a word, or sequences are several times longer than they need to be."""
     tokenizer = train_tokenizer((ROOT / "presets/corpus.txt").read_text().splitlines(), 640)
-    for sample, _ in synthetic.read(settings.data):
+    for sample in preview.samples(settings.data, 48):
         for record in sample.records:
             for text in (record.question, record.answer):
                 words = text.replace(",", " ,").replace("?", " ?").replace(".", " .").split()

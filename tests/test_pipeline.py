@@ -211,13 +211,13 @@ def refuse_missing_data(folder):
 def refuse_empty_source(folder):
     (folder / "qa.jsonl").write_text("\n")
     change(folder, "data", source="jsonl", path="qa.jsonl")
-    return ("qa.jsonl: expected records, found an empty file",), [("build_egoqa_dataset",)]
+    return ("qa.jsonl: expected a JSON Lines file, found an empty file",), [("build_egoqa_dataset",)]
 
 
 def refuse_unanswered_question(folder):
     (folder / "qa.jsonl").write_text('{"question": "What?"}\n')
     change(folder, "data", source="jsonl", path="qa.jsonl")
-    return ("qa.jsonl: line 1: expected a value for 'answer'",), [("build_egoqa_dataset",)]
+    return ("qa.jsonl: line 1: expected an answer, found none",), [("build_egoqa_dataset",)]
 
 
 def refuse_missing_media(folder):
@@ -304,7 +304,7 @@ def test_a_real_clip_goes_through_every_stage(tmp_path):
         for question in questions
     ]
     (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    change(folder, "data", source="jsonl", path="qa.jsonl", max_frames=4)
+    change(folder, "data", source="jsonl", path="qa.jsonl", media_root=str(REAL), max_frames=4)
     for stage in STAGES:
         run_stage(folder, *stage)
     quality = json.loads((folder / "metrics/quality.json").read_text())

@@ -37,6 +37,10 @@ class Files:
     def group(self) -> tuple[str, ...]:
         return self.names
 
+    def stamp(self) -> object:
+        found = [(self.root / name).stat() for name in self.names]
+        return [str(self.root), *((one.st_size, one.st_mtime_ns) for one in found)]
+
     def load(self, data: Data) -> Pictures:
         paths = [self.root / name for name in self.names]
         if self.kind == "video":

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from firstsight.core.params import Data
-from firstsight.data.records import LETTERS, MediaKind
+from firstsight.data.records import LETTERS, MediaKind, Record
 from firstsight.sources.problems import BadRecord
 
 # A question of a megabyte is a broken file, and would break the training it got into.
@@ -35,6 +35,9 @@ class Media(Protocol):
 
     def group(self) -> tuple[str, ...]:
         """What this media shows a part of: videos, episodes, images. Media that share one of them share a split."""
+
+    def stamp(self) -> object:
+        """As JSON, what tells that the pictures have changed under the same key."""
 
     def load(self, data: Data) -> Pictures:
         """Decoded, sampled and resized.
@@ -94,6 +97,18 @@ class Question(BaseModel):
         if self.options:
             answers = [self._letter(text) for text in answers]
         return tuple(dict.fromkeys(answers))
+
+    def record(self) -> Record:
+        """As it is kept in the data set; an unanswered question has an empty answer there."""
+        accepted = self.accepted()
+        return Record(
+            id=self.id,
+            question=self.question,
+            answer=accepted[0] if accepted else "",
+            answers=accepted,
+            question_type=self.question_type,
+            options=self.options,
+        )
 
     def _letter(self, answer: str) -> str:
         letters = LETTERS[: len(self.options)]

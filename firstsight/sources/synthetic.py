@@ -29,6 +29,9 @@ class Rendered:
     def group(self) -> tuple[str, ...]:
         return (self.key(),)
 
+    def stamp(self) -> object:
+        return self.seed
+
     def draw(self) -> tuple[scenes.Scene, random.Random]:
         """The scene, and the generator that goes on from it."""
         rng = random.Random(f"{self.seed}:{self.number}")

@@ -96,11 +96,12 @@ class Decoder:
         return kept
 
     def pictures(self) -> Iterator[tuple[str, Pictures]]:
-        """Key and pictures of every unit, in order, a chunk in memory at a time."""
+        """Key and pictures of every unit whose media could be decoded, in order, a chunk in memory at a time."""
         for chunk, path in zip(self._chunks, self._paths, strict=True):
             rows = pq.read_table(path, columns=["frames", "fps"]).to_pylist()
             for unit, row in zip(chunk, rows, strict=True):
-                yield unit.key, Pictures(tuple(row["frames"]), row["fps"])
+                if row["frames"] is not None:
+                    yield unit.key, Pictures(tuple(row["frames"]), row["fps"])
 
     def _written(self) -> Iterator[Path]:
         """The chunks' files, in order, each when it is there."""

@@ -78,7 +78,7 @@ def _inside(root: Path, name: str, check: bool) -> str:
         resolved, base = (root / name).resolve(), root.resolve()
         found = resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadRecord(f"expected a media file, found {name[:80]!r} ({error}); correct the path") from None
+        raise BadRecord(f"expected a media file, found {name[:80]!r} ({str(error)[:80]}); correct the path") from None
     if not resolved.is_relative_to(base):
         raise BadRecord(
             f"expected media below {root}, found {name[:80]!r}, which is {resolved}; "
@@ -107,7 +107,11 @@ def read_image(path: Path, data: Data) -> bytes:
     try:
         with Image.open(path) as picture:
             # Cameras that are held upright say so in a tag, and store the picture lying on its side.
-            return encode(ImageOps.exif_transpose(picture), data)
+            turned = ImageOps.exif_transpose(picture)
+            if turned.mode.startswith("I"):
+                # 16 bits a pixel, which Pillow would cut off at 255.
+                turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+            return encode(turned, data)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise BadRecord(f"expected a readable image, found {path} ({error}); mend or remove it") from None
 

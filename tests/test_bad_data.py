@@ -135,7 +135,7 @@ BAD = {
     "a bare number": (text("42"), "expected a JSON object"),
     "trailing comma": (text('{"question": "What?", "answer": "so",}'), "expected a JSON object"),
     "single quotes": (text("{'question': 'What?', 'answer': 'so'}"), "expected a JSON object"),
-    "two objects": (text('{"question": "a", "answer": "b"} {"question": "a", "answer": "b"}'), "expected a JSON object"),
+    "two objects": (text("{} {}"), "expected a JSON object"),
     "NaN": (text('{"question": "What?", "answer": "so", "start": NaN}'), "NaN is no JSON"),
     "infinity": (text('{"question": "What?", "answer": "so", "end": Infinity}'), "Infinity is no JSON"),
     "deep nesting": (text("[" * 100_000), "expected a JSON object"),

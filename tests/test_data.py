@@ -13,7 +13,8 @@ from firstsight.data import records
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split, SplitWriter
 from firstsight.models.initialise import train_tokenizer
-from firstsight.sources import preview, scenes
+from firstsight.planning import preview
+from firstsight.sources import scenes
 from firstsight.sources.splits import split_of
 
 

@@ -98,7 +98,7 @@ FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo"
 
 
 class Hub(Section):
-    """A data set of the hub, or a folder of one: `id`, its `config`, `revision` and `splits`, each given to one of ours.
+    """A data set of the hub, or a folder of one: `id`, `config`, `revision`, and `splits`, each given to one of ours.
 
     `fields` says which column is what: our name (question, answer, options, image, video, id, ...) to theirs.
     """

@@ -17,7 +17,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import PARAMS_FILE, Data
 from firstsight.data.records import SPLITS, Sample, Split
-from firstsight.sources import preview
+from firstsight.planning import preview
 
 DATA = Path("data/egoqa")
 

@@ -86,7 +86,8 @@ def _inside(root: Path, name: str, check: bool) -> str:
         )
     if check and not found:
         raise BadRecord(
-            f"expected a media file, found no {root / name}; correct the path (relative to {root}), or remove the record"
+            f"expected a media file, found no {root / name}; correct the path (it is relative to {root}), "
+            "or remove the record"
         )
     return posixpath.normpath(resolved.relative_to(base).as_posix() if Path(name).is_absolute() else name)
 

@@ -113,9 +113,9 @@ class Decoder:
                     _write(path, [unit.media for unit in chunk], self._data)
                 yield path
             return
-        # Forked from a process that has the libraries, but none of this one's threads.
+        # Forked from a process that has imported what they need, which they share, but has none of this one's threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "firstsight.sources.readers"])
         with ProcessPoolExecutor(workers, context) as pool:
             try:
                 yield from self._in_order(pool, deque(missing), 2 * workers)

@@ -23,6 +23,7 @@ def write(
     performance: dict,
     environment: dict[str, Any],
     card: dict,
+    samples: Sequence[Sample],
     parameters: str,
     pictures: dict[str, Path],
     questions: Sequence[tuple[Sample, Record]],
@@ -30,7 +31,8 @@ def write(
 ) -> None:
     """Fill firstsight/reporting/report.html.jinja and write it to `path`.
 
-    `pictures` are PNG files by caption; `predictions` the variants' answers in the order of `questions`.
+    `samples` show what is learnt from; `pictures` are PNG files by caption; `predictions` the variants' answers in the
+    order of `questions`.
     """
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["jinja"]))
     templates.filters["format_count"] = lambda count: size(count, "")
@@ -44,6 +46,7 @@ def write(
         parameters=parameters,
         variants=VARIANTS,
         pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in pictures.items()},
+        samples=[{"picture": _thumbnail(sample), "sample": sample} for sample in samples],
         gallery=_gallery(questions, predictions),
     )
     path.write_text(page, encoding="utf-8")

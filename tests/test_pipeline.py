@@ -76,8 +76,9 @@ def test_the_library_does_not_import_the_stages():
 def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     metrics = smoke / "metrics"
     quality = json.loads((metrics / "quality.json").read_text())
-    assert set(quality) == {"question-only", "teacher", "student", "student-distilled", "student-quantized"}
-    assert 0 < quality["question-only"]["exact_match"] < 0.6
+    baselines = {"majority-answer", "question-only"}
+    assert set(quality) == baselines | {"teacher", "student", "student-distilled", "student-quantized"}
+    assert 0 <= quality["majority-answer"]["exact_match"] < quality["question-only"]["exact_match"] < 0.6
     assert quality["teacher"]["teacher_agreement"] == 1
     models = json.loads((metrics / "models.json").read_text())
     assert models["teacher"].keys() == models["student"].keys()
@@ -92,6 +93,9 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert "validation_divergence" not in training["finetune-teacher"]
     page = (metrics / "report.html").read_text()
     assert page.count('<img src="data:image/') >= 4 + 8
+    card = json.loads((smoke / "data/egoqa/card.json").read_text())
+    for kind, count in card["splits"]["train"]["question_types"].items():
+        assert f"<td>questions of type {kind}</td><td>{count}</td>" in page
     assert "http://" not in page
     assert "https://" not in page
     curve = (metrics / "plots/distill/validation.csv").read_text().splitlines()

@@ -209,12 +209,14 @@ class Targets(Section):
 
     `hidden`: its final hidden states, exact; `topk`: its `k` best logits, approximate and smaller; `online`: nothing,
     the teacher runs beside the student. `k` matters to topk alone.
+    Questions without an answer are answered by the teacher, in at most `max_answer_tokens`.
     """
 
     kind: Literal["hidden", "topk", "online"]
     k: Count
     precision: Precision
     batch_size: Count
+    max_answer_tokens: Count
 
 
 class Train(Optimisation):

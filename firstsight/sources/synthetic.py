@@ -17,7 +17,7 @@ DESCRIBE, INVENTORY = "Describe what you see.", "Where is each thing?"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A scene by its number: it depends on the seed and that alone, so that more scenes leave the others as they were."""
+    """A scene by its number: it depends on the seed and that alone, so that more scenes move none."""
 
     number: int
     seed: int

@@ -2,8 +2,8 @@
 
 `data.path` is its `questions.json` (`q_uid`, `question`, `option 0` to `option 4`). Of the files beside it,
 `subset_answers.json` has the 500 public answers, and then only its questions are read; `uid_to_ego4d.json` has the
-Ego4D video of each question, which becomes its group. Or the path is a parquet file of lmms-eval's copy on the
-hub (`video_idx`, `question`, `option`, `answer`; its Subset has the answers). Videos are `{q_uid}.mp4` in the media root or
+Ego4D video of each question, which becomes its group. Or the path is a parquet file of lmms-eval's copy on the hub
+(`video_idx`, `question`, `option`, `answer`; its Subset has the answers). Videos are `{q_uid}.mp4` in the media root or
 in `videos/` below it.
 
 Source: the files of egoschema/EgoSchema, and lmms_eval/tasks/egoschema for the hub's.

@@ -38,12 +38,14 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             episode = record.get("episode_history")
             if not isinstance(episode, str) or not episode.strip("/ "):
                 raise BadRecord(f"expected text for 'episode_history', found {episode!r}; correct it")
+            extra = record.get("extra_answers")
             asked = question(
                 place,
                 id=record.get("question_id"),
                 question=record.get("question"),
                 answer=record.get("answer"),
-                answers=record.get("extra_answers"),
+                # One of them is empty, in v0.
+                answers=[text for text in extra if text != ""] if isinstance(extra, list) else extra,
                 question_type=record.get("category"),
                 group=scene(episode),
             )

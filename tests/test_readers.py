@@ -91,7 +91,7 @@ def test_egoit_is_read(settings, egoit, caplog):
             "id": "7",
             "video": f"Ego4d/{UID}.mp4",
             "audio": f"Ego4d_audio/{UID}.mp3",
-            "conversations": QUESTION + turns("And <video> then?", "I put it down."),
+            "conversations": QUESTION + turns("<audio>And <video> then?", "I put it down."),
         },
         {"id": "7", "video": f"Ego4d_clip/{UID}-4.mp4", "conversations": QUESTION},
         {"id": 8, "image": IMAGES[0], "video": None, "conversations": QUESTION, "dimensions": ["896", "504"]},
@@ -156,6 +156,7 @@ def test_llava_windows_are_counted_in_the_video_s_frames(settings, egoit, window
         ({"conversations": turns("a?", "")}, "expected text for 'answer', found an empty one"),
         ({"conversations": turns("a?", "b", "c?", " ")}, "expected text for 'answer', found an empty one"),
         ({"conversations": [{"from": "human"}, QUESTION[1]]}, "expected a value for 'question'"),
+        ({"conversations": [QUESTION[0], {"from": "gpt"}]}, "expected text for 'answer', found an empty one"),
         ({"video": None, "audio": "x.mp3"}, "expected an image or a video, found audio alone"),
         ({"image": IMAGES[0]}, "expected an image or a video, found image and video"),
         ({"video": {"path": "x"}}, "video: expected a path"),
@@ -206,6 +207,7 @@ def test_egoschema_is_read(settings, egoschema, caplog):
     assert first.question.options == tuple(f"C does {n}." for n in range(5))
     assert (first.question.accepted(), last.question.accepted()) == (("D",), ("A",))
     assert (first.question.group, last.question.group) == (UID, None)
+    assert first.question.question_type == "egoschema"
     assert (first.media.names, last.media.names) == ((f"{Q_UIDS[0]}.mp4",), (f"videos/{Q_UIDS[2]}.mp4",))
     assert first.question.place.endswith("questions.json: record 1")
     assert last.question.place.endswith("questions.json: record 3")

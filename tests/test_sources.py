@@ -106,7 +106,7 @@ def test_a_wrong_line_is_named_or_counted(folder, settings, line, message):
     [
         ("a.jpg,What?,a cup,cup|a mug,,,", ("image", None, ("a cup", "cup", "a mug"), ())),
         ("clip.mp4,What?,b,,a cup | a ball,1.5,3", ("video", (1.5, 3.0), ("B",), ("a cup", "a ball"))),
-        ("a.jpg|b.jpg,What?,x,,,,", ("frames", None, ("x",), ())),
+        ("a.jpg | b.jpg,What?,x,,,,", ("frames", None, ("x",), ())),
         ('a.jpg,"What, ""now""?\nOr then?",x,,,,', ("image", None, ("x",), ())),
         (",What?,nan,,,,", (None, None, ("nan",), ())),
         (",What?,,,,,", (None, None, (), ())),

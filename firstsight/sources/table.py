@@ -31,7 +31,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     """
     path, root = Path(data.path), media_root(data)
     # Strict: a stray quote is told, where else it would swallow the rows after it.
-    rows = csv.reader(io.StringIO(read_text(path, "a CSV file"), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path, "a CSV file")), strict=True)
     columns = _header(path, rows)
     while True:
         line = rows.line_num + 1

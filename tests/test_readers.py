@@ -599,6 +599,21 @@ def test_media_of_a_data_set_are_found_by_path(settings, folder, tmp_path):
     assert (two.question.answer, three.media, four.media.end) == (None, None, 9.5)
 
 
+def test_columns_of_the_hub_are_named_by_the_fields(settings, folder):
+    row = {"q": "Which?", "a": "1", "also": [0], "o": ["red", "blue"], "t": 3, "g": "home", "s": "validation"}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "train.parquet")
+    fields = {"question": "q", "answer": "a", "answers": "also", "options": "o", "question_type": "t", "group": "g"}
+    (asked,) = from_hub(settings, folder, fields | {"split": "s"}, {"train": "train"})
+    found = asked.question
+    assert (found.accepted(), found.question_type, found.group, found.split) == (("B", "A"), "3", "home", "validation")
+
+
+def test_numbers_of_the_hub_are_answers(settings, folder):
+    pq.write_table(pa.table({"q": ["How many?"], "n": [3], "more": [[4, 5]]}), folder / "train.parquet")
+    (asked,) = from_hub(settings, folder, {"question": "q", "answer": "n", "answers": "more"})
+    assert asked.question.accepted() == ("3", "4", "5")
+
+
 def test_a_folder_of_images_is_a_data_set(settings, folder):
     (folder / "train").mkdir()
     (folder / "train" / "a.png").write_bytes(picture(1))

@@ -456,6 +456,7 @@ def test_an_index_beyond_the_options_is_refused():
 
 def test_numbers_as_options_are_texts_first():
     assert [chosen(answer, ["3", "2", "0"]) for answer in ("0", 0, "2")] == ["0", "3", "2"]
+    assert chosen("1", ["A. 1", "B. 0"]) == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Images and videos as JPEG frames: decoded, sampled and resized once, when the data set is built."""
 
 import io
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -92,6 +94,11 @@ def _inside(root: Path, name: str, check: bool) -> str:
     return posixpath.normpath(resolved.relative_to(base).as_posix() if Path(name).is_absolute() else name)
 
 
+def first_there(root: Path, names: Sequence[str]) -> str:
+    """The first of the names that is a file below `root`, else the first of all, for `files` to say that it is not."""
+    return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, which raises
+
+
 def encode(picture: Image.Image, data: Data) -> bytes:
     """JPEG of the picture, resized to sides divisible by 28 (one merged visual token) within `data.max_pixels`."""
     buffer = io.BytesIO()
@@ -99,8 +106,8 @@ def encode(picture: Image.Image, data: Data) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(path: Path, data: Data) -> bytes:
-    """One image file as JPEG bytes.
+def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:
+    """One image file as JPEG bytes. `name` is what an error calls it, the path by default.
 
     Raises:
         BadRecord: it cannot be read.
@@ -114,7 +121,7 @@ def read_image(path: Path, data: Data) -> bytes:
                 turned = turned.convert("I").point(lambda value: value / 256).convert("L")
             return encode(turned, data)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"expected a readable image, found {path} ({error}); mend or remove it") from None
+        raise BadRecord(f"expected a readable image, found {name or path} ({error}); mend or remove it") from None
 
 
 def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple[tuple[bytes, ...], float]:
@@ -141,6 +148,19 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
             times = start + (np.arange(count) + 0.5) * seconds / count
             return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
     except (OSError, av.FFmpegError, ValueError, IndexError) as error:
+        raise BadRecord(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+
+
+def frame_rate(path: Path) -> float:
+    """Frames per second of a video, on average.
+
+    Raises:
+        BadRecord: it cannot be read.
+    """
+    try:
+        with av.open(str(path)) as container:
+            return float(container.streams.video[0].average_rate)
+    except (OSError, av.FFmpegError, ValueError, IndexError, TypeError) as error:
         raise BadRecord(f"expected a readable video, found {path} ({error}); mend or remove it") from None
 
 

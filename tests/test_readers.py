@@ -18,7 +18,7 @@ from firstsight.sources import hub
 from firstsight.sources.choices import chosen, plain_options
 from firstsight.sources.media import Files
 from firstsight.sources.overlap import overlap, video_ids
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
 REAL = ROOT.parent / "shared" / "realdata"
@@ -450,7 +450,7 @@ def test_an_answer_is_an_option_by_index_or_text(answer, expected):
 
 def test_an_index_beyond_the_options_is_refused():
     for answer in (2, "2", -1):
-        with pytest.raises(BadRecord, match="an index of 2 options"):
+        with pytest.raises(BadRecordError, match="an index of 2 options"):
             chosen(answer, ["cup", "ball"])
 
 
@@ -571,7 +571,7 @@ def test_an_image_that_cannot_be_read_is_named(settings, folder):
         pa.table({"q": ["What?"], "photo": [{"bytes": b"\xff\xd8 no image", "path": None}]}), folder / "train.parquet"
     )
     (asked,) = from_hub(settings, folder, {"question": "q", "image": "photo"})
-    with pytest.raises(BadRecord, match=r"expected a readable image, found train\[0\]\.photo"):
+    with pytest.raises(BadRecordError, match=r"expected a readable image, found train\[0\]\.photo"):
         asked.media.load(settings.data)
 
 

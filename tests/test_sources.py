@@ -11,7 +11,7 @@ from PIL import Image
 
 from firstsight.core.errors import UserError
 from firstsight.sources.media import files, first_there, frame_rate, read_image, read_video
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
 
@@ -159,16 +159,16 @@ def test_rows_after_a_wrong_one_are_read(folder, settings):
 def test_unreadable_media_is_named(folder, settings, name, kind):
     (folder / name).write_bytes(b"\xff\xd8 not media")
     media = files(folder, name)
-    with pytest.raises(BadRecord, match=rf"expected a readable {kind}, found .*{name}"):
+    with pytest.raises(BadRecordError, match=rf"expected a readable {kind}, found .*{name}"):
         media.load(settings.data)
     if kind == "video":
         (folder / name).write_bytes(b"")
-        with pytest.raises(BadRecord, match=rf"expected a readable video, found .*{name}"):
+        with pytest.raises(BadRecordError, match=rf"expected a readable video, found .*{name}"):
             frame_rate(folder / name)
 
 
 def test_a_window_beyond_the_video_is_named(folder, settings):
-    with pytest.raises(BadRecord, match=r"expected a window within the 4\.00 s"):
+    with pytest.raises(BadRecordError, match=r"expected a window within the 4\.00 s"):
         files(folder, "clip.mp4", 9.0).load(settings.data)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from firstsight.data.records import LETTERS
-from firstsight.sources.problems import BadRecord
+from firstsight.sources.problems import BadRecordError
 
 
 def plain_options(options: Sequence[Any]) -> list[Any]:
@@ -23,7 +23,7 @@ def chosen(answer: Any, options: Sequence[Any]) -> Any:
         options: as the data set has them; what is returned is one of `plain_options`.
 
     Raises:
-        BadRecord: there is no option of that index.
+        BadRecordError: there is no option of that index.
     """
     plain = plain_options(options)
     if answer in options and not isinstance(answer, bool):
@@ -34,7 +34,7 @@ def chosen(answer: Any, options: Sequence[Any]) -> Any:
     if isinstance(index, bool) or not isinstance(index, int) or not options:
         return answer
     if not 0 <= index < len(plain):
-        raise BadRecord(
+        raise BadRecordError(
             f"expected the answer to be an index of {len(plain)} options, from 0, found {answer!r}; correct it"
         )
     return plain[index]

@@ -18,7 +18,7 @@ from firstsight.core.params import Data
 from firstsight.core.stage import log
 from firstsight.sources.choices import chosen, plain_options
 from firstsight.sources.media import files, first_there
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, question
 from firstsight.sources.text import as_object, media_root, read_json, read_records
 
@@ -38,7 +38,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             record = as_object(raw)
             uid = record.get("q_uid", record.get("video_idx"))
             if not isinstance(uid, str):
-                raise BadRecord(f"expected text for 'q_uid', found {uid!r}; correct it")
+                raise BadRecordError(f"expected text for 'q_uid', found {uid!r}; correct it")
             if answers and "answer" not in record and uid not in answers:
                 without += 1
                 continue
@@ -60,7 +60,7 @@ def _beside(path: Path, name: str) -> Mapping[str, Any]:
 def _asked(place: str, uid: str, record: dict[str, Any], video: Any, root: Path) -> Asked:
     options = record.get("option") or [record[f"option {n}"] for n in range(5) if f"option {n}" in record]
     if not isinstance(options, list) or len(options) != 5:
-        raise BadRecord(f"expected five options, found {str(options)[:60]!r}; correct them")
+        raise BadRecordError(f"expected five options, found {str(options)[:60]!r}; correct them")
     media = files(root, first_there(root, [f"{uid}.mp4", f"videos/{uid}.mp4"]))
     return Asked(
         question(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from firstsight.core.params import Data
 from firstsight.sources.media import Files, files, first_there
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, question
 from firstsight.sources.text import as_object, media_root, read_records
 
@@ -44,7 +44,7 @@ def _parts(clip: object) -> tuple[str, float, float]:
     """The video, and start and end in seconds, of a clip's name."""
     found = re.fullmatch(r"(.+)_(-?\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)", clip) if isinstance(clip, str) else None
     if not found or float(found[2]) >= float(found[3]):
-        raise BadRecord(f"expected a clip_id {{video}}_{{start}}_{{end}}, found {str(clip)[:80]!r}; correct it")
+        raise BadRecordError(f"expected a clip_id {{video}}_{{start}}_{{end}}, found {str(clip)[:80]!r}; correct it")
     return found[1], max(float(found[2]), 0.0), float(found[3])
 
 

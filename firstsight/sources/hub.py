@@ -25,7 +25,7 @@ from firstsight.data.records import MediaKind
 from firstsight.sources.choices import chosen, plain_options
 from firstsight.sources.jsonl import window
 from firstsight.sources.media import VIDEO_SUFFIXES, Files, files, read_image
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, Media, Pictures, question
 from firstsight.sources.text import media_root
 
@@ -155,7 +155,7 @@ def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: 
     texts = {name: _text(values.get(name)) for name in TEXTS}
     options = values.get("options") or []
     if not isinstance(options, list):
-        raise BadRecord(f"options: expected a list, found {str(options)[:60]!r}; correct it")
+        raise BadRecordError(f"options: expected a list, found {str(options)[:60]!r}; correct it")
     answers = values.get("answers") or []
     asked = question(
         place,
@@ -178,7 +178,7 @@ def _media(source: Source, row: int, values: dict[str, Any], data: Data) -> Medi
     if not given:
         return None
     if len(given) > 1:
-        raise BadRecord(f"expected one of {MEDIA}, found {' and '.join(given)}; leave one out of data.hub.fields")
+        raise BadRecordError(f"expected one of {MEDIA}, found {' and '.join(given)}; leave one out of data.hub.fields")
     name, value = given[0], values[given[0]]
     parts = value if isinstance(value, list) else [value]
     if name != "video" and all(isinstance(one, dict) and one.get("bytes") for one in parts):
@@ -196,7 +196,7 @@ def _files(source: Source, name: str, value: Any, start: float | None, end: floa
         root = Path(source.id if source.commit is None else constants.HF_HUB_CACHE).absolute()
         parts = [one["path"] for one in parts]
     if not all(isinstance(one, str) for one in parts):
-        raise BadRecord(f"{name}: expected an image or a path, found {str(value)[:60]!r}; correct data.hub.fields")
+        raise BadRecordError(f"{name}: expected an image or a path, found {str(value)[:60]!r}; correct data.hub.fields")
     if name == "video" and Path(parts[0]).suffix.lower() not in VIDEO_SUFFIXES:
         parts = [f"{parts[0]}.mp4"]
     return files(root, parts if isinstance(value, list) else parts[0], start, end)

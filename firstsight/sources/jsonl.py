@@ -15,7 +15,7 @@ from typing import Any
 
 from firstsight.core.params import Data
 from firstsight.sources.media import Files, files
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, Question, question
 from firstsight.sources.text import as_object, media_root, read_lines
 
@@ -40,10 +40,10 @@ def asked(place: str, values: dict[str, Any], default_id: str, root: Path) -> As
     """The question of one line, or row, with our own names as keys.
 
     Raises:
-        BadRecord: names the first wrong key or value.
+        BadRecordError: names the first wrong key or value.
     """
     if unknown := [key for key in values if key not in KEYS]:
-        raise BadRecord(f"expected one of {sorted(KEYS)}, found the key {unknown[0][:60]!r}; rename or remove it")
+        raise BadRecordError(f"expected one of {sorted(KEYS)}, found the key {unknown[0][:60]!r}; rename or remove it")
     rest = {"id": default_id} | {key: value for key, value in values.items() if key not in MEDIA_KEYS}
     return Asked(question(place, **rest), _media(values, root))
 
@@ -52,14 +52,16 @@ def window(start: Any, end: Any) -> tuple[float | None, float | None]:
     """Start and end of a window in seconds, where they are given.
 
     Raises:
-        BadRecord: one is no number of seconds, or the end is not after the start.
+        BadRecordError: one is no number of seconds, or the end is not after the start.
     """
     for name, seconds in (("start", start), ("end", end)):
         number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
         if seconds is not None and not (number and math.isfinite(seconds) and seconds >= 0):
-            raise BadRecord(f"{name}: expected seconds, found {seconds!r}; correct it")
+            raise BadRecordError(f"{name}: expected seconds, found {seconds!r}; correct it")
     if end is not None and end <= (start or 0):
-        raise BadRecord(f"expected a window within the video, found {start or 0:g} to {end:g} s; correct start and end")
+        raise BadRecordError(
+            f"expected a window within the video, found {start or 0:g} to {end:g} s; correct start and end"
+        )
     return start, end
 
 
@@ -68,9 +70,9 @@ def _media(values: dict[str, Any], root: Path) -> Files | None:
     start, end = window(values.get("start"), values.get("end"))
     if media is None:
         if start or end:
-            raise BadRecord("expected start and end with a video alone, found them without media; remove them")
+            raise BadRecordError("expected start and end with a video alone, found them without media; remove them")
         return None
     names = [media] if isinstance(media, str) else media
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise BadRecord(f"media: expected a path or a list of paths, found {str(media)[:60]!r}; correct it")
+        raise BadRecordError(f"media: expected a path or a list of paths, found {str(media)[:60]!r}; correct it")
     return files(root, media, start, end)

@@ -22,7 +22,7 @@ from firstsight.core.params import Data
 from firstsight.core.stage import log
 from firstsight.sources.media import Files, files, frame_rate
 from firstsight.sources.overlap import video_ids
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, question
 from firstsight.sources.text import as_object, media_root, read_records
 
@@ -57,7 +57,9 @@ def _questions(place: str, name: str, record: dict[str, Any], media: Files | Non
     turns = turns if isinstance(turns, list) else []
     speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
-        raise BadRecord(f"expected conversations of human and gpt in turn, found {str(speakers)[:60]}; correct them")
+        raise BadRecordError(
+            f"expected conversations of human and gpt in turn, found {str(speakers)[:60]}; correct them"
+        )
     # Clips of one video are named after it.
     videos = video_ids(media.names) if media else set()
     group = videos.pop() if len(videos) == 1 else None
@@ -77,17 +79,17 @@ def _media(record: dict[str, Any], root: Path, rate: Callable[[Path], float]) ->
     if len(given) != 1:
         if not given and "audio" not in record:
             return None
-        raise BadRecord(f"expected an image or a video, found {' and '.join(given) or 'audio alone'}; correct it")
+        raise BadRecordError(f"expected an image or a video, found {' and '.join(given) or 'audio alone'}; correct it")
     name = record[given[0]]
     names = name if isinstance(name, list) else [name]
     if not all(isinstance(one, str) for one in names):
-        raise BadRecord(f"{given[0]}: expected a path or a list of paths, found {str(name)[:60]!r}; correct it")
+        raise BadRecordError(f"{given[0]}: expected a path or a list of paths, found {str(name)[:60]!r}; correct it")
     media = files(root, names[0] if len(names) == 1 else names)
     if media.kind != "video" or "start_frame" not in record:
         return media
     first, last = record["start_frame"], record.get("end_frame")
     shown = record.get("current_observation_frame", last)
     if not all(isinstance(frame, int) for frame in (first, last, shown)) or not 0 <= first < last:
-        raise BadRecord(f"expected start_frame before end_frame, found {first!r} and {last!r}; correct them")
+        raise BadRecordError(f"expected start_frame before end_frame, found {first!r} and {last!r}; correct them")
     frames_a_second = rate(root / media.names[0])
     return replace(media, start=first / frames_a_second, end=max(last, shown) / frames_a_second)

@@ -20,7 +20,7 @@ import numpy as np
 
 from firstsight.core.params import Data
 from firstsight.sources.media import IMAGE_SUFFIXES, Files, files, first_there
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, question
 from firstsight.sources.text import as_object, media_root, read_records
 
@@ -37,7 +37,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             record = as_object(raw)
             episode = record.get("episode_history")
             if not isinstance(episode, str) or not episode.strip("/ "):
-                raise BadRecord(f"expected text for 'episode_history', found {episode!r}; correct it")
+                raise BadRecordError(f"expected text for 'episode_history', found {episode!r}; correct it")
             extra = record.get("extra_answers")
             asked = question(
                 place,
@@ -66,8 +66,8 @@ def _media(root: Path, most: int, episode: str) -> Files:
     video = first_there(root, [f"{episode}.mp4", f"{Path(episode).name}.mp4"])
     try:
         return files(root, video)
-    except BadRecord as error:
-        raise BadRecord(f"expected frames in {episode}/, or else: {error}") from None
+    except BadRecordError as error:
+        raise BadRecordError(f"expected frames in {episode}/, or else: {error}") from None
 
 
 def _frames(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
 from firstsight.sources.jsonl import KEYS, asked
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked
 from firstsight.sources.text import media_root, read_text
 
@@ -42,7 +42,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             except StopIteration:
                 return
             except csv.Error as error:
-                raise BadRecord(
+                raise BadRecordError(
                     f"expected a row of CSV, found {error}; quote the cell, and double its quotes"
                 ) from None
             if cells:
@@ -69,7 +69,7 @@ def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
 
 def _values(columns: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(columns):
-        raise BadRecord(f"expected {len(columns)} cells, found {len(cells)}; quote cells that hold commas")
+        raise BadRecordError(f"expected {len(columns)} cells, found {len(cells)}; quote cells that hold commas")
     return {name: _value(name, cell) for name, cell in zip(columns, cells, strict=True) if cell.strip()}
 
 
@@ -78,7 +78,7 @@ def _value(name: str, cell: str) -> Any:
         try:
             return float(cell)
         except ValueError:
-            raise BadRecord(f"{name}: expected seconds, found {cell[:60]!r}; correct it") from None
+            raise BadRecordError(f"{name}: expected seconds, found {cell[:60]!r}; correct it") from None
     if name in LISTS or (name == "media" and "|" in cell):
         return [part.strip() for part in cell.split("|")]
     return cell.strip() if name == "media" else cell

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
-from firstsight.sources.problems import BadRecord
+from firstsight.sources.problems import BadRecordError
 
 
 def media_root(data: Data) -> Path:
@@ -82,7 +82,7 @@ def as_object(record: Any) -> dict[str, Any]:
     """What `read_records` gives, or the JSON in a line, as a dictionary.
 
     Raises:
-        BadRecord: it is none.
+        BadRecordError: it is none.
     """
     found, error = record, ""
     if isinstance(record, str):
@@ -91,7 +91,7 @@ def as_object(record: Any) -> dict[str, Any]:
         except (ValueError, RecursionError) as raised:
             error = f" ({str(raised)[:80]})"
     if not isinstance(found, dict):
-        raise BadRecord(f"expected a JSON object, found {str(record)[:60]!r}{error}; correct it")
+        raise BadRecordError(f"expected a JSON object, found {str(record)[:60]!r}{error}; correct it")
     return found
 
 

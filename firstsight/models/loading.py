@@ -105,6 +105,10 @@ def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
     end = processor.tokenizer.eos_token
     if f"{_SENTENCE}{end}" not in rendered:
         raise _broken(folder, f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}")
+    videos = getattr(processor, "video_processor", None)
+    if getattr(videos, "cap_pixels_per_frame", False) is None:
+        # Frames have their size since the data set was built; left open, transformers warns in every process.
+        videos.cap_pixels_per_frame = False
     return processor
 
 

@@ -551,7 +551,7 @@ _ALL = (
     Template("count-held", COUNT, False, _count("How many things do you hold?", HANDS), NUMBERS[:3]),
     Template("count-all", COUNT, False, _count("How many things can you see?", PLACES), NUMBERS),
     Template("count-empty-hands", COUNT, False, _count_empty_hands, NUMBERS[:3]),
-    Template("count-coloured", COUNT, False, _count_coloured, NUMBERS[:4]),
+    Template("count-coloured", COUNT, False, _count_coloured, NUMBERS),
     Template("more-hands-table", COMPARISON, False, _hands_or_table),
     Template("more-left-right", COMPARISON, False, _left_or_right),
     Template("more-coloured", COMPARISON, False, _more_coloured),

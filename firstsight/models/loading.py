@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -166,6 +165,8 @@ def check_quantised(model: PreTrainedModel) -> dict[str, int]:
     Raises:
         RuntimeError: a layer outside the language model was quantised, or none was.
     """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantised
+
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantised = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
     wrong = [name for name in quantised if not name.startswith(language_model_name(model))]

@@ -2,65 +2,100 @@
 
     python -m stages.build_egoqa_dataset
 
-reads  the source that `data` names in params.yaml
+reads  the source that `data` names in params.yaml, and a benchmark if it names one
 writes data/egoqa/{train,validation,test}.parquet and data/egoqa/card.json
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.records import SPLITS, SplitWriter
-from firstsight.sources import jsonl, synthetic
-from firstsight.sources.splits import split_of, without_duplicates
+from firstsight.data.records import SPLITS, Sample, SplitWriter
+from firstsight.runs import scratch
+from firstsight.sources.assembly import Unit, assemble
+from firstsight.sources.card import data_card
+from firstsight.sources.decoding import Decoded, Decoder
+from firstsight.sources.near_duplicates import without_leaks
+from firstsight.sources.problems import Problems
+from firstsight.sources.question import Asked, Question
+from firstsight.sources.readers import READERS
 
 OUTPUT = Path("data/egoqa")
-SOURCES = {"synthetic": synthetic.read, "jsonl": jsonl.read}
 
 
 def run() -> None:
     data = params.load().data
-    counts, dropped = {split: Counter() for split in SPLITS}, Counter()
-    samples = without_duplicates(SOURCES[data.source](data), dropped)
-    with whole_folder(OUTPUT) as folder:
-        with ExitStack() as files:
-            writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet")) for split in SPLITS}
-            for sample, given_split in tqdm(samples, desc="build-egoqa-dataset", unit=" samples"):
-                split = given_split or split_of(sample.group, data)
-                if split == "test":
-                    asked = tuple(r for r in sample.records if r.question_type not in data.train_only_types)
-                    sample = replace(sample, records=asked)
-                if sample.records:
-                    writers[split].write(sample)
-                    counts[split]["samples"] += 1
-                    counts[split].update(f"type: {record.question_type}" for record in sample.records)
-                    counts[split]["records"] += len(sample.records)
-        totals = {split: counts[split]["records"] for split in SPLITS}
-        if empty := [split for split in SPLITS if not totals[split]]:
-            raise UserError(
-                f"data: expected records in every split, found none in {', '.join(empty)} (of {totals}); "
-                "add records, change data.*_fraction, or give records a split of their own"
-            )
-        write_json(
-            folder / "card.json",
-            {
-                "source": data.source,
-                "splits": {split: dict(sorted(counts[split].items())) for split in SPLITS},
-                "dropped": dict(dropped),
-            },
-        )
-    log.info(
-        "wrote %s: %s",
-        OUTPUT,
-        ", ".join(f"{split} {totals[split]:,} records about {counts[split]['samples']:,} media" for split in SPLITS),
+    problems, dropped = Problems(data.on_error), Counter()
+    units = assemble(sources(data, problems), data, problems, dropped)
+    check_splits(
+        {split: sum(len(unit.questions) for unit in units if unit.split == split) for split in SPLITS}, problems
     )
+    with scratch.kept_folder("build-egoqa-dataset", {"path": data.path, "source": data.source}) as kept:
+        decoder = Decoder(kept, units, data)
+        written = without_leaks(decoder.run(problems), dropped)
+        counts = {split: sum(len(unit.questions) for unit, _ in written if unit.split == split) for split in SPLITS}
+        check_splits(counts, problems)
+        with whole_folder(OUTPUT) as folder:
+            write(folder, decoder, written)
+            write_json(folder / "card.json", data_card(data, written, dropped, problems))
+    tell(counts, dropped, problems)
+
+
+def sources(data: params.Data, problems: Problems) -> Iterator[tuple[str, Iterator[Asked]]]:
+    """Name and questions of the source, and of the benchmark, whose questions are all of the test split."""
+    yield name(data), READERS[data.source](data, problems)
+    benchmark = data.benchmark
+    if benchmark.source != "none":
+        other = data.model_copy(update=benchmark.model_dump())
+        asked = READERS[benchmark.source](other, problems)
+        yield f"benchmark {name(other)}", (Asked(of_benchmark(one.question), one.media) for one in asked)
+
+
+def of_benchmark(question: Question) -> Question:
+    return question.model_copy(update={"id": f"benchmark-{question.id}", "split": "test"})
+
+
+def name(data: params.Data) -> str:
+    if data.source == "synthetic":
+        return "synthetic"
+    return data.hub.id if data.source == "hub" else Path(data.path).name
+
+
+def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]]) -> None:
+    """The splits' files, in the order of the source."""
+    units = {unit.key: unit for unit, _ in written}
+    with ExitStack() as files:
+        writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet")) for split in SPLITS}
+        for key, pictures in decoder.pictures():
+            if unit := units.get(key):
+                kind = unit.media.kind if unit.media else "none"
+                writers[unit.split].write(
+                    Sample(key, unit.group, unit.source, kind, pictures.frames, pictures.fps, unit.records())
+                )
+
+
+def check_splits(counts: dict[str, int], problems: Problems) -> None:
+    if empty := [split for split in SPLITS if not counts[split]]:
+        skipped = (
+            f"; {problems.count:,} records could not be used, first: {problems.first[0]}" if problems.count else ""
+        )
+        raise UserError(
+            f"data: expected records in every split, found none in {', '.join(empty)} (of {counts}); "
+            f"add records, change data.*_fraction, or give records a split of their own{skipped}"
+        )
+
+
+def tell(counts: dict[str, int], dropped: Counter[str], problems: Problems) -> None:
+    log.info("wrote %s: %s", OUTPUT, ", ".join(f"{split} {count:,} records" for split, count in counts.items()))
+    if dropped:
+        log.info("left out: %s", ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())))
+    if problems.count:
+        log.warning("skipped %d records that cannot be used, first: %s", problems.count, problems.first[0])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m stages.cache_teacher_targets
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, by `targets` in params.yaml
-writes data/teacher-targets; for `targets.kind: online` its index alone, and distill runs the teacher
+writes data/teacher-targets; for `targets.kind: online` hardly more than its index, and distill runs the teacher
 """
 
 import math
@@ -11,6 +11,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -23,6 +24,7 @@ from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
 from firstsight.distillation.building import Builder
+from firstsight.distillation.own_answers import own_answers
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
@@ -38,7 +40,8 @@ def run() -> None:
     settings = loaded.targets
     processor = load_processor(TEACHER)
     shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
-    splits = {split: PackedDataset(Split(path), processor) for split, path in SPLITS.items()}
+    data = {split: Split(path) for split, path in SPLITS.items()}
+    device = pick_device(loaded.runtime.device)
     made_from = {
         "kind": settings.kind,
         "teacher": fingerprint_files(sorted(TEACHER.rglob("*.safetensors"))),
@@ -46,44 +49,59 @@ def run() -> None:
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
         "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared),
         "shared_vocabulary": shared,
-        "answer_tokens": {split: dataset.answer_tokens() for split, dataset in splits.items()},
     }
-    tokens = sum(made_from["answer_tokens"].values())
-    if settings.kind == "online":
-        with whole_folder(OUTPUT) as folder:
-            write_index(folder, Index(**made_from, bytes_per_token=0, topk_error={}), head=None)
-        log.info("targets.kind is online: wrote the index alone, distill will run the teacher")
-        return
-
-    device = pick_device(loaded.runtime.device)
-    builder = Builder(load_model(TEACHER, settings.precision, device), settings, shared)
-    batches = {split: math.ceil(len(dataset) / settings.batch_size) for split, dataset in splits.items()}
-    check_space(tokens * builder.bytes_per_token + builder.head_bytes)
-    rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
-    error_sums: Counter[str] = Counter()
-    work = made_from | {"k": settings.k, "batch_size": settings.batch_size, "device": device}
+    work = made_from | settings.model_dump() | {"device": device}
     with scratch.kept_folder("cache-teacher-targets", work) as kept:
-        for split, dataset in splits.items():
-            writer = SplitTargetsWriter(kept, split)
-            if writer.batches:
-                log.info("%s: going on from batch %d of %d, from %s", split, writer.batches, batches[split], kept)
-            rest = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
-            loader = DataLoader(
-                rest, settings.batch_size, collate_fn=dataset.collate, num_workers=loaded.runtime.data_workers
-            )
-            label = f"cache-teacher-targets: {split}"
-            for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches[split]):
-                writer.write(*builder.targets(to(batch, device)))
-            error_sums.update(writer.close())
-        error = {temperature: total / tokens for temperature, total in error_sums.items()}
-        index = Index(**made_from, bytes_per_token=builder.bytes_per_token, topk_error=error)
+        unanswered = [question for split in data.values() for question in split.unanswered()]
+        runs = settings.kind != "online" or unanswered
+        model = load_model(TEACHER, settings.precision, device) if runs else None
+        given = own_answers(model, processor, unanswered, settings, kept)
+        splits = {split: PackedDataset(one.answered(given), processor) for split, one in data.items()}
+        tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
+        built = {"bytes_per_token": 0, "topk_error": {}}
+        head = None
+        if settings.kind == "online":
+            log.info("targets.kind is online: no targets are kept, distill will run the teacher")
+        else:
+            builder = Builder(model, settings, shared)
+            head = builder.kept_head
+            built = build(builder, splits, tokens, settings, kept, loaded.runtime.data_workers, device)
         with whole_folder(OUTPUT) as folder:
             link_folder(kept, folder)
-            write_index(folder, index, builder.kept_head)
+            write_index(folder, Index(**made_from, answer_tokens=tokens, **built), head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
-    log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{tokens:,}", size / 1e6)
-    for temperature, kl in error.items():
+    log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
+    for temperature, kl in built["topk_error"].items():
         log.info("top-%d at T = %s: KL from the exact teacher %.2g a token", settings.k, temperature, kl)
+
+
+def build(
+    builder: Builder,
+    splits: dict[str, PackedDataset],
+    tokens: dict[str, int],
+    settings: params.Targets,
+    kept: Path,
+    workers: int,
+    device: str,
+) -> dict[str, Any]:
+    """Write the shards into `kept`, going on after those that are there; what the index says of them."""
+    total = sum(tokens.values())
+    batches = {split: math.ceil(len(dataset) / settings.batch_size) for split, dataset in splits.items()}
+    check_space(total * builder.bytes_per_token + builder.head_bytes)
+    rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
+    error_sums: Counter[str] = Counter()
+    for split, dataset in splits.items():
+        writer = SplitTargetsWriter(kept, split)
+        if writer.batches:
+            log.info("%s: going on from batch %d of %d, from %s", split, writer.batches, batches[split], kept)
+        rest = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
+        loader = DataLoader(rest, settings.batch_size, collate_fn=dataset.collate, num_workers=workers)
+        label = f"cache-teacher-targets: {split}"
+        for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches[split]):
+            writer.write(*builder.targets(to(batch, device)))
+        error_sums.update(writer.close())
+    error = {temperature: sums / total for temperature, sums in error_sums.items()}
+    return {"bytes_per_token": builder.bytes_per_token, "topk_error": error}
 
 
 def check_space(needed: int) -> None:

@@ -17,7 +17,7 @@ from firstsight.core.files import fingerprint_files, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_head, read_index
+from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_answers, read_head, read_index
 from firstsight.distillation.trainer import DistillationModel, total_steps, train
 from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
@@ -77,9 +77,10 @@ def run() -> None:
 def dataset(split: str, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> PackedDataset:
     """A split with its targets, which must have been made from this very file; or with the teacher's own view of it."""
     path = Path(f"data/egoqa/{split}.parquet")
+    samples = Split(path).answered(read_answers(TARGETS))
     if teacher_processor is not None:
-        return PackedDataset(Split(path), processor, OnlineTeacher(teacher_processor))
-    return PackedDataset(Split(path), processor, SplitTargets(TARGETS, split, fingerprint_files([path])))
+        return PackedDataset(samples, processor, OnlineTeacher(teacher_processor))
+    return PackedDataset(samples, processor, SplitTargets(TARGETS, split, fingerprint_files([path])))
 
 
 if __name__ == "__main__":

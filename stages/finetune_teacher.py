@@ -38,7 +38,8 @@ def run() -> None:
     device = pick_device(runtime.device)
     processor = load_processor(TEACHER)
     train_set, validation_set = (
-        PackedDataset(Split(Path(f"data/egoqa/{split}.parquet")), processor) for split in ("train", "validation")
+        PackedDataset(Split(Path(f"data/egoqa/{split}.parquet")).answered({}), processor)
+        for split in ("train", "validation")
     )
     tuning = Tuning(TEACHER, settings, device, total_steps(len(train_set), settings))
     with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("finetune-teacher")) as scratch:

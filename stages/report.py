@@ -16,8 +16,11 @@ from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
 from firstsight.reporting import figures, page, summary
+from firstsight.reporting.contact_sheet import contact_sheet
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
+# Of the contact sheet.
+SAMPLES_SHOWN, COLUMNS = 12, 3
 HISTORIES = {
     "finetune-teacher": Path("models/teacher-finetuned/history.json"),
     "distill": Path("models/student-distilled/history.json"),
@@ -41,8 +44,9 @@ def run() -> None:
     models = {role: read_json(path, "download-models") for role, path in MODELS.items()}
     histories = {stage: read_json(path, stage) for stage, path in HISTORIES.items()}
 
-    baseline = summary.question_only_baseline(Split(DATA / "train.parquet"), [record for _, record in questions])
-    quality = summary.quality_table(measured["quality"], predictions, baseline)
+    train = Split(DATA / "train.parquet")
+    guesses = summary.baselines(train, [record for _, record in questions])
+    quality = summary.quality_table(measured["quality"], predictions, guesses)
     performance = summary.performance_table(measured["performance"])
     curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
 
@@ -68,12 +72,15 @@ def run() -> None:
         figures.quality(quality, plots / "quality.png")
         figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
         figures.by_type(measured["quality"], plots / "by-type.png")
+        samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
+        contact_sheet(samples, COLUMNS).save(plots / "contact-sheet.png", optimize=True)
         page.write(
             folder / "report.html",
             quality=quality,
             performance=performance,
             environment=measured["performance"][summary.TEACHER],
             card=read_json(DATA / "card.json", "build-egoqa-dataset"),
+            samples=samples,
             parameters=params.PARAMS_FILE.read_text(encoding="utf-8"),
             questions=questions,
             predictions=predictions,
@@ -85,6 +92,11 @@ def run() -> None:
             },
         )
     log.info("wrote %s", OUTPUT)
+
+
+def spread(length: int, count: int) -> range:
+    """At most `count` places, evenly over `length`."""
+    return range(0, length, max(1, -(-length // count)))
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:

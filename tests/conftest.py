@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,10 @@ from ruamel.yaml import YAML
 from firstsight.core import params
 from firstsight.data.records import Record, Sample
 from firstsight.models.initialise import build_model, build_processor, train_tokenizer
+
+# The same cases every time, however slow the machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parent.parent
 YAML_SAFE = YAML(typ="safe", pure=True)

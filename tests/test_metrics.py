@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from firstsight.data.records import Record
+from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import bleu, bootstrap_interval, exact_match, parse_option, score, token_f1
 from firstsight.evaluation.quality import summarise
+from firstsight.reporting.summary import baselines
 
 
 def record(answer, *more, options=()):
@@ -77,3 +78,21 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         low, high = bootstrap_interval(rng.random(120) < 0.7, 300, trial)
         covered += low <= 0.7 <= high
     assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_baselines_guess_from_training_answers_alone():
+    def sample(*asked):
+        records = tuple(Record(f"{n}", text, answer, (answer,), kind) for n, (text, answer, kind) in enumerate(asked))
+        return Sample("s", "g", "test", "none", (), 0.0, records)
+
+    train = [
+        sample(("Colour?", "red", "colour"), ("Colour?", "red", "colour"), ("Colour?", "blue", "colour")),
+        sample(("Held?", "cup", "object"), ("Held?", "cup", "object"), ("Seen?", "cup", "object"), ("How?", "", "how")),
+    ]
+    test = sample(
+        ("Colour?", "red", "colour"),  # its commonest answer
+        ("Shade?", "red", "colour"),  # never asked: the commonest to its type
+        ("Why?", "cup", "reason"),  # nor its type: the commonest of all
+        ("Held?", "pan", "object"),
+    )
+    assert baselines(train, test.records) == {"majority-answer": 0.25, "question-only": 0.75}

@@ -76,8 +76,9 @@ def test_the_library_does_not_import_the_stages():
 def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     metrics = smoke / "metrics"
     quality = json.loads((metrics / "quality.json").read_text())
-    assert set(quality) == {"question-only", "teacher", "student", "student-distilled", "student-quantized"}
-    assert 0 < quality["question-only"]["exact_match"] < 0.6
+    baselines = {"majority-answer", "question-only"}
+    assert set(quality) == baselines | {"teacher", "student", "student-distilled", "student-quantized"}
+    assert 0 <= quality["majority-answer"]["exact_match"] < quality["question-only"]["exact_match"] < 0.6
     assert quality["teacher"]["teacher_agreement"] == 1
     models = json.loads((metrics / "models.json").read_text())
     assert models["teacher"].keys() == models["student"].keys()
@@ -92,6 +93,9 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert "validation_divergence" not in training["finetune-teacher"]
     page = (metrics / "report.html").read_text()
     assert page.count('<img src="data:image/') >= 4 + 8
+    card = json.loads((smoke / "data/egoqa/card.json").read_text())
+    for kind, count in card["splits"]["train"]["question_types"].items():
+        assert f"<td>questions of type {kind}</td><td>{count}</td>" in page
     assert "http://" not in page
     assert "https://" not in page
     curve = (metrics / "plots/distill/validation.csv").read_text().splitlines()
@@ -211,13 +215,13 @@ def refuse_missing_data(folder):
 def refuse_empty_source(folder):
     (folder / "qa.jsonl").write_text("\n")
     change(folder, "data", source="jsonl", path="qa.jsonl")
-    return ("qa.jsonl: expected records, found an empty file",), [("build_egoqa_dataset",)]
+    return ("qa.jsonl: expected a JSON Lines file, found an empty file",), [("build_egoqa_dataset",)]
 
 
 def refuse_unanswered_question(folder):
     (folder / "qa.jsonl").write_text('{"question": "What?"}\n')
     change(folder, "data", source="jsonl", path="qa.jsonl")
-    return ("qa.jsonl: line 1: expected a value for 'answer'",), [("build_egoqa_dataset",)]
+    return ("qa.jsonl: line 1: expected an answer, found none",), [("build_egoqa_dataset",)]
 
 
 def refuse_missing_media(folder):
@@ -304,14 +308,14 @@ def test_a_real_clip_goes_through_every_stage(tmp_path):
         for question in questions
     ]
     (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    change(folder, "data", source="jsonl", path="qa.jsonl", max_frames=4)
+    change(folder, "data", source="jsonl", path="qa.jsonl", media_root=str(REAL), max_frames=4)
     for stage in STAGES:
         run_stage(folder, *stage)
     quality = json.loads((folder / "metrics/quality.json").read_text())
     assert quality["student-quantized"]["questions"] == 3
     page = (folder / "metrics/report.html").read_text()
     assert "How many chairs are around the dining table?" in page
-    assert page.count("data:image/jpeg") == 3
+    assert page.count("data:image/jpeg") == 3 + 1  # with each test question, and what is learnt from
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, change, run_stage
+from conftest import ROOT, change, picture, run_stage
 from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
-from firstsight.data.records import Split
+from firstsight.data.records import Split, SplitWriter
 from firstsight.distillation import targets
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
+from firstsight.evaluation.answering import answers
+from firstsight.models.loading import load_model, load_processor
 
 INDEX = Index(
     kind="hidden",
@@ -69,7 +71,7 @@ def trained(folder, **settings):
 def test_online_and_hidden_train_to_the_same_weights(smoke, smoke_copy):
     hidden = load_file(smoke / "models/student-distilled/model.safetensors")
     online = trained(smoke_copy, kind="online")
-    assert [path.name for path in (smoke_copy / "data/teacher-targets").iterdir()] == ["index.json"]
+    assert [path.name for path in (smoke_copy / "data/teacher-targets").iterdir()] == ["answers.json", "index.json"]
     for name, weight in hidden.items():
         torch.testing.assert_close(online[name], weight, atol=2e-5, rtol=1e-4)
 
@@ -190,7 +192,7 @@ def spoil_answers(path):
         (spoil_shard, r"teacher-targets: expected the train targets, found"),
         (spoil_count, r"teacher-targets: expected the train targets, found 0 of \d+ answer tokens"),
         (spoil_values, r"teacher-targets: expected the train targets, found values that are not finite, at record \d+"),
-        (spoil_answers, r"record scene-\d+-\d+: expected the teacher's answer tokens, where token 0 is \d+ \('"),
+        (spoil_answers, r"record scene-\d+-[a-z-]+: expected the teacher's answer tokens, where token 0 is \d+ \('"),
     ],
 )
 def test_damaged_targets_stop_the_run(smoke_copy, spoil, found):
@@ -229,3 +231,53 @@ print(own() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout) < 20_000  # KiB, of 192,000 read
+
+
+@pytest.mark.parametrize("kind", ["hidden", "online"])
+def test_questions_without_an_answer_get_the_teachers(smoke_copy, kind):
+    """Of answered and unanswered questions about one picture, one of them with options that the teacher ignores."""
+    asked = [
+        {"split": split, "media": f"{split}.jpg", **values}
+        for split in ("train", "validation", "test")
+        for values in (
+            {"id": f"{split}-known", "question": "What is in your left hand?", "answer": "a cup"},
+            {"id": f"{split}-open", "question": "What is in your right hand?"},
+            {"id": f"{split}-choice", "question": "Which?", "options": ["x", "y"]},
+        )
+    ]
+    for number, split in enumerate(("train", "validation", "test")):
+        (smoke_copy / f"{split}.jpg").write_bytes(picture(number))
+    (smoke_copy / "qa.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    change(smoke_copy, "data", source="jsonl", path="qa.jsonl", unanswered="teacher")
+    change(smoke_copy, "targets", kind=kind, max_answer_tokens=6)
+    for stage in (("build_egoqa_dataset",), ("finetune_teacher",), ("cache_teacher_targets",), ("distill",)):
+        run_stage(smoke_copy, *stage)
+
+    card = json.loads((smoke_copy / "data/egoqa/card.json").read_text())
+    assert [card["splits"][split]["unanswered"] for split in ("train", "validation", "test")] == [2, 2, 0]
+    given = json.loads((smoke_copy / "data/teacher-targets/answers.json").read_text())
+    assert set(given) == {f"{split}-{what}" for split in ("train", "validation") for what in ("open", "choice")}
+    teacher = smoke_copy / "models/teacher-finetuned"
+    train = Split(smoke_copy / "data/egoqa/train.parquet")
+    question = (train[0], train[0].records[1])
+    (own,) = answers(load_model(teacher, "auto", "cpu"), load_processor(teacher), [question], 1, 6)
+    assert own
+    assert given["train-open"] == own
+    assert given["train-choice"] in ("", "A", "B")
+    (sample,) = train.answered(given)
+    assert [(one.id, one.answer) for one in sample.records][:2] == [("train-known", "a cup"), ("train-open", own)]
+    assert all(one.answer for one in sample.records)
+    (sample,) = train.answered({})
+    assert [one.id for one in sample.records] == ["train-known"]
+    history = json.loads((smoke_copy / "models/student-distilled/history.json").read_text())
+    assert history[-1]["step"] == 2
+
+
+def test_a_teacher_is_not_finetuned_on_nothing(smoke_copy):
+    path = smoke_copy / "data/egoqa/train.parquet"
+    sample = Split(path)[0]
+    unanswered = replace(sample, records=tuple(replace(one, answer="", answers=()) for one in sample.records))
+    with SplitWriter(path) as writer:
+        writer.write(unanswered)
+    with pytest.raises(UserError, match="expected questions with an answer, found none"):
+        run_stage(smoke_copy, "finetune_teacher")

@@ -88,26 +88,71 @@ class Models(Section):
 
 
 class Synthetic(Section):
-    """Rendered scenes: how many, and how many questions each gets besides its description."""
+    """Rendered scenes: how many, and how many questions each gets besides its description.
+
+    A share of them, `clip_fraction`, are clips of 2 to `max_clip_frames` frames, the others images. A share of the
+    questions that can have options, `option_fraction`, has them.
+    """
 
     scenes: Count
     questions_per_scene: Count
+    clip_fraction: Fraction
+    max_clip_frames: Annotated[int, Field(ge=4, le=8)]
+    option_fraction: Fraction
+
+
+FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo"]
+
+
+class Hub(Section):
+    """A data set of the hub, or a folder of one: `id`, `config`, `revision`, and `splits`, each given to one of ours.
+
+    `fields` says which column is what: our name (question, answer, options, image, video, id, ...) to theirs.
+    """
+
+    id: str
+    config: str | None
+    revision: str | None
+    splits: dict[str, Literal["train", "validation", "test", "by group"]]
+    fields: dict[str, str]
+
+
+class Benchmark(Section):
+    """Records of another file, all for the test split; what is trained on shares no video with them."""
+
+    source: Literal["none"] | FileSource
+    path: Annotated[str, Field(min_length=1)]
+    media_root: str | None
 
 
 class Data(Section):
-    """`source: synthetic` renders scenes; `source: jsonl` reads `path`, one record a line, which
-    must exist either way, because the stage depends on it.
+    """Where questions come from: rendered scenes (`synthetic`), the file `path` in one of several forms, or the hub.
 
-    Splits are by group. Question types under `train_only_types` are left out of the test split: they are there to
-    learn from. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels` each.
+    `path` and `benchmark.path` must exist whatever the source, because the stage depends on them. Media are looked for
+    in `media_root` (null: the folder of the file), and nowhere else.
+
+    Records that cannot be used end the build (`on_error: stop`) or are counted and listed (`skip`). `unanswered`
+    questions are such, or get the teacher's answer.
+
+    Splits are by group. `train_samples` and its kin take so many records, in the proportions of the question types;
+    null takes all. Question types under `train_only_types` are left out of the test split: they are there to learn
+    from. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels` each.
     """
 
-    source: Literal["synthetic", "jsonl"]
+    source: Literal["synthetic", "hub"] | FileSource
     path: Annotated[str, Field(min_length=1)]
+    media_root: str | None
+    hub: Hub | None
+    benchmark: Benchmark
     synthetic: Synthetic
+    on_error: Literal["stop", "skip"]
+    unanswered: Literal["refuse", "teacher"]
     seed: Seed
     validation_fraction: Fraction
     test_fraction: Fraction
+    train_samples: Count | None
+    validation_samples: Count | None
+    test_samples: Count | None
     train_only_types: list[str]
     fps: Positive
     max_frames: Annotated[int, Field(ge=2)]
@@ -121,6 +166,8 @@ class Data(Section):
                 "expected validation_fraction + test_fraction below 1, found "
                 f"{self.validation_fraction + self.test_fraction:g}"
             )
+        if self.source == "hub" and self.hub is None:
+            raise ValueError("expected a data set under hub, because source is 'hub', found null")
         return self
 
 
@@ -169,12 +216,14 @@ class Targets(Section):
 
     `hidden`: its final hidden states, exact; `topk`: its `k` best logits, approximate and smaller; `online`: nothing,
     the teacher runs beside the student. `k` matters to topk alone.
+    Questions without an answer are answered by the teacher, in at most `max_answer_tokens`.
     """
 
     kind: Literal["hidden", "topk", "online"]
     k: Count
     precision: Precision
     batch_size: Count
+    max_answer_tokens: Count
 
 
 class Train(Optimisation):

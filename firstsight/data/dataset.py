@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from firstsight.core.errors import UserError
 from firstsight.data.packing import IGNORE, Encoded, collate, encode, pack
-from firstsight.data.records import Sample, Split
+from firstsight.data.records import AnsweredSplit, Sample, Split
 
 
 class TeacherSource(Protocol):
@@ -62,7 +62,7 @@ class PackedDataset(Dataset):
     (`padded_to_multiple`).
     """
 
-    def __init__(self, split: Split, processor: Any, teacher: TeacherSource | None = None):
+    def __init__(self, split: Split | AnsweredSplit, processor: Any, teacher: TeacherSource | None = None):
         self.split, self.processor, self.teacher = split, processor, teacher
         self._length = len(split)
         # Text is encoded once; media, which is large, is processed anew each time.

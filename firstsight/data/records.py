@@ -7,9 +7,9 @@ JPEG bytes) with the records that ask about it; a row of a split's parquet file 
 import bisect
 import io
 import itertools
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Record:
-    """One question. `answer` is taught; any of `answers` (which include it) counts as right at evaluation."""
+    """One question. `answer` is taught; any of `answers` (which include it) counts as right at evaluation.
+
+    An unanswered question, which the teacher is to answer, has an empty `answer`.
+    """
 
     id: str
     question: str
@@ -154,6 +157,20 @@ class Split(Sequence[Sample]):
         counts = pc.list_value_length(self._file.read(columns=["records.list.element.id"]).column("records"))
         return counts.to_pylist()
 
+    def unanswered(self) -> list[tuple[Sample, Record]]:
+        """The questions without an answer."""
+        found = [index for index, answers in enumerate(self._answers()) if "" in answers]
+        return [(sample, one) for sample in map(self.__getitem__, found) for one in sample.records if not one.answer]
+
+    def _answers(self) -> list[list[str]]:
+        """The answers to the questions of each sample, without reading the media."""
+        table = self._file.read(columns=["records.list.element.answer"])
+        return [[one["answer"] for one in records] for records in table.column("records").to_pylist()]
+
+    def answered(self, answers: Mapping[str, str]) -> "AnsweredSplit":
+        """The samples with `answers`, by record id, filled in; without questions that have none even then."""
+        return AnsweredSplit(self, answers)
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -168,6 +185,44 @@ class Split(Sequence[Sample]):
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         return _sample(self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0])
+
+
+class AnsweredSplit(Sequence[Sample]):
+    """A split as it is trained on: every question has an answer; a sample without any such question is left out.
+
+    Raises:
+        UserError: nothing is left.
+    """
+
+    def __init__(self, split: Split, answers: Mapping[str, str]):
+        self.path, self._split, self._given = split.path, split, answers
+        counts = split.record_counts()
+        lacking: dict[str, int] = Counter(sample.id for sample, one in split.unanswered() if not answers.get(one.id))
+        self._places, self._counts = list(range(len(split))), counts
+        if lacking:
+            kept = [(place, count - lacking[split[place].id]) for place, count in enumerate(counts)]
+            self._places = [place for place, count in kept if count]
+            self._counts = [count for _, count in kept if count]
+        if not self._places:
+            raise UserError(
+                f"{self.path}: expected questions with an answer, found none; add some, or set "
+                "finetune_teacher.enabled to false and let a teacher that can answer them do so"
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def record_counts(self) -> list[int]:
+        return self._counts
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._split[self._places[index]]
+        filled = (
+            one if one.answer else replace(one, answer=given, answers=(given,))
+            for one in sample.records
+            if (given := one.answer or self._given.get(one.id, ""))
+        )
+        return replace(sample, records=tuple(filled))
 
 
 def _sample(row: dict[str, Any]) -> Sample:

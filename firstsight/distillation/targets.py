@@ -2,6 +2,7 @@
 
 A folder of
 
+    answers.json                 the teacher's own answers, by record id, to questions that came without one
     index.json                   what the targets are and, as fingerprints, what they were made from
     head.safetensors             the teacher's output head over the shared vocabulary [V, H]; for `hidden`
     {split}-00000.safetensors    shards of a split, each complete in itself: n answer tokens of r records
@@ -126,6 +127,15 @@ def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
     if head is not None:
         save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
     write_json(folder / "index.json", asdict(index))
+
+
+def write_answers(folder: Path, answers: dict[str, str]) -> None:
+    """Write answers.json: the teacher's answers by record id."""
+    write_json(folder / "answers.json", answers)
+
+
+def read_answers(folder: Path) -> dict[str, str]:
+    return read_json(folder / "answers.json", MADE_BY)
 
 
 def read_index(folder: Path) -> Index:

@@ -8,7 +8,6 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +17,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import PARAMS_FILE, Data
 from firstsight.data.records import SPLITS, Sample, Split
-from firstsight.sources import synthetic
+from firstsight.planning import preview
 
 DATA = Path("data/egoqa")
 
@@ -67,7 +66,7 @@ def workload(data: Data, path: Path) -> Workload:
     if path == PARAMS_FILE and card.is_file() and read_json(card, "build-egoqa-dataset")["source"] == data.source:
         return _built(read_json(card, "build-egoqa-dataset"))
     if data.source == "synthetic":
-        samples, typical, largest = data.synthetic.scenes, *_sizes(s for s, _ in islice(synthetic.read(data), 32))
+        samples, typical, largest = data.synthetic.scenes, *_sizes(preview.samples(data, 32))
         source = f"{samples:,} rendered scenes"
     else:
         samples = _SAMPLES

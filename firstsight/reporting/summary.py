@@ -44,30 +44,36 @@ def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     }
 
 
-def question_only_baseline(train: Iterable[Sample], test: Iterable[Record]) -> float:
-    """Exact match of the best guess without looking: the commonest training answer to that very question.
+def baselines(train: Iterable[Sample], test: Iterable[Record]) -> dict[str, float]:
+    """Exact match of two guesses that look at nothing but training answers.
 
-    Where the question never occurs in training, the commonest answer to its type, else to any question.
+    `majority-answer` is the commonest of them all. `question-only` is the commonest to that very question; where it
+    never occurs in training, the commonest to its type, else of all.
     """
     by_question, by_type, overall = defaultdict(Counter), defaultdict(Counter), Counter()
     for sample in train:
         for record in sample.records:
-            by_question[record.prompt()][record.answer] += 1
-            by_type[record.question_type][record.answer] += 1
-            overall[record.answer] += 1
-    right = []
+            if record.answer:
+                by_question[record.prompt()][record.answer] += 1
+                by_type[record.question_type][record.answer] += 1
+                overall[record.answer] += 1
+    majority, question_only = [], []
     for record in test:
         counts = by_question.get(record.prompt()) or by_type.get(record.question_type) or overall
-        right.append(exact_match(counts.most_common(1)[0][0], record.answers))
-    return float(np.mean(right))
+        for right, guesses in ((majority, overall), (question_only, counts)):
+            right.append(exact_match(guesses.most_common(1)[0][0] if guesses else "", record.answers))
+    return {"majority-answer": float(np.mean(majority)), "question-only": float(np.mean(question_only))}
 
 
 def quality_table(
-    quality: dict[str, dict[str, Any]], predictions: dict[str, list[str]], baseline: float
+    quality: dict[str, dict[str, Any]], predictions: dict[str, list[str]], guesses: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """By variant: the quality figures, `retention` (exact match against the teacher's) and `teacher_agreement`."""
+    """By variant: the quality figures, `retention` (exact match against the teacher's) and `teacher_agreement`.
+
+    By baseline, as `guesses` has them: exact match alone.
+    """
     reference = quality[TEACHER]["exact_match"]
-    table: dict[str, dict[str, float]] = {"question-only": {"exact_match": baseline}}
+    table: dict[str, dict[str, float]] = {name: {"exact_match": right} for name, right in guesses.items()}
     for variant in VARIANTS:
         row = {name: quality[variant][name] for name in _STABLE if name in quality[variant]}
         row["teacher_agreement"] = float(

@@ -6,11 +6,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from filelock import FileLock, Timeout
 
 from firstsight.core.errors import UserError
@@ -66,5 +65,5 @@ def _code() -> dict[str, str]:
     here = Path(__file__).parents[2]
     loaded = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     ours = [file for file in loaded for folder in ("firstsight", "stages") if file.is_relative_to(here / folder)]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {name: version(name) for name in ("torch", "transformers")}
     return {"files": fingerprint_files(sorted(ours)), **versions}

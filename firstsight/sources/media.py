@@ -1,18 +1,104 @@
 """Images and videos as JPEG frames: decoded, sampled and resized once, when the data set is built."""
 
 import io
-from collections.abc import Iterator
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from qwen_vl_utils import fetch_image
 
-from firstsight.core.errors import UserError
 from firstsight.core.params import Data
+from firstsight.data.records import MediaKind
+from firstsight.sources.problems import BadRecordError
+from firstsight.sources.question import Pictures
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+
+@dataclass(frozen=True)
+class Files:
+    """An image, a video (with a window in seconds; `end` None is its end), or frames in order, below `root`."""
+
+    kind: MediaKind
+    root: Path
+    names: tuple[str, ...]
+    start: float = 0.0
+    end: float | None = None
+
+    def key(self) -> str:
+        window = f"#{self.start:g}-{'' if self.end is None else format(self.end, 'g')}" if self.kind == "video" else ""
+        return "|".join(self.names) + window
+
+    def group(self) -> tuple[str, ...]:
+        return self.names
+
+    def stamp(self) -> object:
+        found = [(self.root / name).stat() for name in self.names]
+        return [str(self.root), *((one.st_size, one.st_mtime_ns) for one in found)]
+
+    def load(self, data: Data) -> Pictures:
+        paths = [self.root / name for name in self.names]
+        if self.kind == "video":
+            return Pictures(*read_video(paths[0], data, self.start, self.end))
+        return Pictures(tuple(read_image(path, data) for path in paths))
+
+
+def files(
+    root: Path, media: str | Sequence[str], start: float | None = None, end: float | None = None, check: bool = True
+) -> Files:
+    """Media by name, relative to `root` or absolute and inside it: a video by its suffix, an image, a list of frames.
+
+    Args:
+        check: whether the files must be there.
+
+    Raises:
+        BadRecordError: a file is missing or outside of `root`; or a window is given with what is no video.
+    """
+    names = [media] if isinstance(media, str) else list(media)
+    if not names:
+        raise BadRecordError("expected media, found an empty list; name files, or remove the record")
+    inside = tuple(_inside(root, name, check) for name in names)
+    if not isinstance(media, str):
+        kind = "frames"
+    else:
+        kind = "video" if Path(media).suffix.lower() in VIDEO_SUFFIXES else "image"
+    if kind != "video" and (start or end):
+        raise BadRecordError(f"expected start and end with a video alone, found them with media {media!r}; remove them")
+    return Files(kind, root, inside, start or 0.0, end)
+
+
+def _inside(root: Path, name: str, check: bool) -> str:
+    """The name relative to `root`, of a file that is really below it."""
+    try:
+        resolved, base = (root / name).resolve(), root.resolve()
+        found = resolved.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadRecordError(
+            f"expected a media file, found {name[:80]!r} ({str(error)[:80]}); correct the path"
+        ) from None
+    if not resolved.is_relative_to(base):
+        raise BadRecordError(
+            f"expected media below {root}, found {name[:80]!r}, which is {resolved}; "
+            "move it there, or set media_root to a folder that holds all media"
+        )
+    if check and not found:
+        raise BadRecordError(
+            f"expected a media file, found no {root / name}; correct the path (it is relative to {root}), "
+            "or remove the record"
+        )
+    return posixpath.normpath(resolved.relative_to(base).as_posix() if Path(name).is_absolute() else name)
+
+
+def first_there(root: Path, names: Sequence[str]) -> str:
+    """The first of the names that is a file below `root`, else the first of all, for `files` to say that it is not."""
+    return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, which raises
 
 
 def encode(picture: Image.Image, data: Data) -> bytes:
@@ -22,21 +108,32 @@ def encode(picture: Image.Image, data: Data) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(path: Path, data: Data, place: str) -> bytes:
-    """One image file as JPEG bytes. `place` names the record in the error raised when it cannot be read."""
+def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:
+    """One image file as JPEG bytes. `name` is what an error calls it, the path by default.
+
+    Raises:
+        BadRecordError: it cannot be read.
+    """
     try:
         with Image.open(path) as picture:
             # Cameras that are held upright say so in a tag, and store the picture lying on its side.
-            return encode(ImageOps.exif_transpose(picture), data)
+            turned = ImageOps.exif_transpose(picture)
+            if turned.mode.startswith("I"):
+                # 16 bits a pixel, which Pillow would cut off at 255.
+                turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+            return encode(turned, data)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{place}: expected a readable image, found {path} ({error}); mend or remove it") from None
+        raise BadRecordError(f"expected a readable image, found {name or path} ({error}); mend or remove it") from None
 
 
-def read_video(path: Path, data: Data, start: float, end: float | None, place: str) -> tuple[tuple[bytes, ...], float]:
+def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple[tuple[bytes, ...], float]:
     """Frames of `path` between `start` and `end` seconds (None: to its end), evenly spaced, and their rate per second.
 
     `data.fps` frames a second, at least two and at most `data.max_frames`, an even number, because Qwen2-VL merges
     frames in pairs. Each is the last frame shown at the middle of its share of the time.
+
+    Raises:
+        BadRecordError: it cannot be read, or the window is outside of it.
     """
     try:
         with av.open(str(path)) as container:
@@ -44,8 +141,8 @@ def read_video(path: Path, data: Data, start: float, end: float | None, place: s
             stream.thread_type = "AUTO"
             length = _duration(container, stream)
             if not 0 <= start < min(end or length, length):
-                raise UserError(
-                    f"{place}: expected a window within the {length:.2f} s of {path}, "
+                raise BadRecordError(
+                    f"expected a window within the {length:.2f} s of {path}, "
                     f"found {start:g} to {end or length:g} s; correct start and end"
                 )
             seconds = min(end or length, length) - start
@@ -53,7 +150,20 @@ def read_video(path: Path, data: Data, start: float, end: float | None, place: s
             times = start + (np.arange(count) + 0.5) * seconds / count
             return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
     except (OSError, av.FFmpegError, ValueError, IndexError) as error:
-        raise UserError(f"{place}: expected a readable video, found {path} ({error}); mend or remove it") from None
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+
+
+def frame_rate(path: Path) -> float:
+    """Frames per second of a video, on average.
+
+    Raises:
+        BadRecordError: it cannot be read.
+    """
+    try:
+        with av.open(str(path)) as container:
+            return float(container.streams.video[0].average_rate)
+    except (OSError, av.FFmpegError, ValueError, IndexError, TypeError) as error:
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
 
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:

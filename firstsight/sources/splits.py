@@ -1,45 +1,47 @@
-"""Which split a group belongs to, and the removal of duplicates."""
+"""Which split a group belongs to, and which records of a split are taken."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Literal
 
 from firstsight.core.params import Data
-from firstsight.data.records import Sample
+
+SplitName = Literal["train", "validation", "test"]
 
 
-def split_of(group: str, data: Data) -> str:
-    """train, validation or test, from the seed and the group's name alone: adding records moves no other record."""
-    digest = hashlib.sha256(f"{data.seed}:{group}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+def split_of(group: str, data: Data) -> SplitName:
+    """From the seed and the group's name alone: adding records moves no other record."""
+    place = _place(f"{data.seed}:{group}")
     if place < data.test_fraction:
         return "test"
     return "validation" if place < data.test_fraction + data.validation_fraction else "train"
 
 
-def without_duplicates(
-    samples: Iterable[tuple[Sample, str | None]], dropped: Counter
-) -> Iterator[tuple[Sample, str | None]]:
-    """The samples less their exact duplicates: the same question about the same frames. Counted in `dropped`.
+def stratified(type_of: Mapping[str, str], count: int, seed: int) -> set[str]:
+    """`count` ids (all, where there are fewer), each question type in its proportion, by largest remainder.
 
-    Records that become a sample's only copy keep their place; a sample left without records is left out. The same
-    frames under two names of group would straddle splits, so the later sample takes the earlier one's group.
+    Args:
+        type_of: the question type of each id.
+
+    A question's rank within its type depends on the seed and its id alone.
     """
-    asked: set[bytes] = set()
-    group_of: dict[bytes, tuple[str, str | None]] = {}
-    for sample, given in samples:
-        media = hashlib.sha256(b"".join(hashlib.sha256(frame).digest() for frame in sample.frames)).digest()
-        if sample.frames:
-            group, given = group_of.setdefault(media, (sample.group, given))
-            sample = replace(sample, group=group)
-        kept = []
-        for record in sample.records:
-            key = hashlib.sha256(media + record.prompt().encode()).digest()
-            if key in asked:
-                dropped["duplicate"] += 1
-            else:
-                asked.add(key)
-                kept.append(record)
-        if kept:
-            yield replace(sample, records=tuple(kept)), given
+    by_type: dict[str, list[str]] = defaultdict(list)
+    for name, question_type in type_of.items():
+        by_type[question_type].append(name)
+    share = min(1.0, count / max(1, len(type_of)))
+    quotas = {kind: int(len(names) * share) for kind, names in by_type.items()}
+    rest = min(count, len(type_of)) - sum(quotas.values())
+    remainders = sorted(by_type, key=lambda kind: (quotas[kind] - len(by_type[kind]) * share, kind))
+    for kind in remainders[:rest]:
+        quotas[kind] += 1
+    return {
+        name
+        for kind, names in by_type.items()
+        for name in sorted(names, key=lambda name: _place(f"{seed}:take:{name}"))[: quotas[kind]]
+    }
+
+
+def _place(text: str) -> float:
+    """In [0, 1), as good as at random."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

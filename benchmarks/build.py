@@ -1,0 +1,102 @@
+"""Building a data set: time and memory against its size.
+
+    python -m benchmarks.build
+
+Small pictures of noise, five questions each, through `build-egoqa-dataset` as `dvc repro` runs it; with four times the
+pictures from row to row, so that linear growth shows as a ratio of four. Memory is the highest sum, over the process
+and its workers, of proportional set sizes: what they share is counted once. Writes benchmarks/build.csv.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+from ruamel.yaml import YAML
+
+from benchmarks.measuring import environment, write
+from firstsight.core.stage import log, main
+
+PICTURES, QUESTIONS, SIDE = (1_250, 5_000, 20_000), 5, 224
+ROOT = Path.cwd()
+
+
+def prepare(folder: Path, pictures: int) -> None:
+    """A workspace: params.yaml, the pictures, and a file of questions about them."""
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load(ROOT / "presets/smoke.yaml")
+    values["data"] |= {"source": "jsonl", "path": "qa.jsonl", "max_pixels": SIDE**2}
+    values["data"]["benchmark"]["path"] = "qa.jsonl"
+    yaml.dump(values, folder / "params.yaml")
+    noise = np.random.default_rng(0)
+    with (folder / "qa.jsonl").open("w") as file:
+        for number in range(pictures):
+            coarse = Image.fromarray(noise.integers(0, 256, (14, 14, 3), dtype=np.uint8))
+            coarse.resize((SIDE, SIDE)).save(folder / f"{number}.jpg")
+            for question in range(QUESTIONS):
+                line = {
+                    "media": f"{number}.jpg",
+                    "question": f"What is at {question}?",
+                    "answer": f"a thing {question}",
+                }
+                file.write(json.dumps(line) + "\n")
+
+
+def measure(folder: Path) -> tuple[float, int]:
+    """Seconds of the stage, and its highest memory in bytes."""
+    started, most = time.perf_counter(), 0
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
+    words = [sys.executable, "-m", "stages.build_egoqa_dataset"]
+    process = psutil.Popen(words, cwd=folder, env=variables, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        most = max(most, sum(map(memory, [process, *children(process)])))
+        time.sleep(0.2)
+    if process.returncode:
+        raise RuntimeError(f"build-egoqa-dataset ended with {process.returncode}")
+    return time.perf_counter() - started, most
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+        return 0
+
+
+def run() -> None:
+    rows = []
+    for pictures in PICTURES:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            prepare(folder, pictures)
+            seconds, most = measure(folder)
+        first = rows[0] if rows else {"seconds": seconds}
+        rows.append({
+            "pictures": pictures,
+            "records": pictures * QUESTIONS,
+            "seconds": round(seconds, 1),
+            "pictures_a_second": round(pictures / seconds),
+            "memory_mb": round(most / 1e6),
+            "size_ratio": pictures / PICTURES[0],
+            "time_ratio": round(seconds / first["seconds"], 2),
+            **environment("cpu"),
+        })  # fmt: skip
+        log.info("%(records)d records: %(seconds).0f s, %(memory_mb)d MB", rows[-1])
+    write("build", rows)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,21 @@
+"""The first samples of a source, without splits and without writing a data set."""
+
+from collections.abc import Iterator
+from itertools import groupby, islice
+from operator import attrgetter
+
+from firstsight.core.params import Data
+from firstsight.data.records import Sample
+from firstsight.sources.problems import Problems
+from firstsight.sources.question import Pictures
+from firstsight.sources.readers import READERS
+
+
+def samples(data: Data, count: int) -> Iterator[Sample]:
+    """The first `count` media, decoded, each with the questions that follow each other about it."""
+    asked = READERS[data.source](data, Problems("stop"))
+    for media, same_media in islice(groupby(asked, key=attrgetter("media")), count):
+        pictures = media.load(data) if media else Pictures()
+        key, kind = (media.key(), media.kind) if media else ("none", "none")
+        records = tuple(one.question.record() for one in same_media)
+        yield Sample(key, key, data.source, kind, pictures.frames, pictures.fps, records)

@@ -1,0 +1,85 @@
+"""Media that show the same in two splits: recompressed, resized, or under another name.
+
+Media are compared by their looks: the first, middle and last frame as 12 x 12 pixels. Two are the same when those
+differ by at most 3 of 255 on average, and by at most 24 anywhere: recompression and resizing stay well below, another
+object in the picture does not.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from firstsight.sources.assembly import Unit
+from firstsight.sources.decoding import Decoded
+
+MEAN, ANYWHERE = 3.0, 24
+_ROWS = 256
+
+
+def seen_in(looks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of `looks` are the same as one of `others`.
+
+    Args:
+        looks: uint8 [n, ...].
+        others: uint8 [m, ...], of the same shape beyond the first axis.
+
+    Returns:
+        The index of such a one in `others`, or -1; int64 [n].
+    """
+    found = np.full(len(looks), -1)
+    if not len(others):
+        return found
+    flat, flat_others = (part.reshape(len(part), -1) for part in (looks, others))
+    # Means of four bands each of three frames and channels rule nearly all pairs out: they differ less than the pixels.
+    coarse, coarse_others = _bands(flat), _bands(flat_others)
+    order = np.argsort(coarse_others[:, 0], kind="stable")
+    sorted_first = coarse_others[order, 0]
+    for row in range(len(flat)):
+        low, high = np.searchsorted(sorted_first, coarse[row, 0] + np.array([-ANYWHERE, ANYWHERE]))
+        near = order[low:high]
+        near = near[(np.abs(coarse_others[near] - coarse[row]) <= ANYWHERE).all(1)]
+        near = near[np.abs(coarse_others[near] - coarse[row]).mean(1) <= MEAN] if len(near) else near
+        for start in range(0, len(near), _ROWS):
+            part = np.sort(near[start : start + _ROWS])
+            difference = np.abs(flat_others[part].astype(np.int16) - flat[row].astype(np.int16))
+            same = part[(difference.mean(1) <= MEAN) & (difference.max(1) <= ANYWHERE)]
+            if len(same):
+                found[row] = same[0]
+                break
+    return found
+
+
+def _bands(flat: np.ndarray) -> np.ndarray:
+    """Means over runs of pixels, float32 [n, 36]; the first column is the mean of all."""
+    parts = flat.reshape(len(flat), 36, -1).mean(2, dtype=np.float32)
+    return np.concatenate([parts.mean(1, keepdims=True), parts], 1)
+
+
+def leaking(looks: Sequence[np.ndarray], splits: Sequence[str], has_media: Sequence[bool]) -> dict[int, int]:
+    """Indices of media whose like is in a split that is held back from theirs, with that other's index.
+
+    The test split keeps all of its media, validation what is not in the test split, train what is in neither.
+    """
+    found = {}
+    splits = np.array(splits)
+    usable = np.array(has_media, dtype=bool)
+    for split, held_back in (("validation", ("test",)), ("train", ("test", "validation"))):
+        here = np.flatnonzero((splits == split) & usable)
+        there = np.flatnonzero(np.isin(splits, held_back) & usable)
+        if len(here) and len(there):
+            same = seen_in(np.stack([looks[i] for i in here]), np.stack([looks[i] for i in there]))
+            found |= {int(here[n]): int(there[other]) for n, other in enumerate(same) if other >= 0}
+    return found
+
+
+def without_leaks(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) -> list[tuple[Unit, Decoded]]:
+    """The units, less those whose media a more held-back split has too; their questions are counted in `dropped`."""
+    leaks = leaking(
+        [decoded.look for _, decoded in found],
+        [unit.split for unit, _ in found],
+        [unit.media is not None for unit, _ in found],
+    )
+    for index in leaks:
+        dropped["media of another split"] += len(found[index][0].questions)
+    return [one for index, one in enumerate(found) if index not in leaks]

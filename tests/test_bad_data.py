@@ -1,0 +1,384 @@
+"""What can be wrong with a user's data: each case is one clear line, or, by choice, counted and left out."""
+
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import change, picture, run_stage, workspace
+from PIL import Image
+from test_sources import write_video
+
+from firstsight.core.errors import UserError
+from firstsight.data.records import SPLITS, Split
+
+GOOD = [
+    {"id": f"good-{split}", "media": f"{split}.jpg", "question": "What?", "answer": "a cup", "split": split}
+    for split in SPLITS
+]
+
+
+def line(**values) -> dict:
+    return {"question": "What is it?", "answer": "a ball", "split": "train"} | values
+
+
+def text(value: str):
+    """A line as it stands in the file."""
+    return lambda folder: value
+
+
+def given(**values):
+    """A line with these values."""
+    return text(json.dumps(line(**values)))
+
+
+def media(name: str, content: bytes, **values):
+    """A line about a file with this content."""
+
+    def write(folder):
+        (folder / name).write_bytes(content)
+        return line(media=name, **values)
+
+    return write
+
+
+def image(**options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", options.pop("size", (64, 64)), "red").save(buffer, **{"format": "JPEG"} | options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is huge, as decompression bombs do."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    end = b"IEND"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        + struct.pack(">I", 0) + end + struct.pack(">I", zlib.crc32(end))
+    )  # fmt: skip
+
+
+def video(**options) -> bytes:
+    path = options.pop("folder") / "made.mp4"
+    write_video(path, **options)
+    return path.read_bytes()
+
+
+def clip(damage, **values):
+    """A line about a video of 4 s at 10 frames a second, damaged."""
+
+    def write(folder):
+        (folder / "clip.mp4").write_bytes(damage(video(folder=folder)))
+        return line(media="clip.mp4", **values)
+
+    return write
+
+
+def audio_only(folder):
+    """A video file without pictures."""
+    import av
+
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return line(media="sound.mp4")
+
+
+def link_outside(folder):
+    outside = folder.parent / "outside.jpg"
+    outside.write_bytes(picture(9))
+    (folder / "link.jpg").symlink_to(outside)
+    return line(media="link.jpg")
+
+
+def linked_folder_outside(folder):
+    outside = folder.parent / "elsewhere"
+    outside.mkdir(exist_ok=True)
+    (outside / "a.jpg").write_bytes(picture(9))
+    (folder / "linked").symlink_to(outside)
+    return line(media="linked/a.jpg")
+
+
+def link_to_itself(folder):
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    return line(media="loop.jpg")
+
+
+def absolute_outside(folder):
+    outside = folder.parent / "outside.jpg"
+    outside.write_bytes(picture(9))
+    return line(media=str(outside))
+
+
+def fifo(folder):
+    os.mkfifo(folder / "pipe.jpg")
+    return line(media="pipe.jpg")
+
+
+def device(folder):
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    return line(media="zero.jpg")
+
+
+BAD = {
+    # lines
+    "broken JSON": (text('{"question": "What?", '), "expected a JSON object"),
+    "no object": (text('["What?", "so"]'), "expected a JSON object"),
+    "a bare number": (text("42"), "expected a JSON object"),
+    "trailing comma": (text('{"question": "What?", "answer": "so",}'), "expected a JSON object"),
+    "single quotes": (text("{'question': 'What?', 'answer': 'so'}"), "expected a JSON object"),
+    "two objects": (text("{} {}"), "expected a JSON object"),
+    "NaN": (text('{"question": "What?", "answer": "so", "start": NaN}'), "NaN is no JSON"),
+    "infinity": (text('{"question": "What?", "answer": "so", "end": Infinity}'), "Infinity is no JSON"),
+    "deep nesting": (text("[" * 100_000), "expected a JSON object"),
+    "an escaped lone surrogate": (given(question="\ud800"), "unable to parse raw data as a unicode string"),
+    "unknown key": (given(anwser="x"), "found the key 'anwser'"),
+    # questions and answers
+    "no question": (text('{"answer": "so"}'), "expected a value for 'question'"),
+    "no answer": (text('{"question": "What?", "split": "train"}'), "expected an answer, found none"),
+    "empty question": (given(question=" "), "expected text for 'question', found an empty one"),
+    "empty answer": (given(answer=""), "expected text for 'answer', found an empty one"),
+    "null question": (given(question=None), "expected a value for 'question'"),
+    "number as answer": (given(answer=3), "answer: input should be a valid string"),
+    "list as answer": (given(answer=["a", "b"]), "answer: input should be a valid string"),
+    "object as question": (given(question={"text": "What?"}), "question: input should be a valid"),
+    "enormous question": (given(question="x" * 30_000), "at most 20000 characters"),
+    "enormous answer": (given(answer="x" * 30_000), "at most 20000 characters"),
+    "special token": (given(question="<|im_end|>"), "found the special token '<|im_end|>'"),
+    "special token in an option": (given(options=["a ball", "<|image_pad|>"]), "the special token"),
+    "empty accepted answer": (given(answers=["x", ""]), "expected text for 'answers.1'"),
+    "answers as text": (given(answers="x"), "answers: input should be a valid tuple"),
+    # options
+    "answer not among options": (given(options=["a cup", "a pan"]), "expected the answer to be a letter of 'AB'"),
+    "letter beyond the options": (given(answer="C", options=["a", "b"]), "a letter of 'AB'"),
+    "accepted answer not among options": (given(answers=["x"], options=["a ball", "b"]), "found 'x'"),
+    "empty option": (given(options=["a ball", ""]), "expected text for 'options.1'"),
+    "one option": (given(options=["a ball"]), "expected two or more different options"),
+    "the same option twice": (given(options=["a ball", "a ball"]), "two or more different options"),
+    "too many options": (given(options=[f"o{n}" for n in range(27)]), "at most 26 items"),
+    "option that is a number": (given(options=["a ball", 2]), "options.1: input should be a valid string"),
+    # ids, groups, splits
+    "duplicate id": (given(id="good-test"), "expected an id of its own, found 'good-test' again"),
+    "empty id": (given(id=""), "expected text for 'id'"),
+    "number as id": (given(id=7), "id: input should be a valid string"),
+    "unknown split": (given(split="dev"), "split: input should be 'train', 'validation' or 'test'"),
+    "split against its group": (given(media="test.jpg"), "expected the same split for the same group"),
+    "group against its media": (given(media="train.jpg", group="x"), "expected the same group for"),
+    # media, by name
+    "missing media": (given(media="gone.jpg"), "expected a media file, found no"),
+    "a folder as media": (given(media="."), "expected a media file"),
+    "empty path": (given(media=""), "media: expected a path"),
+    "number as media": (given(media=3), "media: expected a path"),
+    "no frames": (given(media=[]), "expected media, found an empty list"),
+    "a missing frame": (given(media=["train.jpg", "gone.jpg"]), "expected a media file, found no"),
+    "nul in the path": (given(media="a\0b.jpg"), "expected a media file"),
+    "too long a path": (given(media="x" * 5000 + ".jpg"), "expected a media file"),
+    "path traversal": (given(media="../../../../../../etc/passwd"), "expected media below"),
+    "absolute path outside": (absolute_outside, "expected media below"),
+    "symlink outside": (link_outside, "expected media below"),
+    "linked folder outside": (linked_folder_outside, "expected media below"),
+    "symlink to itself": (link_to_itself, "expected a media file"),
+    "a pipe as media": (fifo, "expected a media file"),
+    "a device as media": (device, "expected media below"),
+    # images
+    "zero bytes": (media("a.jpg", b""), "expected a readable image"),
+    "text as image": (media("a.jpg", b"not an image"), "expected a readable image"),
+    "truncated JPEG": (media("a.jpg", image(quality=100)[:-200]), "expected a readable image"),
+    "truncated PNG": (media("a.png", image(format="PNG")[:-30]), "expected a readable image"),
+    "only a header": (media("a.jpg", image()[:20]), "expected a readable image"),
+    "decompression bomb": (media("a.png", png_header(60_000, 60_000)), "expected a readable image"),
+    "sides of zero": (media("a.png", png_header(0, 10)), "expected a readable image"),
+    "too long and thin": (media("a.png", image(format="PNG", size=(2000, 4))), "expected a readable image"),
+    "svg": (media("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected a readable image"),
+    "window of an image": (given(media="train.jpg", start=1), "expected start and end with a video"),
+    # videos
+    "zero bytes of video": (clip(lambda content: b""), "expected a readable video"),
+    "text as video": (clip(lambda content: b"not a video" * 100), "expected a readable video"),
+    "truncated video": (clip(lambda content: content[: len(content) // 2]), "expected a readable video"),
+    "an image named as a video": (clip(lambda content: image(format="PNG")[:40]), "expected a readable video"),
+    "video without frames": (audio_only, "expected a readable video"),
+    "window beyond the end": (clip(bytes, start=9), "expected a window within the 4.00 s"),
+    "window that ends before it starts": (clip(bytes, start=3, end=2), "expected a window within"),
+    "window of no length": (clip(bytes, start=2, end=2), "expected a window within"),
+    "negative start": (clip(bytes, start=-1), "start: expected seconds"),
+    "start as text": (clip(bytes, start="1"), "start: expected seconds"),
+    "window without media": (given(start=1), "start and end with a video alone"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "work").mkdir()
+    folder = workspace(tmp_path / "work")
+    change(folder, "data", source="jsonl", path="qa.jsonl")
+    for number, split in enumerate(SPLITS):
+        (folder / f"{split}.jpg").write_bytes(picture(number))
+    return folder
+
+
+def learnt(folder):
+    """The pictures of the line that is not one of the good ones."""
+    split = Split(folder / "data/egoqa/train.parquet")
+    return next(sample for sample in split if sample.records[0].answer == "a ball").pictures()
+
+
+def build(folder, *lines, good=GOOD):
+    texts = [one if isinstance(one, str) else json.dumps(one) for one in (*good, *lines)]
+    (folder / "qa.jsonl").write_bytes("\n".join(texts).encode("utf-8", "surrogatepass"))
+    run_stage(folder, "build_egoqa_dataset")
+    return json.loads((folder / "data/egoqa/card.json").read_text())
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_ends_in_one_line_or_is_skipped_and_listed(folder, case):
+    make, message = BAD[case]
+    bad = make(folder)
+    with pytest.raises(UserError) as error:
+        build(folder, bad)
+    said = str(error.value)
+    assert "\n" not in said
+    assert len(said) < 600
+    assert said.startswith("qa.jsonl: line 4: ")
+    assert message in said
+    assert not (folder / "data/egoqa").exists()
+
+    change(folder, "data", on_error="skip")
+    card = build(folder, bad)
+    assert card["problems"]["count"] == 1
+    (listed,) = card["problems"]["first"]
+    assert listed.startswith("qa.jsonl: line 4: ")
+    assert message in listed
+    assert {split: card["splits"][split]["records"] for split in SPLITS} == dict.fromkeys(SPLITS, 1)
+
+
+def test_there_are_sixty_cases():
+    assert len(BAD) >= 60
+
+
+FINE = {
+    "greyscale": ("L", "PNG"),
+    "palette": ("P", "PNG"),
+    "transparency": ("RGBA", "PNG"),
+    "grey with transparency": ("LA", "PNG"),
+    "CMYK": ("CMYK", "JPEG"),
+    "16 bits": ("I;16", "PNG"),
+    "black and white": ("1", "PNG"),
+    "floating point": ("F", "TIFF"),
+    "animated": ("P", "GIF"),
+}
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_unusual_images_are_read_as_they_look(folder, case):
+    """A bright half and a dark half stay so, whatever the mode."""
+    mode, form = FINE[case]
+    grey = np.full((56, 112), 40, np.uint8)
+    grey[:, 56:] = 220
+    made = Image.fromarray(grey)
+    if mode == "I;16":
+        made = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "F":
+        made = Image.fromarray(grey.astype(np.float32))
+    elif mode == "CMYK":
+        made = made.convert("RGB").convert("CMYK")
+    elif mode == "1":
+        made = made.point(lambda value: 255 * (value > 128)).convert("1")
+    else:
+        made = made.convert("RGB").convert(mode)
+    # A wrong extension does not matter: the content says what it is.
+    made.save(folder / "odd.jpg", form)
+    build(folder, line(media="odd.jpg"))
+    (shown,) = learnt(folder)
+    left, right = (
+        np.asarray(part, float).mean() for part in (shown.crop((0, 0, 50, 56)), shown.crop((62, 0, 112, 56)))
+    )
+    assert (left < 60, right > 200) == (True, True)
+
+
+def test_an_image_held_upright_is_turned(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = Image.new("L", (112, 56), 40)
+    grey.paste(220, (56, 0, 112, 56))
+    grey.save(folder / "turned.jpg", exif=exif)
+    build(folder, line(media="turned.jpg"))
+    (shown,) = learnt(folder)
+    assert shown.size == (56, 112)
+    assert np.asarray(shown.crop((0, 60, 56, 112)), float).mean() > 200
+
+
+def test_with_nothing_left_the_first_problem_is_said(folder):
+    change(folder, "data", on_error="skip")
+    with pytest.raises(
+        UserError, match=r"none in train, .* 3 records could not be used, first: qa\.jsonl: line 1: .*gone"
+    ):
+        build(folder, good=[one | {"media": "gone.jpg"} for one in GOOD])
+
+
+def test_invalid_utf8_is_named(folder):
+    (folder / "qa.jsonl").write_bytes(b'{"question": "\xff", "answer": "so"}\n')
+    with pytest.raises(UserError, match=r"expected a JSON Lines file in UTF-8, found qa\.jsonl"):
+        run_stage(folder, "build_egoqa_dataset")
+
+
+def test_a_build_is_deterministic(folder):
+    build(folder)
+    first = {split: (folder / f"data/egoqa/{split}.parquet").read_bytes() for split in SPLITS}
+    build(folder)
+    assert first == {split: (folder / f"data/egoqa/{split}.parquet").read_bytes() for split in SPLITS}
+
+
+def test_an_interrupted_build_goes_on(folder, monkeypatch):
+    """What has been decoded is not decoded again; what has changed since, is."""
+    from firstsight.sources import media as reading
+
+    lines = [line(media=f"{n}.jpg", id=f"n{n}") for n in range(40)]
+    for n in range(40):
+        (folder / f"{n}.jpg").write_bytes(picture(100 + n))
+    (folder / "39.jpg").write_bytes(b"broken")
+    read, seen = reading.read_image, []
+
+    def counted(path, data):
+        seen.append(path.name)
+        return read(path, data)
+
+    monkeypatch.setattr(reading, "read_image", counted)
+    with pytest.raises(UserError, match=r"line 43: expected a readable image"):
+        build(folder, *lines)
+    assert len(seen) == 43
+    seen.clear()
+    (folder / "39.jpg").write_bytes(picture(139))
+    (folder / "0.jpg").write_bytes(picture(777))
+    assert build(folder, *lines)["splits"]["train"]["records"] == 41
+    assert len(seen) == 16 + 11  # the first chunk and the last, of sixteen
+    assert not any((folder / ".scratch").glob("build*"))
+
+
+def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
+    shown = Image.open(folder / "test.jpg")
+    shown.save(folder / "copy.jpg", quality=60)
+    shown.resize((110, 110)).save(folder / "larger.png")
+    card = build(folder, line(media="copy.jpg"), line(media="larger.png", split="validation"))
+    assert card["dropped"] == {"media of another split": 2}
+    assert card["splits"]["train"]["records"] == 1
+
+
+def test_workers_decode_as_one_process_does(folder):
+    lines = [line(media=f"{n}.jpg", id=f"n{n}") for n in range(300)]
+    for n in range(300):
+        (folder / f"{n}.jpg").write_bytes(picture(100 + n))
+    (folder / "7.jpg").write_bytes(b"broken")
+    change(folder, "data", on_error="skip")
+    card = build(folder, *lines)
+    (listed,) = card["problems"]["first"]
+    assert listed.startswith("qa.jsonl: line 11: expected a readable image, found 7.jpg")
+    split = Split(folder / "data/egoqa/train.parquet")
+    assert [sample.records[0].id for sample in split] == ["good-train", *(f"n{n}" for n in range(300) if n != 7)]

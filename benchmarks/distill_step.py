@@ -78,9 +78,10 @@ def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
 
 
 def scenes(data: params.Data, side: int) -> list[Sample]:
-    """Rendered scenes with six questions each, enlarged to `side` pixels."""
+    """Rendered images with six questions each, enlarged to `side` pixels."""
+    images = data.model_copy(update={"synthetic": data.synthetic.model_copy(update={"clip_fraction": 0.0})})
     found = []
-    for sample in preview.samples(data, SAMPLES):
+    for sample in preview.samples(images, SAMPLES):
         picture = BytesIO()
         sample.pictures()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
         asked = tuple(record for record in sample.records if record.question_type not in data.train_only_types)

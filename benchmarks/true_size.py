@@ -4,7 +4,8 @@
 
 On CUDA models have their true sizes, in bfloat16, and vocabularies of 151,657 tokens; it takes 30 GB of disk, in the
 folder that TMPDIR names. On the CPU widths and vocabulary are an eighth of those, and the plan, which is about CUDA, is
-left out. The data are videos of 16 frames of 448 x 448 pixels with a question each; ten optimizer steps are taken.
+left out. The data are videos of 16 frames of 448 x 448 pixels (4 of 112 x 112 on the CPU) with a question each;
+ten optimizer steps are taken.
 
 Each stage runs in a process of its own. On CUDA its peak is what torch reserved at most and the context beside it; on
 the CPU its highest resident memory. Writes benchmarks/true-size-cuda.csv or -cpu.csv. Stages whose libraries are
@@ -39,7 +40,9 @@ from firstsight.planning import table
 from firstsight.planning.workload import workload
 
 ROOT = Path.cwd()
-STEPS, FRAMES, SIDE = 10, 16, 448
+STEPS = 10
+# Frames of a video, and their sides in pixels.
+VIDEO = {"cpu": (4, 112), "cuda": (16, 448)}
 STAGES = (
     ("cache_teacher_targets", ()),
     ("distill", ()),
@@ -53,13 +56,13 @@ STAGES = (
 
 def prepare(folder: Path, preset: Path, device: str) -> None:
     """A workspace as it is before cache-teacher-targets: params.yaml, both models and the data."""
-    divisor = SCALE[device][0]
+    divisor, (frames, side) = SCALE[device][0], VIDEO[device]
     yaml = YAML(typ="safe", pure=True)
     values = yaml.load(preset)
     values["finetune_teacher"]["enabled"] = False
     values["train"] |= {"epochs": 1, "gradient_accumulation_steps": 1, "warmup_fraction": 0.0}
     values["evaluate"] |= {"latency_runs": 3, "batch_size": 2}
-    values["data"] |= {"max_frames": FRAMES, "max_pixels": SIDE**2}
+    values["data"] |= {"max_frames": frames, "max_pixels": side**2}
     values["runtime"] = {"device": device, "data_workers": 0}
     for role, place in (("teacher", "models/teacher-finetuned"), ("student", "models/student")):
         values["models"][role] = {"source": place, "revision": None, "init": None}
@@ -67,7 +70,7 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
 
     init = params.load(ROOT / "params.yaml").models.student.init
     corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
-    processor = build_processor(padded_tokenizer(corpus, init.words, SHARED // divisor), SIDE**2)
+    processor = build_processor(padded_tokenizer(corpus, init.words, SHARED // divisor), side**2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for place, sizes in (("models/teacher-finetuned", QWEN2_VL_7B), ("models/student", QWEN2_VL_2B)):
         (folder / place).mkdir(parents=True)
@@ -79,18 +82,18 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
     for split, count in counts.items():
         with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
             for number in range(count):
-                writer.write(video(f"{split}-{number}"))
+                writer.write(video(f"{split}-{number}", frames, side))
     splits = {split: {"samples": count, "records": count} for split, count in counts.items()}
     card = {"source": values["data"]["source"], "splits": splits}
     (folder / "data/egoqa/card.json").write_text(json.dumps(card))
 
 
-def video(name: str) -> Sample:
+def video(name: str, count: int, side: int) -> Sample:
     """Frames of one colour each, and a question of about 32 tokens with an answer of 16."""
     frames = []
-    for number in range(FRAMES):
+    for number in range(count):
         frame = BytesIO()
-        Image.new("RGB", (SIDE, SIDE), (16 * number, 128, 255 - 16 * number)).save(frame, "JPEG")
+        Image.new("RGB", (side, side), (16 * number, 128, 255 - 16 * number)).save(frame, "JPEG")
         frames.append(frame.getvalue())
     question = "Where is the cup? " * 6
     answer = "on the left of the table " * 2

@@ -230,8 +230,8 @@ def learnt(folder):
     return next(sample for sample in split if sample.records[0].answer == "a ball").pictures()
 
 
-def build(folder, *lines):
-    texts = [one if isinstance(one, str) else json.dumps(one) for one in (*GOOD, *lines)]
+def build(folder, *lines, good=GOOD):
+    texts = [one if isinstance(one, str) else json.dumps(one) for one in (*good, *lines)]
     (folder / "qa.jsonl").write_bytes("\n".join(texts).encode("utf-8", "surrogatepass"))
     run_stage(folder, "build_egoqa_dataset")
     return json.loads((folder / "data/egoqa/card.json").read_text())
@@ -313,6 +313,14 @@ def test_an_image_held_upright_is_turned(folder):
     (shown,) = learnt(folder)
     assert shown.size == (56, 112)
     assert np.asarray(shown.crop((0, 60, 56, 112)), float).mean() > 200
+
+
+def test_with_nothing_left_the_first_problem_is_said(folder):
+    change(folder, "data", on_error="skip")
+    with pytest.raises(
+        UserError, match=r"none in train, .* 3 records could not be used, first: qa\.jsonl: line 1: .*gone"
+    ):
+        build(folder, good=[one | {"media": "gone.jpg"} for one in GOOD])
 
 
 def test_invalid_utf8_is_named(folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from PIL import Image
 
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import score
@@ -46,7 +47,7 @@ def write(
         parameters=parameters,
         variants=VARIANTS,
         pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in pictures.items()},
-        samples=[{"picture": _thumbnail(sample), "sample": sample} for sample in samples],
+        samples=[{"picture": _strip(sample), "sample": sample} for sample in samples],
         gallery=_gallery(questions, predictions),
     )
     path.write_text(page, encoding="utf-8")
@@ -69,12 +70,30 @@ def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, 
     ]
 
 
+def _strip(sample: Sample) -> str | None:
+    """The frames side by side, at most 480 pixels wide, as a data URI; None without media."""
+    if not sample.frames:
+        return None
+    frames = sample.pictures()
+    strip = Image.new("RGB", (sum(frame.width for frame in frames), max(frame.height for frame in frames)), "white")
+    left = 0
+    for frame in frames:
+        strip.paste(frame, (left, 0))
+        left += frame.width
+    strip.thumbnail((480, 480))
+    return _jpeg(strip)
+
+
 def _thumbnail(sample: Sample) -> str | None:
     """The middle frame, at most 240 pixels wide, as a data URI; None without media."""
     if not sample.frames:
         return None
     picture = sample.pictures()[len(sample.frames) // 2]
     picture.thumbnail((240, 240))
+    return _jpeg(picture)
+
+
+def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return _data_uri(buffer.getvalue(), "jpeg")

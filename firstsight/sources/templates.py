@@ -39,6 +39,7 @@ HELD, POSITION, COLOUR, COUNT, COMPARISON, PRESENCE, CHANGE, ORDER, UNANSWERABLE
     "order of events",
     "unanswerable",
 )
+IMAGE, CLIP = False, True
 CANNOT_TELL, NOTHING = "cannot tell", "nothing"
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 MOST_OPTIONS = 4
@@ -81,7 +82,8 @@ class Draw:
     """
 
     def __init__(self) -> None:
-        self._asked: Counter[str] = Counter()
+        self._types: Counter[str] = Counter()
+        self._templates: Counter[str] = Counter()
         self._answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def questions(self, scene: Scene, rng: random.Random, count: int, option_fraction: float) -> list[Drawn]:
@@ -90,10 +92,11 @@ class Draw:
         rng.shuffle(waiting)
         drawn: list[Drawn] = []
         while waiting and len(drawn) < count:
-            template = min(waiting, key=lambda one: (self._asked[one.question_type], self._asked[one.name]))
+            template = min(waiting, key=lambda one: (self._types[one.question_type], self._templates[one.name]))
             waiting.remove(template)
             if found := self._pair(template, scene, rng):
-                self._asked.update((template.question_type, template.name))
+                self._types[template.question_type] += 1
+                self._templates[template.name] += 1
                 self._answers[template.name][found[1]] += 1
                 drawn.append(Drawn(template, *found, _options(template, found[1], rng, option_fraction)))
         return drawn
@@ -125,6 +128,10 @@ def template_of(record_id: str) -> str:
 # Held object and position, in pictures.
 
 
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
 def _kind(thing: Thing | None) -> str:
     return thing.kind if thing else NOTHING
 
@@ -143,10 +150,6 @@ def _at(place: str) -> Callable[[Scene], Pairs]:
         yield f"What is {_where(place)}?", _kind(scene.first[place])
 
     return pairs
-
-
-def _held(state: State) -> list[Thing]:
-    return [thing for hand in HANDS if (thing := state[hand])]
 
 
 def _holding(scene: Scene) -> Pairs:
@@ -204,10 +207,6 @@ def _lies_there(scene: Scene) -> Pairs:
 
 
 # Colour, count, comparison and presence, in pictures.
-
-
-def _yes(true: bool) -> str:
-    return "yes" if true else "no"
 
 
 def _colour_of_kind(scene: Scene) -> Pairs:
@@ -334,7 +333,7 @@ def _on_table(scene: Scene) -> Pairs:
         yield f"Is there a {kind} on the table?", _yes(scene.first.place_of(kind) in TABLE)
 
 
-def _place_empty(scene: Scene) -> Pairs:
+def _place_filled(scene: Scene) -> Pairs:
     for place in TABLE:
         yield f"Is there anything {_where(place)}?", _yes(scene.first[place] is not None)
 
@@ -524,76 +523,76 @@ _THINGS = (*KINDS, NOTHING)
 _ACTS = ("swapped hands", *(f"{verb} the {kind}" for verb in (PICK, PUT, PUSH, PASS) for kind in KINDS))
 
 _ALL = (
-    Template("held-left", HELD, False, _at("left hand"), _THINGS),
-    Template("held-right", HELD, False, _at("right hand"), _THINGS),
-    Template("holding", HELD, False, _holding),
-    Template("which-hand", HELD, False, _which_hand, (*HANDS, "neither")),
-    Template("what-else", HELD, False, _what_else, _THINGS),
-    Template("empty-hand", HELD, False, _empty_hand),
-    Template("at-left", POSITION, False, _at("left side"), _THINGS),
-    Template("at-front", POSITION, False, _at("front"), _THINGS),
-    Template("at-right", POSITION, False, _at("right side"), _THINGS),
-    Template("location", POSITION, False, _location, PLACES),
-    Template("left-or-right", POSITION, False, _side),
-    Template("hand-or-table", POSITION, False, _hand_or_table),
-    Template("neighbour-right", POSITION, False, _neighbour("right", TABLE[:-1], TABLE[1:]), _THINGS),
-    Template("neighbour-left", POSITION, False, _neighbour("left", TABLE[1:], TABLE[:-1]), _THINGS),
-    Template("lies-there", POSITION, False, _lies_there),
-    Template("colour-of-kind", COLOUR, False, _colour_of_kind, COLOURS),
-    Template("colour-left-hand", COLOUR, False, _colour_at("left hand"), COLOURS),
-    Template("colour-right-hand", COLOUR, False, _colour_at("right hand"), COLOURS),
-    Template("colour-left", COLOUR, False, _colour_at("left side"), COLOURS),
-    Template("colour-front", COLOUR, False, _colour_at("front"), COLOURS),
-    Template("colour-right", COLOUR, False, _colour_at("right side"), COLOURS),
-    Template("which-is-coloured", COLOUR, False, _which_is_coloured, KINDS),
-    Template("is-coloured", COLOUR, False, _is_coloured),
-    Template("count-table", COUNT, False, _count("How many things are on the table?", TABLE), NUMBERS[:4]),
-    Template("count-held", COUNT, False, _count("How many things do you hold?", HANDS), NUMBERS[:3]),
-    Template("count-all", COUNT, False, _count("How many things can you see?", PLACES), NUMBERS),
-    Template("count-empty-hands", COUNT, False, _count_empty_hands, NUMBERS[:3]),
-    Template("count-coloured", COUNT, False, _count_coloured, NUMBERS),
-    Template("more-hands-table", COMPARISON, False, _hands_or_table),
-    Template("more-left-right", COMPARISON, False, _left_or_right),
-    Template("more-coloured", COMPARISON, False, _more_coloured),
-    Template("same-colour", COMPARISON, False, _same_colour),
-    Template("matching", COMPARISON, False, _matching, _THINGS),
-    Template("further-left", COMPARISON, False, _further_left),
-    Template("see-thing", PRESENCE, False, _see_thing),
-    Template("see-kind", PRESENCE, False, _see_kind),
-    Template("see-colour", PRESENCE, False, _see_colour),
-    Template("on-table", PRESENCE, False, _on_table),
-    Template("place-filled", PRESENCE, False, _place_empty),
-    Template("absent-colour", UNANSWERABLE, False, _of_absent("What colour is the {}?", "Is the {} red?")),
-    Template("absent-location", UNANSWERABLE, False, _of_absent("Where is the {}?")),
-    Template("absent-side", UNANSWERABLE, False, _of_absent("Is the {} on your left or on your right?")),
-    Template("absent-place", UNANSWERABLE, False, _of_absent("Is the {} in your hand or on the table?")),
-    Template("absent-compared", UNANSWERABLE, False, _compared_with_absent),
-    Template("colour-of-nothing", UNANSWERABLE, False, _colour_of_nothing),
-    Template("out-of-sight", UNANSWERABLE, False, _out_of_sight("What is behind you?", "What is under the table?")),
-    Template("owner", UNANSWERABLE, False, _of_present("Who owns the {}?", "How old is the {}?")),
-    Template("changed", CHANGE, True, _changed),
-    Template("what-moved", CHANGE, True, _what_moved, _THINGS),
-    Template("did-move", CHANGE, True, _did_move),
-    Template("moved-to", CHANGE, True, _moved_where(_LAST, "Where did the {} go?"), PLACES),
-    Template("moved-from", CHANGE, True, _moved_where(_FIRST, "Where did the {} come from?"), PLACES),
-    Template("done-with", CHANGE, True, _done_with, (*_DONE_WITH.values(), NOTHING)),
-    Template("picked-up", CHANGE, True, _done(PICK, "What did you pick up?"), _THINGS),
-    Template("put-down", CHANGE, True, _done(PUT, "What did you put down?"), _THINGS),
-    Template("hand-used", CHANGE, True, _hand_used, HANDS),
-    Template("more-held", CHANGE, True, _more_held),
-    Template("colour-moved", CHANGE, True, _colour_moved, COLOURS),
-    Template("first-moved", ORDER, True, _moved_nth(0, "What did you move first?"), KINDS),
-    Template("last-moved", ORDER, True, _moved_nth(-1, "What did you move last?"), KINDS),
-    Template("first-act", ORDER, True, _did_nth(0, "What did you do first?"), _ACTS),
-    Template("last-act", ORDER, True, _did_nth(-1, "What did you do last?"), _ACTS),
-    Template("moved-sooner", ORDER, True, _moved_sooner),
-    Template("moved-before", ORDER, True, _moved_before),
-    Template("count-moved", CHANGE, True, _count_moved, NUMBERS[:4]),
-    Template("held-at-first", ORDER, True, _then_at(_FIRST, HANDS, "What was {} at first?"), _THINGS),
-    Template("held-at-end", ORDER, True, _then_at(_LAST, HANDS, "What was {} at the end?"), _THINGS),
-    Template("lay-at-first", ORDER, True, _then_at(_FIRST, TABLE, "What was {} at first?"), _THINGS),
-    Template("lay-at-end", ORDER, True, _then_at(_LAST, TABLE, "What was {} at the end?"), _THINGS),
-    Template("absent-moved", UNANSWERABLE, True, _never_done),
-    Template("next", UNANSWERABLE, True, _out_of_sight("What will you do next?", "Who is with you?")),
+    Template("held-left", HELD, IMAGE, _at("left hand"), _THINGS),
+    Template("held-right", HELD, IMAGE, _at("right hand"), _THINGS),
+    Template("holding", HELD, IMAGE, _holding),
+    Template("which-hand", HELD, IMAGE, _which_hand, (*HANDS, "neither")),
+    Template("what-else", HELD, IMAGE, _what_else, _THINGS),
+    Template("empty-hand", HELD, IMAGE, _empty_hand),
+    Template("at-left", POSITION, IMAGE, _at("left side"), _THINGS),
+    Template("at-front", POSITION, IMAGE, _at("front"), _THINGS),
+    Template("at-right", POSITION, IMAGE, _at("right side"), _THINGS),
+    Template("location", POSITION, IMAGE, _location, PLACES),
+    Template("left-or-right", POSITION, IMAGE, _side),
+    Template("hand-or-table", POSITION, IMAGE, _hand_or_table),
+    Template("neighbour-right", POSITION, IMAGE, _neighbour("right", TABLE[:-1], TABLE[1:]), _THINGS),
+    Template("neighbour-left", POSITION, IMAGE, _neighbour("left", TABLE[1:], TABLE[:-1]), _THINGS),
+    Template("lies-there", POSITION, IMAGE, _lies_there),
+    Template("colour-of-kind", COLOUR, IMAGE, _colour_of_kind, COLOURS),
+    Template("colour-left-hand", COLOUR, IMAGE, _colour_at("left hand"), COLOURS),
+    Template("colour-right-hand", COLOUR, IMAGE, _colour_at("right hand"), COLOURS),
+    Template("colour-left", COLOUR, IMAGE, _colour_at("left side"), COLOURS),
+    Template("colour-front", COLOUR, IMAGE, _colour_at("front"), COLOURS),
+    Template("colour-right", COLOUR, IMAGE, _colour_at("right side"), COLOURS),
+    Template("which-is-coloured", COLOUR, IMAGE, _which_is_coloured, KINDS),
+    Template("is-coloured", COLOUR, IMAGE, _is_coloured),
+    Template("count-table", COUNT, IMAGE, _count("How many things are on the table?", TABLE), NUMBERS[:4]),
+    Template("count-held", COUNT, IMAGE, _count("How many things do you hold?", HANDS), NUMBERS[:3]),
+    Template("count-all", COUNT, IMAGE, _count("How many things can you see?", PLACES), NUMBERS),
+    Template("count-empty-hands", COUNT, IMAGE, _count_empty_hands, NUMBERS[:3]),
+    Template("count-coloured", COUNT, IMAGE, _count_coloured, NUMBERS),
+    Template("more-hands-table", COMPARISON, IMAGE, _hands_or_table),
+    Template("more-left-right", COMPARISON, IMAGE, _left_or_right),
+    Template("more-coloured", COMPARISON, IMAGE, _more_coloured),
+    Template("same-colour", COMPARISON, IMAGE, _same_colour),
+    Template("matching", COMPARISON, IMAGE, _matching, _THINGS),
+    Template("further-left", COMPARISON, IMAGE, _further_left),
+    Template("see-thing", PRESENCE, IMAGE, _see_thing),
+    Template("see-kind", PRESENCE, IMAGE, _see_kind),
+    Template("see-colour", PRESENCE, IMAGE, _see_colour),
+    Template("on-table", PRESENCE, IMAGE, _on_table),
+    Template("place-filled", PRESENCE, IMAGE, _place_filled),
+    Template("absent-colour", UNANSWERABLE, IMAGE, _of_absent("What colour is the {}?", "Is the {} red?")),
+    Template("absent-location", UNANSWERABLE, IMAGE, _of_absent("Where is the {}?")),
+    Template("absent-side", UNANSWERABLE, IMAGE, _of_absent("Is the {} on your left or on your right?")),
+    Template("absent-place", UNANSWERABLE, IMAGE, _of_absent("Is the {} in your hand or on the table?")),
+    Template("absent-compared", UNANSWERABLE, IMAGE, _compared_with_absent),
+    Template("colour-of-nothing", UNANSWERABLE, IMAGE, _colour_of_nothing),
+    Template("out-of-sight", UNANSWERABLE, IMAGE, _out_of_sight("What is behind you?", "What is under the table?")),
+    Template("owner", UNANSWERABLE, IMAGE, _of_present("Who owns the {}?", "How old is the {}?")),
+    Template("changed", CHANGE, CLIP, _changed),
+    Template("what-moved", CHANGE, CLIP, _what_moved, _THINGS),
+    Template("did-move", CHANGE, CLIP, _did_move),
+    Template("moved-to", CHANGE, CLIP, _moved_where(_LAST, "Where did the {} go?"), PLACES),
+    Template("moved-from", CHANGE, CLIP, _moved_where(_FIRST, "Where did the {} come from?"), PLACES),
+    Template("done-with", CHANGE, CLIP, _done_with, (*_DONE_WITH.values(), NOTHING)),
+    Template("picked-up", CHANGE, CLIP, _done(PICK, "What did you pick up?"), _THINGS),
+    Template("put-down", CHANGE, CLIP, _done(PUT, "What did you put down?"), _THINGS),
+    Template("hand-used", CHANGE, CLIP, _hand_used, HANDS),
+    Template("more-held", CHANGE, CLIP, _more_held),
+    Template("colour-moved", CHANGE, CLIP, _colour_moved, COLOURS),
+    Template("first-moved", ORDER, CLIP, _moved_nth(0, "What did you move first?"), KINDS),
+    Template("last-moved", ORDER, CLIP, _moved_nth(-1, "What did you move last?"), KINDS),
+    Template("first-act", ORDER, CLIP, _did_nth(0, "What did you do first?"), _ACTS),
+    Template("last-act", ORDER, CLIP, _did_nth(-1, "What did you do last?"), _ACTS),
+    Template("moved-sooner", ORDER, CLIP, _moved_sooner),
+    Template("moved-before", ORDER, CLIP, _moved_before),
+    Template("count-moved", CHANGE, CLIP, _count_moved, NUMBERS[:4]),
+    Template("held-at-first", ORDER, CLIP, _then_at(_FIRST, HANDS, "What was {} at first?"), _THINGS),
+    Template("held-at-end", ORDER, CLIP, _then_at(_LAST, HANDS, "What was {} at the end?"), _THINGS),
+    Template("lay-at-first", ORDER, CLIP, _then_at(_FIRST, TABLE, "What was {} at first?"), _THINGS),
+    Template("lay-at-end", ORDER, CLIP, _then_at(_LAST, TABLE, "What was {} at the end?"), _THINGS),
+    Template("absent-moved", UNANSWERABLE, CLIP, _never_done),
+    Template("next", UNANSWERABLE, CLIP, _out_of_sight("What will you do next?", "Who is with you?")),
 )
 TEMPLATES = {template.name: template for template in _ALL}

@@ -102,7 +102,7 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert curve[0] == "step,loss"
     assert len(curve) == 3  # an evaluation an epoch
     assert (metrics / "plots/variants.csv").read_text().count("\n") == 5
-    assert len(list((metrics / "plots").glob("*.png"))) == 4
+    assert len(list((metrics / "plots").glob("*.png"))) == 5
     predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())
     assert len(predictions) == quality["teacher"]["questions"]
 

@@ -31,7 +31,7 @@ def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) 
                 axis.plot(*zip(*splits[split], strict=True), label=split, **style)
         axis.set(title=title, xlabel="optimizer step", ylabel="loss a token (log scale)", yscale="log")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+            ticks(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, path)

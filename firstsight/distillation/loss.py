@@ -232,8 +232,9 @@ def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | Non
     soft_gradient = None
     if teacher_logits is not None:
         agreement = (logits[:, :shared].argmax(-1) == teacher_logits.argmax(-1)).sum()
-        # What m has in common with p and q cancels in jsd, to a thousandth at high temperatures: float32 is too short.
-        precision = torch.float64 if objective.divergence.kind == "jsd" else logits.dtype
+        # The gradient of forward_kl is q - p. In those of the others terms cancel, where p and q are alike to a
+        # thousandth of themselves: float32 is too short for that.
+        precision = torch.float64 if objective.divergence.kind != "forward_kl" else logits.dtype
         log_p = log_softmax(teacher_logits.div_(temperature), dim=-1, dtype=precision)
         log_q = log_softmax(logits[:, :shared] / temperature, dim=-1, dtype=precision)
         soft_gradient, soft = _DIVERGENCES[objective.divergence.kind](log_p, log_q, objective.divergence.beta)

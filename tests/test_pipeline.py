@@ -199,7 +199,7 @@ def refuse_no_tokenizer(folder):
 
 def refuse_broken_head(folder):
     (folder / "data/teacher-targets/head.safetensors").write_bytes(b"\x00")
-    return ("data/teacher-targets: expected the teacher's head",), [("distill",)]
+    return ("data/teacher-targets/head.safetensors: expected the file as it was written",), [("distill",)]
 
 
 def refuse_diverging_training(folder):

@@ -297,17 +297,10 @@ def test_an_adapter_on_no_layer_is_one_line(student, preset):
         student.trained(settings)
 
 
-@pytest.mark.parametrize(
-    ("method", "architecture"),
-    [
-        ("full", "Qwen2VLForConditionalGeneration"),
-        ("lora", "Qwen2VLForConditionalGeneration"),
-        ("full", "Qwen2_5_VLForConditionalGeneration"),
-    ],
-)
-def test_activations_are_what_autograd_saves(method, architecture, settings, processor, tmp_path):
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_activations_are_what_autograd_saves(method, processor, tmp_path):
     """Under bfloat16 autocast, on a sequence long enough for its layers to outweigh what surrounds them."""
-    SAVE[architecture](tmp_path, settings, processor)
+    SAVE["Qwen2VLForConditionalGeneration"](tmp_path, tiny(), processor)
     settings = but(tiny().train, method=method, train_vision=method == "full", batch_size=2)
     model = load_model(tmp_path, "float32", "cpu").train()
     shape = Shape("tiny", model)

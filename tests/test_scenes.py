@@ -254,7 +254,9 @@ def test_types_templates_and_answers_come_evenly(asked):
     for name, answers in templates.items():
         same_type = [other for other in TEMPLATES.values() if other.question_type == TEMPLATES[name].question_type]
         fair = types[TEMPLATES[name].question_type] / len(same_type)
-        assert 0.6 * fair < answers.total() < 1.7 * fair, name
+        # Clips are asked about what changed and in which order first: no other template can ask that.
+        rare = TEMPLATES[name].clip and TEMPLATES[name].question_type == UNANSWERABLE
+        assert (0 if rare else 0.6 * fair) < answers.total() < 1.7 * fair, name
         if TEMPLATES[name].question_type != UNANSWERABLE:
             assert max(answers.values()) <= 0.55 * answers.total(), (name, answers)
 

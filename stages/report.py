@@ -73,7 +73,8 @@ def run() -> None:
         figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
         figures.by_type(measured["quality"], plots / "by-type.png")
         samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
-        contact_sheet(samples, COLUMNS).save(plots / "contact-sheet.png", optimize=True)
+        # Few colours: it is in git.
+        contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
         page.write(
             folder / "report.html",
             quality=quality,

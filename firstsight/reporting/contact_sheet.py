@@ -32,7 +32,7 @@ def contact_sheet(samples: Iterable[Sample], columns: int = 4) -> Image.Image:
 
 
 def _cell(sample: Sample) -> Image.Image:
-    frames = _strip(sample)
+    frames = strip(sample)
     lines = [line for record in sample.records for line in _lines(record)]
     top = _LEADING + 8
     cell = Image.new("RGB", (_WIDTH, top + frames.height + 8 + _LEADING * len(lines)), "white")
@@ -51,7 +51,7 @@ def _media(sample: Sample) -> str:
     return {0: "no media", 1: sample.media_kind}.get(count, f"{sample.media_kind} of {count} frames{rate}")
 
 
-def _strip(sample: Sample) -> Image.Image:
+def strip(sample: Sample) -> Image.Image:
     """The frames side by side, at most four a line."""
     frames = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in sample.frames]
     if not frames:
@@ -61,12 +61,12 @@ def _strip(sample: Sample) -> Image.Image:
     scale = width / frames[0].width
     size = width, round(frames[0].height * scale)
     down = -(-len(frames) // across)
-    strip = Image.new("RGB", (across * (size[0] + 6), down * (size[1] + 6)), "white")
+    whole = Image.new("RGB", (across * (size[0] + 6), down * (size[1] + 6)), "white")
     for number, frame in enumerate(frames):
         place = number % across * (size[0] + 6), number // across * (size[1] + 6)
-        strip.paste(frame.resize(size, Image.Resampling.BICUBIC), place)
+        whole.paste(frame.resize(size, Image.Resampling.BICUBIC), place)
         if len(frames) > 1:
-            ImageDraw.Draw(strip).text(
+            ImageDraw.Draw(whole).text(
                 (place[0] + 5, place[1] + 2),
                 str(number + 1),
                 fill="white",
@@ -74,7 +74,7 @@ def _strip(sample: Sample) -> Image.Image:
                 stroke_width=2,
                 stroke_fill=_INK,
             )
-    return strip
+    return whole
 
 
 def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:

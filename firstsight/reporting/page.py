@@ -11,6 +11,7 @@ from PIL import Image
 
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import score
+from firstsight.reporting.contact_sheet import strip
 from firstsight.reporting.summary import VARIANTS
 from firstsight.reporting.table import HEADER, rows, size
 
@@ -47,7 +48,7 @@ def write(
         parameters=parameters,
         variants=VARIANTS,
         pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in pictures.items()},
-        samples=[{"picture": _strip(sample), "sample": sample} for sample in samples],
+        samples=[{"picture": _jpeg(strip(sample)) if sample.frames else None, "sample": sample} for sample in samples],
         gallery=_gallery(questions, predictions),
     )
     path.write_text(page, encoding="utf-8")
@@ -68,20 +69,6 @@ def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, 
         }
         for number, (sample, record) in list(enumerate(questions))[::step][:_GALLERY]
     ]
-
-
-def _strip(sample: Sample) -> str | None:
-    """The frames side by side, at most 480 pixels wide, as a data URI; None without media."""
-    if not sample.frames:
-        return None
-    frames = sample.pictures()
-    strip = Image.new("RGB", (sum(frame.width for frame in frames), max(frame.height for frame in frames)), "white")
-    left = 0
-    for frame in frames:
-        strip.paste(frame, (left, 0))
-        left += frame.width
-    strip.thumbnail((480, 480))
-    return _jpeg(strip)
 
 
 def _thumbnail(sample: Sample) -> str | None:

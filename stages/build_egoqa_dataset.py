@@ -17,10 +17,11 @@ from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import SPLITS, Sample, SplitWriter
 from firstsight.runs import scratch
+from firstsight.sources import hub
 from firstsight.sources.assembly import Unit, assemble
 from firstsight.sources.card import data_card
 from firstsight.sources.decoding import Decoded, Decoder
-from firstsight.sources.near_duplicates import without_leaks
+from firstsight.sources.near_duplicates import without_copies, without_leaks
 from firstsight.sources.problems import Problems
 from firstsight.sources.question import Asked, Question
 from firstsight.sources.readers import READERS
@@ -37,12 +38,13 @@ def run() -> None:
     )
     with scratch.kept_folder("build-egoqa-dataset", {"path": data.path, "source": data.source}) as kept:
         decoder = Decoder(kept, units, data)
-        written = without_leaks(decoder.run(problems), dropped)
+        written = without_copies(without_leaks(decoder.run(problems), dropped), dropped)
         counts = {split: sum(len(unit.questions) for unit, _ in written if unit.split == split) for split in SPLITS}
         check_splits(counts, problems)
         with whole_folder(OUTPUT) as folder:
             write(folder, decoder, written)
-            write_json(folder / "card.json", data_card(data, written, dropped, problems))
+            commit = hub.commit(data.hub) if data.source == "hub" else None
+            write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
     tell(counts, dropped, problems)
 
 

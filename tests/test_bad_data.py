@@ -14,6 +14,7 @@ from test_sources import write_video
 
 from firstsight.core.errors import UserError
 from firstsight.data.records import SPLITS, Split
+from firstsight.sources import hub
 
 GOOD = [
     {"id": f"good-{split}", "media": f"{split}.jpg", "question": "What?", "answer": "a cup", "split": split}
@@ -369,6 +370,25 @@ def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
     card = build(folder, line(media="copy.jpg"), line(media="larger.png", split="validation"))
     assert card["dropped"] == {"media of another split": 2}
     assert card["splits"]["train"]["records"] == 1
+
+
+def test_a_question_about_the_same_frames_is_asked_once_whatever_their_name(folder):
+    (folder / "again.jpg").write_bytes((folder / "train.jpg").read_bytes())
+    text = {"question": "What is a cup for?", "answer": "drinking", "split": "train"}
+    card = build(folder, line(media="again.jpg", question="What?"), line(media="again.jpg"), text, text)
+    assert card["dropped"] == {"duplicate": 2}
+    assert card["splits"]["train"]["records"] == 3
+
+
+def test_the_commit_of_a_data_set_of_the_hub_is_in_the_card(folder, monkeypatch):
+    rows = [{"question": f"What {split}?", "answer": "so", "split": split} for split in SPLITS]
+    (folder / "set").mkdir()
+    (folder / "set/data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {name: name for name in rows[0]}
+    asked = {"id": "set", "config": None, "revision": None, "splits": {"train": "by group"}, "fields": fields}
+    change(folder, "data", source="hub", hub=asked)
+    monkeypatch.setattr(hub, "commit", lambda _: "c0ffee")
+    assert build(folder)["commit"] == "c0ffee"
 
 
 def test_workers_decode_as_one_process_does(folder):

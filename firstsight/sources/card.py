@@ -18,15 +18,21 @@ SYNTHETIC = "synthetic"
 
 
 def data_card(
-    data: Data, written: Sequence[tuple[Unit, Decoded]], dropped: Mapping[str, int], problems: Problems
+    data: Data,
+    commit: str | None,
+    written: Sequence[tuple[Unit, Decoded]],
+    dropped: Mapping[str, int],
+    problems: Problems,
 ) -> dict[str, Any]:
     """As JSON: counts by split, source, kind and question type; text in words; media in pixels, frames and bytes.
 
-    Token counts depend on a tokenizer, and so are not the data's own: the targets' index has them.
+    `commit` is that of a data set of the hub. Token counts depend on a tokenizer, and so are not the data's own: the
+    targets' index has them.
     """
     splits = {split: [one for one in written if one[0].split == split] for split in SPLITS}
     return {
         "source": data.source,
+        "commit": commit,
         "splits": {split: _split(found) for split, found in splits.items()},
         "dropped": dict(sorted(dropped.items())),
         "problems": problems.card(),

@@ -2,59 +2,79 @@
 
     python -m stages.evaluate student-distilled
 
-reads  the variant's model folder and data/egoqa/test.parquet
-writes evaluations/{variant}/{predictions,quality,performance}.json
+reads  the variant's model folder and data/egoqa/test.parquet, by `evaluate` in params.yaml
+writes evaluations/{variant}/{predictions,quality,performance}.json; of a variant that is not asked for, a note that
+       it is left out
 """
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes  # noqa: F401 - before the clock starts: what it takes to import is not a model's load time
 from tqdm import tqdm
 
 from firstsight.core import params
-from firstsight.core.files import whole_folder, write_json
+from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files, read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
 from firstsight.evaluation import profiling
-from firstsight.evaluation.answering import answers
+from firstsight.evaluation.answering import Question, answers
+from firstsight.evaluation.memory import PeakMemory
 from firstsight.evaluation.quality import summarise
+from firstsight.evaluation.variants import LEFT_OUT, VARIANTS
+from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.runs import scratch
 
-MODELS = {
-    "teacher": Path("models/teacher-finetuned"),
-    "student": Path("models/student"),
-    "student-distilled": Path("models/student-distilled"),
-    "student-quantized": Path("models/student-quantized"),
-}
+TEST = Path("data/egoqa/test.parquet")
 
 
 def run() -> None:
-    variant = sys.argv[1]
+    name = sys.argv[1]
+    variant = VARIANTS[name]
     loaded = params.load()
     settings = loaded.evaluate
-    test = Split(Path("data/egoqa/test.parquet"))
-    questions = [(sample, record) for sample in test for record in sample.records]
-    device = pick_device(loaded.runtime.device)
+    with whole_folder(Path("evaluations") / name) as folder:
+        if reason := left_out(name, settings):
+            write_json(folder / LEFT_OUT, reason)
+            log.info("%s is left out: %s", name, reason)
+            return
+        questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
+        if not questions:
+            raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
+        device = pick_device(loaded.runtime.device)
 
-    processor = load_processor(MODELS[variant])
-    started = time.perf_counter()
-    model = load_model(MODELS[variant], settings.precision, device)
-    load_seconds = time.perf_counter() - started
-
-    asked = answers(model, processor, questions, settings.batch_size, settings.max_new_tokens)
-    predicted = list(tqdm(asked, total=len(questions), desc=f"evaluate {variant}", unit=" questions"))
-    records = [record for _, record in questions]
-    quality = summarise(records, predicted, settings.bootstrap_samples, settings.seed)
-    performance = {
-        "parameters": profiling.parameter_count(model),
-        "disk_bytes": profiling.folder_bytes(MODELS[variant]),
-        "weights_bytes": profiling.weights_bytes(model),
-        "load_seconds": load_seconds,
-        **profiling.measure_speed(model, processor, questions, settings.latency_runs, settings.latency_new_tokens),
-        **profiling.environment(device),
-    }
-    with whole_folder(Path("evaluations") / variant) as folder:
+        processor = load_processor(variant.model)
+        memory = PeakMemory(device)
+        started = time.perf_counter()
+        model = load_model(variant.model, variant.quantised_on_loading or settings.precision, device)
+        load_seconds = time.perf_counter() - started
+        # Batch 1 first: the memory that larger batches leave in the process would count as its own.
+        memory.reset()
+        latency = profiling.measure_latency(model, processor, questions, settings)
+        performance = {
+            "parameters": profiling.parameter_count(model),
+            "disk_bytes": profiling.folder_bytes(variant.model),
+            "weights_bytes": weights_bytes(model),
+            "peak_bytes": memory.peak(),
+            "load_seconds": load_seconds,
+            **latency,
+            "throughput": profiling.measure_throughput(model, processor, questions, settings, memory),
+            **profiling.environment(device),
+        }
+        work = {
+            "model": fingerprint_files(sorted(path for path in variant.model.rglob("*") if path.is_file())),
+            "test": fingerprint_files([TEST]),
+            "settings": settings.model_dump(),
+            "device": device,
+        }
+        with scratch.kept_folder(f"evaluate-{name}", work) as kept:
+            predicted = answer(name, model, processor, questions, settings, kept)
+        records = [record for _, record in questions]
+        quality = summarise(records, predicted, settings.bootstrap_samples, settings.seed)
         write_json(
             folder / "predictions.json",
             [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],
@@ -63,11 +83,36 @@ def run() -> None:
         write_json(folder / "performance.json", performance)
     log.info(
         "%s: exact match %.3f, F1 %.3f, %.1f ms an answer",
-        variant,
+        name,
         quality["exact_match"],
         quality["f1"],
         performance["latency_ms_p50"],
     )
+
+
+def left_out(name: str, settings: params.Evaluate) -> str | None:
+    """Why the variant is not to be measured; None where it is."""
+    method = VARIANTS[name].quantised_on_loading
+    if method and method not in settings.teacher_methods:
+        return f"evaluate.teacher_methods is {settings.teacher_methods}, without {method}"
+    note = VARIANTS[name].model / LEFT_OUT
+    return read_json(note, "quantize-student") if note.exists() else None
+
+
+def answer(
+    name: str, model: Any, processor: Any, questions: list[Question], settings: params.Evaluate, kept: Path
+) -> list[str]:
+    """The model's answers; those that `kept` holds of a run that was ended are not asked for again."""
+    path = kept / "answers.json"
+    given: list[str] = read_json(path, "evaluate") if path.exists() else []
+    if given:
+        log.info("%s: going on from question %d of %d, from %s", name, len(given), len(questions), kept)
+    asked = answers(model, processor, questions[len(given) :], settings.batch_size, settings.max_new_tokens)
+    for text in tqdm(asked, f"evaluate {name}", len(questions), initial=len(given), unit=" questions"):
+        given.append(text)
+        if len(given) % settings.batch_size == 0:
+            write_json(path, given)
+    return given
 
 
 if __name__ == "__main__":

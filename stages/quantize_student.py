@@ -1,26 +1,52 @@
 """Quantise the distilled student's language model with bitsandbytes; vision tower and head keep their precision.
 
-    python -m stages.quantize_student
+    python -m stages.quantize_student int8
 
-reads  models/student-distilled, by `quantize` in params.yaml
-writes models/student-quantized, a folder that `from_pretrained` loads quantised
+reads  models/student-distilled and the validation split, by `quantize` in params.yaml
+writes models/student-{method}, a folder that `from_pretrained` loads quantised, with quantization.json: sizes and the
+       error of each layer; of a method that `quantize.methods` does not have, a note that it is left out
 """
 
+import sys
+from itertools import islice
 from pathlib import Path
 
 from firstsight.core import params
-from firstsight.core.files import whole_folder
+from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
+from firstsight.data.records import Split
+from firstsight.evaluation.variants import LEFT_OUT, VARIANTS
 from firstsight.models.loading import pick_device
 from firstsight.quantization.quantize import quantize_folder
 
+SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
+FOUND = "quantization.json"
+
 
 def run() -> None:
+    method = sys.argv[1]
     loaded = params.load()
-    device = pick_device(loaded.runtime.device)
-    with whole_folder(Path("models/student-quantized")) as folder:
-        counts = quantize_folder(Path("models/student-distilled"), folder, loaded.quantize.method, device)
-    log.info("quantised %(quantized_layers)d linear layers, kept %(kept_layers)d", counts)
+    settings = loaded.quantize
+    with whole_folder(VARIANTS[f"student-{method}"].model) as folder:
+        if method not in settings.methods:
+            write_json(folder / LEFT_OUT, f"quantize.methods is {settings.methods}, without {method}")
+            write_json(folder / FOUND, None)
+            log.info("%s is left out: quantize.methods is %s", method, settings.methods)
+            return
+        device = pick_device(loaded.runtime.device)
+        samples = islice(Split(VALIDATION), settings.calibration_samples)
+        calibration = [(sample, sample.records[0]) for sample in samples]
+        found = quantize_folder(SOURCE, folder, method, settings, device, calibration)
+        write_json(folder / FOUND, found)
+    log.info(
+        "%s: %d linear layers quantised, %d kept; %.1f MB in memory, were %.1f MB; error of a layer at most %.3f",
+        method,
+        found["quantized_layers"],
+        found["kept_layers"],
+        found["bytes"] / 1e6,
+        found["original_bytes"] / 1e6,
+        max(found["errors"].values()),
+    )
 
 
 if __name__ == "__main__":

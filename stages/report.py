@@ -2,9 +2,10 @@
 
     python -m stages.report
 
-reads  evaluations/*/*.json, the training histories, where the models came from, the data card and the train and test
-       splits
-writes metrics/{models,quality,performance,training}.json, metrics/plots/ and metrics/report.html
+reads  evaluations/*, the training histories, the quantised layers' errors, where the models came from, the data card
+       and the train and test splits, by `report` in params.yaml
+writes metrics/{models,quality,performance,training,quantization}.json, metrics/summary.txt, metrics/plots/ and
+       metrics/report.html
 """
 
 import csv
@@ -12,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from firstsight.core import params
+from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.records import Split
-from firstsight.reporting import figures, page, summary
+from firstsight.data.records import Record, Sample, Split
+from firstsight.evaluation.variants import LEFT_OUT, METHODS, VARIANTS
+from firstsight.reporting import criteria, figures, page, summary, text
 from firstsight.reporting.contact_sheet import contact_sheet
+from firstsight.reporting.summary import Measured
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
 # Of the contact sheet.
@@ -29,70 +33,129 @@ MODELS = {role: Path("models") / role / "source.json" for role in ("teacher", "s
 
 
 def run() -> None:
-    params.load()
+    settings = params.load()
     questions = [(sample, record) for sample in Split(DATA / "test.parquet") for record in sample.records]
-    measured = {
-        name: {
-            variant: read_json(Path("evaluations") / variant / f"{name}.json", "evaluate")
-            for variant in summary.VARIANTS
-        }
-        for name in ("quality", "performance", "predictions")
-    }
-    predictions = {
-        variant: [entry["answer"] for entry in entries] for variant, entries in measured["predictions"].items()
-    }
-    models = {role: read_json(path, "download-models") for role, path in MODELS.items()}
+    records = [record for _, record in questions]
+    found = {variant: measured(variant, records) for variant in VARIANTS}
+    variants = {variant: one for variant, one in found.items() if one}
+    sources = {role: read_json(path, "download-models") for role, path in MODELS.items()}
     histories = {stage: read_json(path, stage) for stage, path in HISTORIES.items()}
+    quantised = {
+        method: read_json(VARIANTS[f"student-{method}"].model / "quantization.json", f"quantize-student@{method}")
+        for method in METHODS
+    }
+    quantised = {method: one for method, one in quantised.items() if one}
 
     train = Split(DATA / "train.parquet")
-    guesses = summary.baselines(train, [record for _, record in questions])
-    quality = summary.quality_table(measured["quality"], predictions, guesses)
-    performance = summary.performance_table(measured["performance"])
+    guesses = summary.baselines(train, records)
+    resampling = settings.evaluate.bootstrap_samples, settings.evaluate.seed
+    quality = summary.quality_table(variants, records, guesses, *resampling)
+    performance = summary.performance_table(variants)
+    models = summary.models_table(sources)
+    quantization = summary.quantization_table(quantised)
+    verdicts = criteria.verdicts(settings.report.criteria, quality, performance)
     curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
+    environments = {
+        variant: {name: one.performance[name] for name in ("device", "torch", "transformers")}
+        for variant, one in variants.items()
+    }
 
     with whole_folder(OUTPUT) as folder:
-        write_json(folder / "models.json", summary.models_table(models))
+        write_json(folder / "models.json", models)
         write_json(folder / "quality.json", quality)
         write_json(folder / "performance.json", performance)
         write_json(
             folder / "training.json", {stage: summary.training_summary(rows) for stage, rows in histories.items()}
         )
-        plots = folder / "plots"
-        plots.mkdir()
-        for stage, rows in curves.items():
-            (plots / stage).mkdir()
-            for split, points in rows.items():
-                write_csv(plots / stage / f"{split}.csv", ["step", "loss"], points)
-        write_csv(
-            plots / "variants.csv",
-            ["variant", "exact_match", "latency_ms", "size_mb"],
-            summary.points(quality, performance),
-        )
-        figures.training(curves, plots / "training.png")
-        figures.quality(quality, plots / "quality.png")
-        figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
-        figures.by_type(measured["quality"], plots / "by-type.png")
+        write_json(folder / "quantization.json", quantization)
+        summary_text = text.summary(quality, performance, verdicts, environments)
+        (folder / "summary.txt").write_text(summary_text, encoding="utf-8")
         samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
-        # Few colours: it is in git.
-        contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
+        pictures = draw(folder / "plots", variants, quality, performance, quantised, curves, samples)
         page.write(
             folder / "report.html",
-            quality=quality,
-            performance=performance,
-            environment=measured["performance"][summary.TEACHER],
-            card=read_json(DATA / "card.json", "build-egoqa-dataset"),
-            samples=samples,
-            parameters=params.PARAMS_FILE.read_text(encoding="utf-8"),
-            questions=questions,
-            predictions=predictions,
-            pictures={
-                "Exact match on the test split": plots / "quality.png",
-                "Quality against latency and size: up and to the left is better": plots / "quality-against-cost.png",
-                "Exact match by question type": plots / "by-type.png",
-                "Training and validation loss": plots / "training.png",
-            },
+            page.Shown(
+                quality=quality,
+                performance=performance,
+                models=models,
+                quantization=quantization,
+                verdicts=verdicts,
+                environments=environments,
+                card=read_json(DATA / "card.json", "build-egoqa-dataset"),
+                samples=samples,
+                parameters=params.PARAMS_FILE.read_text(encoding="utf-8"),
+                pictures=pictures,
+                questions=questions,
+                predictions={variant: one.predictions for variant, one in variants.items()},
+            ),
         )
-    log.info("wrote %s", OUTPUT)
+    log.info("%s\nwrote %s", summary_text, OUTPUT)
+
+
+def measured(variant: str, records: Sequence[Record]) -> Measured | None:
+    """What evaluate wrote of a variant; None of one that is left out.
+
+    Raises:
+        UserError: a file is missing or broken, lacks figures, or has answers to other questions.
+    """
+    folder, stage = Path("evaluations") / variant, f"evaluate@{variant}"
+    if (folder / LEFT_OUT).exists():
+        return None
+    quality, performance, predictions = (
+        read_json(folder / f"{name}.json", stage) for name in ("quality", "performance", "predictions")
+    )
+    if absent := [name for name in summary.COSTS if name not in performance] + [
+        name for name in ("exact_match", "bleu_low", "by_type") if name not in quality
+    ]:
+        raise UserError(
+            f"{folder}: expected the figures of this version, found none for {absent[0]}; run dvc repro {stage}"
+        )
+    if [entry["id"] for entry in predictions] != [record.id for record in records]:
+        raise UserError(
+            f"{folder}/predictions.json: expected answers to the {len(records)} questions of {DATA}/test.parquet, "
+            f"found {len(predictions)} to others; run dvc repro {stage}"
+        )
+    return Measured(quality, performance, [entry["answer"] for entry in predictions])
+
+
+def draw(
+    plots: Path,
+    variants: dict[str, Measured],
+    quality: dict,
+    performance: dict,
+    quantised: dict[str, dict],
+    curves: dict[str, dict],
+    samples: Sequence[Sample],
+) -> dict[str, Path]:
+    """Write the data of DVC's plots, and pictures, into `plots`; returns those for the page, by caption."""
+    plots.mkdir()
+    for stage, rows in curves.items():
+        (plots / stage).mkdir()
+        for split, points in rows.items():
+            write_csv(plots / stage / f"{split}.csv", ["step", "loss"], points)
+    columns = ["variant", "exact_match", "low", "high", "latency_ms", "memory_mb", "disk_mb"]
+    write_csv(plots / "variants.csv", columns, summary.points(quality, performance))
+    types = summary.by_type({variant: one.quality["by_type"] for variant, one in variants.items()})
+    write_csv(plots / "by-type.csv", ["type", "variant", "exact_match", "low", "high", "questions"], types)
+
+    # Few colours: it is in git.
+    contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
+    figures.quality(quality, list(performance), plots / "quality.png")
+    figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
+    figures.by_type(types, plots / "by-type.png")
+    figures.throughput(performance, plots / "throughput.png")
+    figures.training(curves, plots / "training.png")
+    pictures = {
+        "Exact match on the test split": plots / "quality.png",
+        "Quality against latency and memory: up and to the left is better": plots / "quality-against-cost.png",
+        "Exact match by question type": plots / "by-type.png",
+        "Answers a second by batch size": plots / "throughput.png",
+        "Training and validation loss": plots / "training.png",
+    }
+    if quantised:
+        figures.quantization({method: one["errors"] for method, one in quantised.items()}, plots / "quantization.png")
+        pictures["What quantising changes in each layer's output"] = plots / "quantization.png"
+    return pictures
 
 
 def spread(length: int, count: int) -> range:

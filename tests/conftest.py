@@ -34,11 +34,15 @@ STAGES = (
     ("finetune_teacher",),
     ("cache_teacher_targets",),
     ("distill",),
-    ("quantize_student",),
+    ("quantize_student", "int8"),
+    ("quantize_student", "nf4"),
     ("evaluate", "teacher"),
+    ("evaluate", "teacher-int8"),
+    ("evaluate", "teacher-nf4"),
     ("evaluate", "student"),
     ("evaluate", "student-distilled"),
-    ("evaluate", "student-quantized"),
+    ("evaluate", "student-int8"),
+    ("evaluate", "student-nf4"),
     ("report",),
 )
 

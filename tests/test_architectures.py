@@ -93,8 +93,8 @@ def test_a_16_bit_checkpoint_stays_so_beside_quantised_weights(settings, process
         path.mkdir()
     build_model(settings.models.teacher.init, processor.tokenizer).to(torch.bfloat16).save_pretrained(source)
     processor.save_pretrained(source)
-    quantize_folder(source, target, "nf4", "cpu")
+    sample = make_sample("image", "image", 1, QUESTIONS)
+    quantize_folder(source, target, "nf4", settings.quantize, "cpu", [(sample, sample.records[0])])
     model = load_model(target, "auto", "cpu")
     assert model.model.visual.blocks[0].norm1.weight.dtype == torch.bfloat16
-    sample = make_sample("image", "image", 1, QUESTIONS)
     assert len(list(answers(model, load_processor(target), [(sample, sample.records[0])], 1, 2))) == 1

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from firstsight.evaluation.variants import METHODS, VARIANTS
+
 pytestmark = pytest.mark.slow
 
-EVALUATIONS = {f"evaluate@{variant}" for variant in ("teacher", "student", "student-distilled", "student-quantized")}
-AFTER_DISTILL = {"quantize-student", "evaluate@student-distilled", "evaluate@student-quantized", "report"}
+EVALUATIONS = {f"evaluate@{variant}" for variant in VARIANTS}
+QUANTISATIONS = {f"quantize-student@{method}" for method in METHODS}
+AFTER_DISTILL = QUANTISATIONS | {"evaluate@student-distilled", "evaluate@student-nf4", "report"}
 ALL = EVALUATIONS | AFTER_DISTILL | {
     "download-models@teacher",
     "download-models@student",
@@ -87,8 +90,8 @@ def test_another_temperature_reruns_the_student_alone_and_going_back_restores_it
 
 
 def test_another_quantisation_leaves_distill_alone(project):
-    changed = stages_run(project, "exp", "run", "-S", "quantize.method=int8")
-    assert changed == {"quantize-student", "evaluate@student-quantized", "report"}
+    changed = stages_run(project, "exp", "run", "-S", "quantize.methods=[int8]")
+    assert changed == QUANTISATIONS | {"evaluate@student-int8", "evaluate@student-nf4", "report"}
 
 
 def test_another_evaluation_leaves_the_models_alone(project):
@@ -103,7 +106,7 @@ def test_runtime_settings_rerun_nothing(project):
     ("file", "expected"),
     [
         ("firstsight/reporting/table.py", {"report"}),
-        ("firstsight/quantization/quantize.py", {"quantize-student"}),
+        ("firstsight/quantization/quantize.py", QUANTISATIONS),
         ("firstsight/models/vocabulary.py", {"cache-teacher-targets", "distill"}),
     ],
 )

@@ -376,7 +376,7 @@ def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
 
 
 def test_a_quantised_folder_is_taken_as_it_is(smoke, tmp_path):
-    hub.link(smoke / "models/student-quantized", tmp_path)
+    hub.link(smoke / "models/student-nf4", tmp_path)
     assert "U8" in checkpoint.facts(tmp_path)["dtypes"]
 
 

@@ -2,9 +2,20 @@
 
 import numpy as np
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu
+from torchmetrics.functional.text import squad
 
 from firstsight.data.records import Record, Sample
-from firstsight.evaluation.metrics import bleu, bootstrap_interval, exact_match, parse_option, score, token_f1
+from firstsight.evaluation.metrics import (
+    Scores,
+    agreement,
+    bootstrap_interval,
+    exact_match,
+    parse_option,
+    score,
+    token_f1,
+)
 from firstsight.evaluation.quality import summarise
 from firstsight.reporting.summary import baselines
 
@@ -62,13 +73,61 @@ def test_an_unparsed_option_is_counted_and_wrong():
     assert summary["option_accuracy"] == 0.5
     assert summary["options_unparsed"] == 1
     assert summary["exact_match"] == pytest.approx(2 / 3)
+    assert summary["by_type"]["open"]["questions"] == 3
 
 
-def test_bleu_of_the_truth_is_one_and_takes_any_accepted_answer():
-    truths = ["a red cup lies on the table today", "keep walking straight on until the door"]
-    records = [record("the cup is on the table", truths[0]), record(truths[1])]
-    assert bleu(records, truths) == pytest.approx(1)
-    assert bleu(records, ["nothing", "nothing"]) < 0.01
+# What a model says, and what is accepted: in words, in other scripts, in signs, and not at all.
+CASES = [
+    ("A red cup.", ["red cup"]),
+    ("red red cup on the table today", ["the red cup on a table", "a cup"]),
+    ("keep walking straight on until the door", ["walk on until you reach the door", "straight on"]),
+    ("don't turn", ["Dont turn"]),
+    ("two", ["three", "two cups"]),
+    ("", ["red"]),
+    ("the", ["a"]),
+    ("left_hand", ["left hand"]),
+    ("une tasse a cafe", ["a cafe cup"]),
+]
+FOREIGN = [("红色的杯子", ["红色的杯子"]), ("Красная чашка", ["красная чашка"]), ("👍", ["👍"]), ("café", ["café"])]
+
+
+def test_exact_match_and_f1_are_those_of_the_squad_script():
+    """torchmetrics' are a port of the official script."""
+    for number, (predicted, accepted) in enumerate(CASES + FOREIGN):
+        truth = {"id": str(number), "answers": {"answer_start": [0] * len(accepted), "text": accepted}}
+        expected = squad([{"id": str(number), "prediction_text": predicted}], [truth])
+        found = exact_match(predicted, accepted), token_f1(predicted, accepted)
+        assert found == pytest.approx([float(expected[key]) / 100 for key in ("exact_match", "f1")]), predicted
+
+
+def test_rouge_is_the_librarys_and_counts_other_scripts_too():
+    library = RougeScorer(["rougeL"])
+    for predicted, accepted in CASES:
+        expected = max(library.score(answer, predicted)["rougeL"].fmeasure for answer in accepted)
+        assert score(record(*accepted), predicted).rouge_l == pytest.approx(expected), predicted
+    for predicted, accepted in FOREIGN:
+        assert score(record(*accepted), predicted) == Scores(1, 1, 1, 0)
+        assert score(record("👎"), predicted).rouge_l == 0
+
+
+def test_bleu_is_the_librarys_over_every_accepted_answer():
+    records = [record(*accepted) for _, accepted in CASES + FOREIGN]
+    predicted = [text for text, _ in CASES + FOREIGN]
+    most = max(len(one.answers) for one in records)
+    references = [[one.answers[n] if n < len(one.answers) else None for one in records] for n in range(most)]
+    expected = corpus_bleu(predicted, references, use_effective_order=True).score / 100
+    summary = summarise(records, predicted, 200, 0)
+    assert summary["bleu"] == pytest.approx(expected)
+    assert 0 < summary["bleu_low"] < expected < summary["bleu_high"] < 1
+
+
+def test_models_agree_on_an_option_however_they_name_it():
+    chosen = record("B", options=("a cup", "a ball"))
+    assert agreement(chosen, "B", "(B) a ball") == 1
+    assert agreement(chosen, "A", "B") == 0
+    assert agreement(chosen, "perhaps", "Perhaps.") == 1
+    assert agreement(chosen, "perhaps", "B") == 0
+    assert agreement(record("red"), "The blue", "blue") == 1
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

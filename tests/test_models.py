@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import make_sample
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.core.params import Initialisation
+from firstsight.evaluation.answering import model_inputs
 from firstsight.models import hub
 from firstsight.models.initialise import initialise
 from firstsight.models.loading import check_quantised, load_model, load_processor
@@ -19,7 +23,7 @@ from firstsight.quantization.quantize import quantize_folder
 
 
 def test_saved_models_load_without_firstsight(smoke):
-    for name in ("teacher", "student", "teacher-finetuned", "student-distilled", "student-quantized"):
+    for name in ("teacher", "student", "teacher-finetuned", "student-distilled", "student-nf4"):
         folder = smoke / "models" / name
         model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
@@ -115,20 +119,60 @@ def test_a_local_folder_is_linked_and_a_broken_one_refused(smoke_copy, tmp_path)
         hub.link(smoke_copy / "models/student", tmp_path / "linked")
 
 
+CALIBRATION = [(sample, sample.records[0]) for sample in [make_sample("image", "image", 1, [("Colour?", "red")])]]
+
+
 @pytest.mark.parametrize(("method", "kind"), [("int8", Linear8bitLt), ("nf4", Linear4bit)])
-def test_quantised_folders_answer_like_the_original(smoke, tmp_path, method, kind):
+def test_quantised_folders_answer_like_the_original(smoke, settings, tmp_path, method, kind):
     source = smoke / "models/student-distilled"
-    counts = quantize_folder(source, tmp_path, method, "cpu")
+    found = quantize_folder(source, tmp_path, method, settings.quantize, "cpu", CALIBRATION)
     original, quantised = load_model(source, "auto", "cpu"), load_model(tmp_path, "auto", "cpu")
     layers = {name: module for name, module in quantised.named_modules() if isinstance(module, nn.Linear)}
     inside = [name for name, module in layers.items() if isinstance(module, kind)]
-    assert len(inside) == counts["quantized_layers"] == 7 * original.config.text_config.num_hidden_layers
+    assert len(inside) == found["quantized_layers"] == 7 * original.config.text_config.num_hidden_layers
+    assert found["kept_layers"] == len(layers) - len(inside)
     assert all(name.startswith("model.language_model.layers") for name in inside)
+    assert found["original_bytes"] == original.get_memory_footprint()
+    # 8 bits and a float32 scale a row; or 4 bits, an 8-bit scale for 64 weights, and code books of 16 and 256 floats.
+    rows = sum(layers[name].out_features for name in inside)
+    weights = sum(layers[name].out_features * layers[name].in_features for name in inside)
+    now = {"int8": weights + 4 * rows, "nf4": weights * (1 / 2 + 1 / 64) + len(inside) * 4 * (16 + 256)}[method]
+    assert found["original_bytes"] - found["bytes"] == pytest.approx(4 * weights - now, rel=0.01)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         exact, approximate = original(input_ids=ids).logits, quantised(input_ids=ids).logits
     error = (approximate - exact).norm() / exact.norm()
     assert 0 < error < {"int8": 0.03, "nf4": 0.35}[method]
+
+
+def test_the_error_of_a_layer_is_that_of_its_weights_on_its_own_inputs(smoke, settings, tmp_path):
+    """Against the definition, for a layer whose inputs are easy to come by: those of the first block's attention."""
+    source = smoke / "models/student-distilled"
+    errors = quantize_folder(source, tmp_path, "nf4", settings.quantize, "cpu", CALIBRATION)["errors"]
+    model, processor = load_model(source, "float32", "cpu"), load_processor(source)
+    name, block = "model.language_model.layers.0.self_attn.v_proj", model.model.language_model.layers[0]
+    weight = load_model(tmp_path, "auto", "cpu").get_submodule(name).weight
+    dequantised = dequantize_4bit(weight.data, weight.quant_state).float()
+    with torch.inference_mode():
+        seen = model(**model_inputs(processor, CALIBRATION, "cpu"), output_hidden_states=True).hidden_states[0]
+        inputs = block.input_layernorm(seen)
+        lost = inputs @ (dequantised - block.self_attn.v_proj.weight).T
+        expected = lost.norm() / block.self_attn.v_proj(inputs).norm()
+    assert errors[name] == pytest.approx(float(expected), rel=0.02)
+    assert len(errors) == 7 * len(model.model.language_model.layers)
+    eight_bit = quantize_folder(source, tmp_path / "int8", "int8", settings.quantize, "cpu", CALIBRATION)["errors"]
+    assert all(eight_bit[layer] < errors[layer] / 3 for layer in errors)
+
+
+def test_how_nf4_is_made_is_a_parameter(smoke, settings, tmp_path):
+    plain = settings.quantize.model_copy(update={"double_quantization": False, "compute_dtype": "bfloat16"})
+    source = smoke / "models/student-distilled"
+    quantize_folder(source, tmp_path, "nf4", plain, "cpu", CALIBRATION)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (config["bnb_4bit_use_double_quant"], config["bnb_4bit_compute_dtype"]) == (False, "bfloat16")
+    quantize_folder(source, tmp_path / "doubly", "nf4", settings.quantize, "cpu", CALIBRATION)
+    scales = [set(load_file(folder / "model.safetensors")) for folder in (tmp_path, tmp_path / "doubly")]
+    assert [any("nested_absmax" in name for name in names) for names in scales] == [False, True]
 
 
 def test_a_quantised_vision_tower_is_caught(smoke):

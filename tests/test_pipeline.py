@@ -59,7 +59,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "distill": ["train"],
         "quantize-student": ["quantize"],
         "evaluate": ["evaluate"],
-        "report": [],
+        "report": ["report", "evaluate.bootstrap_samples", "evaluate.seed"],
     }
 
 
@@ -77,7 +77,7 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     metrics = smoke / "metrics"
     quality = json.loads((metrics / "quality.json").read_text())
     baselines = {"majority-answer", "question-only"}
-    assert set(quality) == baselines | {"teacher", "student", "student-distilled", "student-quantized"}
+    assert set(quality) == baselines | {"teacher", "student", "student-distilled", "student-nf4"}
     assert 0 <= quality["majority-answer"]["exact_match"] < quality["question-only"]["exact_match"] < 0.6
     assert quality["teacher"]["teacher_agreement"] == 1
     models = json.loads((metrics / "models.json").read_text())
@@ -87,7 +87,7 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert 4 * models["student"]["parameters"] < models["student"]["bytes"] < models["teacher"]["bytes"]
     performance = json.loads((metrics / "performance.json").read_text())
     assert performance["teacher"]["compression"] == 1 < performance["student-distilled"]["compression"]
-    assert performance["student-quantized"]["disk_bytes"] < performance["student-distilled"]["disk_bytes"]
+    assert performance["student-nf4"]["disk_bytes"] < performance["student-distilled"]["disk_bytes"]
     training = json.loads((metrics / "training.json").read_text())
     assert training["distill"]["validation_divergence"] > 0
     assert "validation_divergence" not in training["finetune-teacher"]
@@ -101,8 +101,11 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     curve = (metrics / "plots/distill/validation.csv").read_text().splitlines()
     assert curve[0] == "step,loss"
     assert len(curve) == 3  # an evaluation an epoch
-    assert (metrics / "plots/variants.csv").read_text().count("\n") == 5
-    assert len(list((metrics / "plots").glob("*.png"))) == 5
+    assert (metrics / "plots/variants.csv").read_text().count("\n") == 1 + 4
+    assert (metrics / "plots/by-type.csv").read_text().count("\n") == 1 + 4 * len(
+        card["splits"]["test"]["question_types"]
+    )
+    assert len(list((metrics / "plots").glob("*.png"))) == 7
     predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())
     assert len(predictions) == quality["teacher"]["questions"]
 
@@ -116,7 +119,15 @@ def test_the_table_is_printed_from_the_metrics(smoke):
         text=True,
         check=True,
     ).stdout
-    for word in ("student-quantized", "exact match", "retention", "latency", "question only", "metrics/report.html"):
+    for word in (
+        "student-nf4",
+        "exact match",
+        "retention",
+        "peak memory",
+        "latency",
+        "question only",
+        "metrics/report.html",
+    ):
         assert word in printed
 
 
@@ -182,7 +193,7 @@ def refuse_other_students_targets(folder):
 def refuse_corrupted_model(folder):
     (folder / "models/student-distilled/model.safetensors").write_bytes(b"\x08\x00")
     return ("models/student-distilled: expected a complete",), [
-        ("quantize_student",),
+        ("quantize_student", "nf4"),
         ("evaluate", "student-distilled"),
     ]
 
@@ -312,7 +323,7 @@ def test_a_real_clip_goes_through_every_stage(tmp_path):
     for stage in STAGES:
         run_stage(folder, *stage)
     quality = json.loads((folder / "metrics/quality.json").read_text())
-    assert quality["student-quantized"]["questions"] == 3
+    assert quality["student-nf4"]["questions"] == 3
     page = (folder / "metrics/report.html").read_text()
     assert "How many chairs are around the dining table?" in page
     assert page.count("data:image/jpeg") == 3 + 1  # with each test question, and what is learnt from

@@ -145,7 +145,7 @@ def test_a_local_checkpoint_is_planned_by_what_it_has(checkpoint):
     loaded = but(loaded, models=but(loaded.models, teacher=model, student=model))
     work = workload(params.load(ROOT / "presets/qwen2-vl-7b.yaml").data, Path("elsewhere.yaml"))
     rows = table.rows(loaded, work)
-    assert "evaluate student-quantized" in table.render(rows)
+    assert "evaluate student-nf4" in table.render(rows)
     assert (rows[2].memory.activations > 0) and all(row.operations >= 0 for row in rows)
 
 
@@ -172,7 +172,7 @@ def test_every_preset_has_a_table(path, in_root):
         assert row.stage in printed
         assert row.operations >= 0
         assert row.memory is None or row.memory.total > memory.OVERHEAD
-    assert {"download-models", "distill", "quantize-student", "evaluate teacher"} <= {row.stage for row in rows}
+    assert {"download-models", "distill", "quantize-student nf4", "evaluate teacher"} <= {row.stage for row in rows}
     assert ("finetune-teacher" in printed) == loaded.finetune_teacher.enabled
 
 

@@ -7,7 +7,7 @@ do. `load` checks the whole file at once, so that a mistake under `evaluate` is 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -19,7 +19,18 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Precision = Literal["auto", "float32", "bfloat16", "int8", "nf4"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["int8", "nf4"]
+Precision = Dtype | Method
+
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected each value once, found {values}")
+    return values
+
+
+Methods = Annotated[list[Method], AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
@@ -233,7 +244,7 @@ class Train(Optimisation):
     Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
     """
 
-    temperature: Annotated[float, Field(gt=0, le=1000)]
+    temperature: Annotated[float, Field(ge=0.01, le=1000)]
     alpha: Fraction
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Annotated[float, Field(gt=0, lt=1)]
@@ -241,19 +252,63 @@ class Train(Optimisation):
 
 
 class Quantize(Section):
-    method: Literal["int8", "nf4"]
+    """How the distilled student is quantised, by each of `methods`: each gives a model, and a variant in evaluation.
+
+    `double_quantization` (nf4's scales are quantised too; Dettmers et al., 2023, arXiv:2305.14314) and `compute_dtype`
+    (of nf4's products; auto is that of the other weights) are bitsandbytes'. The error of each layer is measured on
+    `calibration_samples` samples of the validation split.
+    """
+
+    methods: Methods
+    double_quantization: bool
+    compute_dtype: Dtype
+    calibration_samples: Count
 
 
 class Evaluate(Section):
-    """Quality on the whole test split, in batches; speed at batch 1 over `latency_runs` timed answers."""
+    """Quality on the whole test split in batches of `batch_size`; intervals from `bootstrap_samples` resamplings.
+
+    `teacher_methods` are ways in which the teacher too is quantised and measured, as targets.precision may load it.
+    Speed is that of `latency_runs` questions, each answered with exactly `latency_new_tokens` tokens, at batch 1, and
+    together in batches of each of `throughput_batch_sizes`.
+    """
 
     precision: Precision
+    teacher_methods: Methods
     batch_size: Count
     max_new_tokens: Count
     bootstrap_samples: Annotated[int, Field(ge=100)]
     latency_runs: Count
-    latency_new_tokens: Count
+    latency_new_tokens: Annotated[int, Field(ge=2)]
+    throughput_batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]
     seed: Seed
+
+
+class Levels(Section):
+    """What a figure must reach, or exceed, to be called this good."""
+
+    minimum: Positive
+    target: Positive
+    stretch: Positive
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "Levels":
+        if not self.minimum <= self.target <= self.stretch:
+            raise ValueError(f"expected minimum <= target <= stretch, found {self!r}")
+        return self
+
+
+class Criteria(Section):
+    """Of each student against the teacher; see `firstsight.reporting.criteria`."""
+
+    compression: Levels
+    memory_saved: Levels
+    speed_up: Levels
+    retention: Levels
+
+
+class Report(Section):
+    criteria: Criteria
 
 
 class Runtime(Section):
@@ -273,6 +328,7 @@ class Params(Section):
     train: Train
     quantize: Quantize
     evaluate: Evaluate
+    report: Report
     runtime: Runtime
 
 
@@ -309,6 +365,7 @@ _EXPECTED = {
     "string_type": "text",
     "list_type": "a list",
     "model_type": "a section of keys",
+    "too_short": "at least {min_length} of them",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import corpus_bleu
+from sacrebleu.metrics import BLEU
 
 from firstsight.data.records import LETTERS, Record
 
@@ -69,7 +69,16 @@ class Scores:
     unparsed: float
 
 
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
+class _Words:
+    """rouge-score's own words where text is ASCII. It drops all else: other scripts, accents and emoji count here."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+|[^\x00-\x7f]", text.lower())
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
+# An answer of one to three words has no 4-grams: without effective order it would score 0.
+_BLEU = BLEU(effective_order=True)
 
 
 def score(record: Record, predicted: str) -> Scores:
@@ -82,21 +91,33 @@ def score(record: Record, predicted: str) -> Scores:
     return Scores(exact_match(predicted, record.answers), token_f1(predicted, record.answers), rouge, 0.0)
 
 
-def bleu(records: Sequence[Record], predicted: Sequence[str]) -> float:
-    """Corpus BLEU (sacrebleu) in [0, 1] over every accepted answer.
+def agreement(record: Record, one: str, other: str) -> float:
+    """1.0 when two models give the same answer, right or wrong: the same option, or the same normalised text."""
+    chosen = [parse_option(answer, record.options) for answer in (one, other)] if record.options else [None]
+    return float(chosen[0] == chosen[1]) if all(chosen) else exact_match(one, [other])
 
-    With effective order, because answers of one to three words have no 4-grams, and would all score 0.
-    """
-    most = max(len(record.answers) for record in records)
-    references = [[record.answers[n] if n < len(record.answers) else None for record in records] for n in range(most)]
-    return corpus_bleu(list(predicted), references, use_effective_order=True).score / 100
+
+def bleu_statistics(record: Record, predicted: str) -> list[int]:
+    """What an answer adds to corpus BLEU over its accepted answers: n-grams right and said, lengths of both."""
+    found = _BLEU.sentence_score(predicted, list(record.answers))
+    return [*found.counts, *found.totals, found.sys_len, found.ref_len]
+
+
+def bleu(statistics: np.ndarray) -> float:
+    """Corpus BLEU (sacrebleu) in [0, 1] from the summed `bleu_statistics` [2 n + 2]."""
+    orders = (len(statistics) - 2) // 2
+    right, said, (said_length, true_length) = np.split(statistics.astype(int), [orders, 2 * orders])
+    found = BLEU.compute_bleu(
+        list(right), list(said), int(said_length), int(true_length), smooth_method="exp", effective_order=True
+    )
+    return found.score / 100
 
 
 def bootstrap_interval(
-    values: Sequence[float], samples: int, seed: int, statistic: Callable[..., np.ndarray] = np.mean
+    values: np.ndarray, samples: int, seed: int, statistic: Callable[[np.ndarray], float] = np.mean
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of `values` under resampling with replacement (Efron, 1979)."""
-    table, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    drawn = [statistic(table[rng.integers(len(table), size=len(table))], axis=0) for _ in range(samples)]
+    """95% percentile interval of a statistic of the rows of `values` [n, ...] under resampling (Efron, 1979)."""
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(samples)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""How large and how fast: measured on the spot, at batch 1, warmed up and with the device synchronised."""
+"""How large and how fast: measured on the spot, warmed up, with the device synchronised; media processing apart."""
 
 import platform
 import time
@@ -11,14 +11,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from firstsight.core.params import Evaluate
+from firstsight.core.stage import log
 from firstsight.evaluation.answering import Question, generate, model_inputs
+from firstsight.evaluation.memory import PeakMemory
 
-_WARM_UP = 2
-
-
-def weights_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the model's parameters and buffers in memory, quantised ones with their scales; tied ones once."""
-    return model.get_memory_footprint()
+# Each question is timed so often: its median is not moved by one disturbance, and they tell how far to trust it.
+_REPEATS = 5
 
 
 def parameter_count(model: PreTrainedModel) -> int:
@@ -31,36 +30,60 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def measure_speed(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], runs: int, new_tokens: int
+def measure_latency(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate
 ) -> dict[str, float]:
-    """Latency of answering one question with exactly `new_tokens` tokens, media processing apart.
+    """Of one question at a time, answered with exactly `settings.latency_new_tokens` tokens.
 
-    Returns milliseconds: `latency_ms_p50`, `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first
-    token; and `decode_tokens_per_second` after it.
+    Returns milliseconds over the questions, each with the median of its repeats: `latency_ms_p50` and
+    `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; `decode_tokens_per_second` after it;
+    and `latency_spread`, the interquartile range of a question's repeats as a fraction of its median, typically.
     """
-    batches = [model_inputs(processor, [questions[number % len(questions)]], model.device) for number in range(runs)]
-
-    def timed(tokens: int) -> np.ndarray:
-        for inputs in batches[:_WARM_UP]:
-            generate(model, inputs, max_new_tokens=tokens, min_new_tokens=tokens)
-        return np.array(
-            [
-                _milliseconds(lambda i=inputs: generate(model, i, max_new_tokens=tokens, min_new_tokens=tokens))
-                for inputs in batches
-            ]
-        )
-
-    prefill, whole = timed(1), timed(new_tokens)
-    speed = {
+    asked = [questions[number % len(questions)] for number in range(settings.latency_runs)]
+    batches = [model_inputs(processor, [question], model.device) for question in asked]
+    lengths = (1, settings.latency_new_tokens)
+    # A round over all questions after another, so that a slow spell of the machine touches one repeat of each. The
+    # first one warms up.
+    rounds = [[[_timed(model, inputs, n) for inputs in batches] for n in lengths] for _ in range(1 + _REPEATS)]
+    repeats = np.array(rounds[1:])
+    prefill, whole = np.median(repeats, axis=0)
+    low, high = np.quantile(repeats[:, 1], (0.25, 0.75), axis=0)
+    decoding = max(np.median(whole - prefill), 1e-3)
+    return {
+        "prefill_ms_p50": float(np.median(prefill)),
         "latency_ms_p50": float(np.median(whole)),
         "latency_ms_p90": float(np.quantile(whole, 0.9)),
-        "prefill_ms_p50": float(np.median(prefill)),
+        "latency_spread": float(np.median((high - low) / whole)),
+        "decode_tokens_per_second": float(1000 * (settings.latency_new_tokens - 1) / decoding),
     }
-    if new_tokens > 1:
-        decode_ms = np.median(whole) - np.median(prefill)
-        speed["decode_tokens_per_second"] = float(1000 * (new_tokens - 1) / max(decode_ms, 1e-3))
-    return speed
+
+
+def measure_throughput(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate, memory: PeakMemory
+) -> dict[str, dict[str, float]]:
+    """By batch size, answers a second and peak memory of answering that many questions at once, as long as those of
+    `measure_latency`; sizes that do not fit the GPU are missing."""
+    measured = {}
+    for size in settings.throughput_batch_sizes:
+        try:
+            asked = [questions[number % len(questions)] for number in range(size)]
+            inputs = model_inputs(processor, asked, model.device)
+            memory.reset()
+            timed = [_timed(model, inputs, settings.latency_new_tokens) for _ in range(1 + _REPEATS)]
+        except torch.OutOfMemoryError:
+            log.warning("evaluate.throughput_batch_sizes: %d questions at once do not fit; left out", size)
+            torch.cuda.empty_cache()
+            continue
+        measured[str(size)] = {
+            "answers_per_second": float(1000 * size / np.median(timed[1:])),
+            "peak_bytes": memory.peak(),
+        }
+    return measured
+
+
+def _timed(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int) -> float:
+    """Milliseconds of an answer of exactly `tokens` tokens."""
+    return _milliseconds(lambda: generate(model, inputs, max_new_tokens=tokens, min_new_tokens=tokens))
 
 
 def _milliseconds(work: Callable[[], Any]) -> float:

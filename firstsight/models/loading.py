@@ -111,14 +111,23 @@ def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
     return processor
 
 
-def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    precision: str,
+    device: str,
+    double_quantization: bool = True,
+    compute_dtype: str = "auto",
+) -> PreTrainedModel:
     """The folder's model, on `device`, in eval mode; its adapter, if there is one, merged, or over quantised weights.
 
     The architecture is what its config says: any of transformers' image-text models, or a text-only language model.
 
     Args:
-        precision: "float32" or "bfloat16"; "int8" or "nf4" quantises the language model on loading, and nothing else;
-            "auto" is bfloat16 on CUDA and float32 on the CPU, and what a folder of a quantised model says it is.
+        precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantises the language model on loading, and
+            nothing else; "auto" is bfloat16 on CUDA and float32 on the CPU, and what a folder of a quantised model
+            says it is.
+        double_quantization: of "nf4": its scales are quantised too.
+        compute_dtype: of "nf4": what its products are computed in; "auto" is what the other weights are in.
 
     Raises:
         UserError: the folder lacks files, a file is broken, weights are missing or of another shape, or transformers
@@ -130,7 +139,10 @@ def load_model(folder: Path, precision: str, device: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
         # Left out where there is none: None would undo the quantisation that a quantised folder declares.
-        quantization = {"quantization_config": quantization_config(precision, dtype)} if quantised else {}
+        quantization = {}
+        if quantised:
+            computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
+            quantization["quantization_config"] = quantization_config(precision, computed, double_quantization)
         model, info = auto_class(config.model_type).from_pretrained(
             folder,
             dtype=dtype,
@@ -177,14 +189,14 @@ def check_quantised(model: PreTrainedModel) -> dict[str, int]:
     return {"quantized_layers": len(quantised), "kept_layers": len(linear) - len(quantised)}
 
 
-def quantization_config(method: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes settings for "int8" (LLM.int8) or "nf4" (with double quantisation)."""
+def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = True) -> BitsAndBytesConfig:
+    """bitsandbytes settings for "int8" (LLM.int8) or "nf4" (by default with double quantisation)."""
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_IN_HIGH_PRECISION)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=KEPT_IN_HIGH_PRECISION,
     )
@@ -192,7 +204,7 @@ def quantization_config(method: str, compute_dtype: torch.dtype) -> BitsAndBytes
 
 def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
     """The precision of the weights that are not quantised; on a CPU, beside quantised ones, that of the checkpoint."""
-    if precision in ("float32", "bfloat16"):
+    if precision in ("float32", "bfloat16", "float16"):
         return getattr(torch, precision)
     if device == "cuda":
         return torch.bfloat16

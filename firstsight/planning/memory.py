@@ -51,8 +51,8 @@ from firstsight.planning.workload import Sizes, patches_and_tokens
 
 OVERHEAD = 1 << 30
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_LINEAR = {"float32": 4, "bfloat16": 2, "auto": 2, "int8": 1, "nf4": _NF4}
-_KEPT = {"float32": 4, "bfloat16": 2, "auto": 2, "int8": 2, "nf4": 2}
+_LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2, "int8": 1, "nf4": _NF4}
+_KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2, "int8": 2, "nf4": 2}
 # How a model is loaded for training.
 LOADED = {"full": "float32", "lora": "bfloat16", "adalora": "bfloat16", "qlora": "nf4"}
 # Rows of the loss's temporaries and how many there are; rows of a 16-bit head converted at once.

@@ -39,12 +39,13 @@ def rows(params: Params, work: Workload) -> list[Row]:
     if params.targets.kind != "online":
         found.append(_cache_teacher_targets(student, teacher, params, work))
     found.append(_distill(student, teacher, params, work))
-    found.append(_quantize_student(student, params.quantize.method))
+    found += [_quantize_student(student, method) for method in params.quantize.methods]
     variants = {
         "teacher": (teacher, params.evaluate.precision),
+        **{f"teacher-{method}": (teacher, method) for method in params.evaluate.teacher_methods},
         "student": (student, params.evaluate.precision),
         "student-distilled": (student, params.evaluate.precision),
-        "student-quantized": (student, params.quantize.method),
+        **{f"student-{method}": (student, method) for method in params.quantize.methods},
     }
     return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]
 
@@ -91,7 +92,7 @@ def _distill(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
 
 def _quantize_student(student: Shape, method: str) -> Row:
     return Row(
-        "quantize-student",
+        f"quantize-student {method}",
         _loaded(student, method),
         memory.quantising(student, method),
         disk=student.weights_bytes(method),
@@ -102,7 +103,13 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
     return Row(
         f"evaluate {variant}",
         _loaded(shape, precision),
-        memory.answering(shape, precision, settings.batch_size, settings.max_new_tokens, work.largest),
+        memory.answering(
+            shape,
+            precision,
+            max(settings.batch_size, *settings.throughput_batch_sizes),
+            max(settings.max_new_tokens, settings.latency_new_tokens),
+            work.largest,
+        ),
         operations=arithmetic.answering(shape, work, settings.max_new_tokens),
     )
 

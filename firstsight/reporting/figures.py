@@ -1,5 +1,6 @@
-"""The report's pictures, as PNG: legible without colour (markers, hatches and labels say the same)."""
+"""The report's pictures, as PNG: legible without colour (markers, places and labels say the same)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -7,15 +8,17 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from firstsight.reporting.summary import VARIANTS
+from firstsight.evaluation.variants import VARIANTS
+from firstsight.reporting.summary import QUESTION_ONLY
 
-# Okabe and Ito's palette, told apart with any colour vision.
 # A dollar sign in a question type is no formula.
 plt.rcParams["text.parse_math"] = False
-_COLOURS = dict(zip(VARIANTS, ("#0072B2", "#999999", "#D55E00", "#009E73"), strict=True))
-_MARKERS = dict(zip(VARIANTS, "sXoD", strict=True))
+# Okabe and Ito's palette, told apart with any colour vision.
+_PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#D55E00", "#009E73", "#E69F00")
+_COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
+_MARKERS = dict(zip(VARIANTS, "sPvXoD^", strict=True))
 
 
 def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
@@ -37,20 +40,17 @@ def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) 
     _save(figure, path)
 
 
-def quality(table: dict[str, dict[str, float]], path: Path) -> None:
+def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: Path) -> None:
     """Exact match by variant with 95% intervals, and the question-only baseline as a line."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    for place, variant in enumerate(VARIANTS):
+    figure, axis = plt.subplots(figsize=(6.4, 0.45 * len(variants) + 1.4), layout="constrained")
+    for place, variant in enumerate(variants):
         row = table[variant]
-        error = [[row["exact_match"] - row["exact_match_low"]], [row["exact_match_high"] - row["exact_match"]]]
-        axis.barh(place, row["exact_match"], xerr=error, color=_COLOURS[variant], capsize=4, height=0.6)
+        axis.barh(place, row["exact_match"], xerr=_error(row), color=_COLOURS[variant], capsize=4, height=0.6)
         axis.text(row["exact_match_high"] + 0.015, place, f"{row['exact_match']:.3f}", va="center")
-    axis.axvline(
-        table["question-only"]["exact_match"], color="black", linestyle="--", label="best guess without looking"
-    )
+    axis.axvline(table[QUESTION_ONLY]["exact_match"], color="black", linestyle="--", label="best guess without looking")
     axis.set(
-        yticks=range(len(VARIANTS)),
-        yticklabels=VARIANTS,
+        yticks=range(len(variants)),
+        yticklabels=variants,
         xlim=(0, 1.12),
         xlabel="exact match on the test split, with 95% interval",
     )
@@ -60,41 +60,105 @@ def quality(table: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path) -> None:
-    """Exact match against latency and against size on disk: up and to the left is better."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), sharey=True, layout="constrained")
-    costs = (("latency_ms_p50", 1, "milliseconds an answer (p50, batch 1)"), ("disk_bytes", 1e6, "megabytes on disk"))
+    """Exact match with its interval against latency and against peak memory: up and to the left is better."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True, layout="constrained")
+    costs = (
+        ("latency_ms_p50", 1, "milliseconds an answer (p50, batch 1)"),
+        ("peak_bytes", 1e6, "megabytes of memory at most (batch 1)"),
+    )
     for axis, (cost, unit, label) in zip(axes, costs, strict=True):
-        for variant in VARIANTS:
-            axis.scatter(
-                performance_rows[variant][cost] / unit,
+        for variant, row in performance_rows.items():
+            axis.errorbar(
+                row[cost] / unit,
                 quality_rows[variant]["exact_match"],
-                s=80,
+                yerr=_error(quality_rows[variant]),
                 color=_COLOURS[variant],
                 marker=_MARKERS[variant],
+                markersize=9,
+                capsize=3,
+                linestyle="none",
                 label=variant,
             )
         axis.set(xlabel=label, ylim=(-0.03, 1.03))
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("exact match")
-    axes[1].legend(loc="center right")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
-def by_type(quality_by_variant: dict[str, dict], path: Path) -> None:
-    """Exact match by question type, one group of bars a type."""
-    kinds = sorted({kind for row in quality_by_variant.values() for kind in row["exact_match_by_type"]})
-    figure, axis = plt.subplots(figsize=(7.2, 0.62 * len(kinds) + 1.2), layout="constrained")
-    for number, variant in enumerate(VARIANTS):
-        values = [quality_by_variant[variant]["exact_match_by_type"].get(kind, 0) for kind in kinds]
-        places = [place + 0.2 * (number - 1.5) for place in range(len(kinds))]
-        axis.barh(
-            places, values, height=0.19, color=_COLOURS[variant], label=variant, hatch=("", "..", "", "//")[number]
-        )
-    axis.set(yticks=range(len(kinds)), yticklabels=kinds, xlim=(0, 1), xlabel="exact match")
+def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Path) -> None:
+    """Exact match with its 95% interval by question type and variant; rows are those of `by-type.csv`."""
+    kinds = list(dict.fromkeys((row[0], row[5]) for row in rows))
+    variants = list(dict.fromkeys(row[1] for row in rows))
+    figure, axis = plt.subplots(figsize=(7.6, (0.16 * len(variants) + 0.2) * len(kinds) + 1.2), layout="constrained")
+    for number, variant in enumerate(variants):
+        own = {kind: (right, low, high) for kind, name, right, low, high, _ in rows if name == variant}
+        for place, (kind, _) in enumerate(kinds):
+            right, low, high = own[kind]
+            axis.errorbar(
+                right,
+                place + 0.8 * ((number + 0.5) / len(variants) - 0.5),
+                xerr=[[max(0, right - low)], [max(0, high - right)]],
+                color=_COLOURS[variant],
+                marker=_MARKERS[variant],
+                capsize=2,
+                linestyle="none",
+                label=variant if place == 0 else None,
+            )
+    for place in range(1, len(kinds)):
+        axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
+    axis.set(
+        yticks=range(len(kinds)),
+        yticklabels=[f"{kind} ({count})" for kind, count in kinds],
+        xlim=(-0.02, 1.02),
+        xlabel="exact match, with 95% interval (how many questions)",
+    )
+    axis.grid(axis="x", alpha=0.3)
     axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
+
+
+def throughput(performance_rows: dict, path: Path) -> None:
+    """Answers a second by batch size."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for variant, row in performance_rows.items():
+        points = [(1, 1000 / row["latency_ms_p50"])]
+        points += [(int(batch), found["answers_per_second"]) for batch, found in row["throughput"].items()]
+        axis.plot(*zip(*points, strict=True), color=_COLOURS[variant], marker=_MARKERS[variant], label=variant)
+    axis.set(xlabel="questions at once", ylabel="answers a second", ylim=(0, None))
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
+    """Relative error of each quantised layer by its block and kind, one panel a method."""
+    figure, axes = plt.subplots(
+        1, len(errors), figsize=(4.2 * len(errors) + 1.4, 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (method, layers) in zip(axes[0], errors.items(), strict=True):
+        # ...layers.{block}.{attention or mlp}.{kind}
+        named = [(name.split(".layers.")[1].split("."), error) for name, error in layers.items()]
+        kinds = list(dict.fromkeys(parts[-1] for parts, _ in named))
+        for kind, marker, colour in zip(kinds, "sPvXoD^", _PALETTE, strict=False):
+            points = [(int(parts[0]), error) for parts, error in named if parts[-1] == kind]
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.8, label=kind)
+        axis.set(title=method, xlabel="block of the language model", ylim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("error relative to the layer's output")
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def _error(row: dict[str, float]) -> list[list[float]]:
+    """Of exact match, as matplotlib wants it; a mean can lie a rounding error outside its interval."""
+    middle = row["exact_match"]
+    return [[max(0, middle - row["exact_match_low"])], [max(0, row["exact_match_high"] - middle)]]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -1,8 +1,9 @@
-"""report.html: the table, the pictures, test questions with every variant's answer; one file that needs no network."""
+"""report.html: tables, pictures, test questions with every variant's answer; one file that needs no network."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +13,109 @@ from PIL import Image
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import score
 from firstsight.reporting.contact_sheet import strip
-from firstsight.reporting.summary import VARIANTS
+from firstsight.reporting.criteria import MEANING, Verdict
 from firstsight.reporting.table import HEADER, rows, size
 
-_GALLERY = 24
+# Questions shown, of the test split's: the page lies in git, with their pictures.
+_GALLERY = 96
 
 
-def write(
-    path: Path,
-    *,
-    quality: dict,
-    performance: dict,
-    environment: dict[str, Any],
-    card: dict,
-    samples: Sequence[Sample],
-    parameters: str,
-    pictures: dict[str, Path],
-    questions: Sequence[tuple[Sample, Record]],
-    predictions: dict[str, list[str]],
-) -> None:
-    """Fill firstsight/reporting/report.html.jinja and write it to `path`.
+@dataclass(frozen=True)
+class Shown:
+    """What the page is made of. `quality`, `performance`, `models` and `quantization` are as in metrics/.
 
-    `samples` show what is learnt from; `pictures` are PNG files by caption; `predictions` the variants' answers in the
-    order of `questions`.
+    `environments` says where each variant was measured; `samples` show what is learnt from; `pictures` are PNG files by
+    caption; `predictions` the variants' answers in the order of `questions`.
     """
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["jinja"]))
-    templates.filters["format_count"] = lambda count: size(count, "")
+
+    quality: dict
+    performance: dict
+    models: dict
+    quantization: dict
+    verdicts: Sequence[Verdict]
+    environments: dict[str, dict[str, str]]
+    card: dict
+    samples: Sequence[Sample]
+    parameters: str
+    pictures: dict[str, Path]
+    questions: Sequence[tuple[Sample, Record]]
+    predictions: dict[str, list[str]]
+
+
+def write(path: Path, shown: Shown) -> None:
+    """Fill firstsight/reporting/report.html.jinja and write it to `path`."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["jinja"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["count"] = lambda number: size(number, "")
     page = templates.get_template("report.html.jinja").render(
+        shown=shown,
         header=HEADER,
-        rows=rows(quality, performance),
-        quality=quality,
-        performance=performance,
-        environment=environment,
-        card=card,
-        parameters=parameters,
-        variants=VARIANTS,
-        pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in pictures.items()},
-        samples=[{"picture": _jpeg(strip(sample)) if sample.frames else None, "sample": sample} for sample in samples],
-        gallery=_gallery(questions, predictions),
+        rows=rows(shown.quality, shown.performance),
+        meanings=MEANING,
+        places=sorted({", torch ".join((one["device"], one["torch"])) for one in shown.environments.values()}),
+        figures={
+            name: list(_figures(name, table))
+            for name, table in (("quality", shown.quality), ("performance", shown.performance))
+        },
+        pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in shown.pictures.items()},
+        samples=[
+            {"picture": _jpeg(strip(sample)) if sample.frames else None, "sample": sample} for sample in shown.samples
+        ],
+        gallery=_gallery(shown.questions, shown.predictions),
     )
     path.write_text(page, encoding="utf-8")
 
 
+def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(place, row, figure) of every number in a metrics file, places with dots as `dvc metrics show` has them."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _figures(f"{table}.{key}", value)
+        else:
+            yield f"{table}.{key}", f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
 def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Questions spread evenly over the test split, each with its first frame and what every variant answered."""
-    step = max(1, len(questions) // _GALLERY)
+    """Some of every question type and every pattern of who is right, each with its media and all answers."""
+    right = [
+        [variant for variant, given in predictions.items() if score(record, given[number]).exact_match == 1]
+        for number, (_, record) in enumerate(questions)
+    ]
+    groups: dict[tuple, list[int]] = {}
+    for number, (_, record) in enumerate(questions):
+        groups.setdefault((record.question_type, *right[number]), []).append(number)
+    # A round takes one of each group; what is rare comes with what is common.
+    ordered = sorted((place, group[place]) for group in groups.values() for place in range(len(group)))
+    chosen = sorted(number for _, number in ordered[:_GALLERY])
     return [
         {
-            "picture": _thumbnail(sample),
+            "picture": _small(sample),
+            "type": record.question_type,
             "question": record.prompt(),
             "answer": " / ".join(record.answers),
-            "given": [
-                (variant, predictions[variant][number], score(record, predictions[variant][number]).exact_match == 1)
-                for variant in VARIANTS
-            ],
+            "right": right[number],
+            "given": {variant: given[number] for variant, given in predictions.items()},
         }
-        for number, (sample, record) in list(enumerate(questions))[::step][:_GALLERY]
+        for number, (sample, record) in ((number, questions[number]) for number in chosen)
     ]
 
 
-def _thumbnail(sample: Sample) -> str | None:
-    """The middle frame, at most 240 pixels wide, as a data URI; None without media."""
+def _small(sample: Sample) -> str | None:
+    """All frames, at most 400 pixels wide, as a data URI; None without media."""
     if not sample.frames:
         return None
-    picture = sample.pictures()[len(sample.frames) // 2]
-    picture.thumbnail((240, 240))
+    picture = strip(sample)
+    picture.thumbnail((400, 400))
     return _jpeg(picture)
 
 
 def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=75)
     return _data_uri(buffer.getvalue(), "jpeg")
 
 

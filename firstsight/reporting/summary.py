@@ -1,28 +1,19 @@
-"""The figures of all variants side by side: what metrics/ holds and the comparison table shows."""
+"""The figures of all measured variants side by side: what metrics/ holds and the comparison table shows."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from firstsight.data.records import Record, Sample
-from firstsight.evaluation.metrics import exact_match
+from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match
+from firstsight.evaluation.variants import TEACHER
 
-TEACHER = "teacher"
-VARIANTS = (TEACHER, "student", "student-distilled", "student-quantized")
-_STABLE = (
-    "questions",
-    "exact_match",
-    "exact_match_low",
-    "exact_match_high",
-    "f1",
-    "rouge_l",
-    "bleu",
-    "option_accuracy",
-    "options_unparsed",
-)
-_NOISY = (
+QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
+# Of performance.json: what is of the model, of a batch of one, and of where it was measured.
+COSTS = (
     "parameters",
     "disk_bytes",
     "weights_bytes",
@@ -31,9 +22,20 @@ _NOISY = (
     "prefill_ms_p50",
     "latency_ms_p50",
     "latency_ms_p90",
+    "latency_spread",
     "decode_tokens_per_second",
+    "throughput",
 )
 _SOURCE = ("source", "commit", "licence", "architecture", "parameters", "dtype", "bytes")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What evaluate found of a variant; `predictions` are in the order of the test questions."""
+
+    quality: dict[str, Any]
+    performance: dict[str, Any]
+    predictions: list[str]
 
 
 def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -62,56 +64,69 @@ def baselines(train: Iterable[Sample], test: Iterable[Record]) -> dict[str, floa
         counts = by_question.get(record.prompt()) or by_type.get(record.question_type) or overall
         for right, guesses in ((majority, overall), (question_only, counts)):
             right.append(exact_match(guesses.most_common(1)[0][0] if guesses else "", record.answers))
-    return {"majority-answer": float(np.mean(majority)), "question-only": float(np.mean(question_only))}
+    return {MAJORITY: float(np.mean(majority)), QUESTION_ONLY: float(np.mean(question_only))}
 
 
 def quality_table(
-    quality: dict[str, dict[str, Any]], predictions: dict[str, list[str]], guesses: dict[str, float]
+    measured: dict[str, Measured],
+    records: Sequence[Record],
+    guesses: dict[str, float],
+    bootstrap_samples: int,
+    seed: int,
 ) -> dict[str, dict[str, float]]:
-    """By variant: the quality figures, `retention` (exact match against the teacher's) and `teacher_agreement`.
-
-    By baseline, as `guesses` has them: exact match alone.
-    """
-    reference = quality[TEACHER]["exact_match"]
+    """By variant: its figures, `teacher_agreement` (the same answers as the teacher, right or wrong) and `retention`
+    (exact match over the teacher's); and by baseline, as `guesses` has them, exact match alone."""
+    reference = measured[TEACHER].quality["exact_match"]
     table: dict[str, dict[str, float]] = {name: {"exact_match": right} for name, right in guesses.items()}
-    for variant in VARIANTS:
-        row = {name: quality[variant][name] for name in _STABLE if name in quality[variant]}
-        row["teacher_agreement"] = float(
-            np.mean(
-                [
-                    exact_match(own, [teacher])
-                    for own, teacher in zip(predictions[variant], predictions[TEACHER], strict=True)
-                ]
-            )
-        )
+    for name, variant in measured.items():
+        row = {key: value for key, value in variant.quality.items() if key != "by_type"}
+        answered = zip(records, variant.predictions, measured[TEACHER].predictions, strict=True)
+        same = np.array([agreement(record, own, teachers) for record, own, teachers in answered])
+        low, high = bootstrap_interval(same, bootstrap_samples, seed)
+        row |= {"teacher_agreement": float(same.mean()), "teacher_agreement_low": low, "teacher_agreement_high": high}
         # A teacher that answers nothing right leaves nothing to retain.
         if reference > 0:
             row["retention"] = row["exact_match"] / reference
-        table[variant] = row
+        table[name] = row
     return table
 
 
-def performance_table(performance: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By variant: sizes and speeds, and `compression` and `speed_up` against the teacher."""
-    table = {}
-    for variant in VARIANTS:
-        row = {name: performance[variant][name] for name in _NOISY if name in performance[variant]}
-        row["compression"] = performance[TEACHER]["disk_bytes"] / row["disk_bytes"]
-        row["speed_up"] = performance[TEACHER]["latency_ms_p50"] / row["latency_ms_p50"]
-        table[variant] = row
+def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+    """By variant: sizes and speeds; against the teacher `compression` (of bytes on disk), `memory_saved` (of peak
+    memory) and `speed_up` (of latency)."""
+    teacher, table = measured[TEACHER].performance, {}
+    for name, variant in measured.items():
+        row = {key: variant.performance[key] for key in COSTS}
+        row["compression"] = teacher["disk_bytes"] / row["disk_bytes"]
+        row["speed_up"] = teacher["latency_ms_p50"] / row["latency_ms_p50"]
+        # Where the process held more before than the model takes, there is nothing to save.
+        if teacher["peak_bytes"] > 0:
+            row["memory_saved"] = 1 - row["peak_bytes"] / teacher["peak_bytes"]
+        table[name] = row
     return table
 
 
-def points(quality: dict, performance: dict) -> list[tuple[str, float, float, float]]:
-    """By variant: exact match, milliseconds an answer, megabytes on disk."""
+def points(quality: dict, performance: dict) -> list[tuple[str, float, float, float, float, float, float]]:
+    """By variant: exact match and the ends of its interval, milliseconds an answer, megabytes at most and on disk."""
     return [
         (
             variant,
-            quality[variant]["exact_match"],
-            performance[variant]["latency_ms_p50"],
-            performance[variant]["disk_bytes"] / 1e6,
+            *(quality[variant][f"exact_match{end}"] for end in ("", "_low", "_high")),
+            row["latency_ms_p50"],
+            row["peak_bytes"] / 1e6,
+            row["disk_bytes"] / 1e6,
         )
-        for variant in VARIANTS
+        for variant, row in performance.items()
+    ]
+
+
+def by_type(found: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, str, float, float, float, int]]:
+    """Rows of question type, variant, exact match, the ends of its interval, and how many questions."""
+    kinds = sorted({kind for types in found.values() for kind in types})
+    return [
+        (kind, variant, *(types[kind][f"exact_match{end}"] for end in ("", "_low", "_high")), types[kind]["questions"])
+        for kind in kinds
+        for variant, types in found.items()
     ]
 
 
@@ -131,4 +146,13 @@ def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
         f"validation_{name}": best[f"eval_{name}"]
         for name in ("objective", "divergence", "ce", "agreement")
         if f"eval_{name}" in best
+    }
+
+
+def quantization_table(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By method: layers quantised and kept, bytes in memory before and after, and the layers' errors: middle, worst."""
+    return {
+        method: {key: one[key] for key in ("quantized_layers", "kept_layers", "original_bytes", "bytes")}
+        | {"error_median": float(np.median(list(one["errors"].values()))), "error_most": max(one["errors"].values())}
+        for method, one in found.items()
     }

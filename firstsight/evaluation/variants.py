@@ -1,0 +1,26 @@
+"""The variants that are measured by one protocol and shown side by side."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model folder, and the method by which it is quantised on loading; with None, `evaluate.precision` decides."""
+
+    model: Path
+    quantised_on_loading: str | None = None
+
+
+METHODS = ("int8", "nf4")
+TEACHER = "teacher"
+_TEACHER = Path("models/teacher-finetuned")
+VARIANTS = {
+    TEACHER: Variant(_TEACHER),
+    **{f"teacher-{method}": Variant(_TEACHER, method) for method in METHODS},
+    "student": Variant(Path("models/student")),
+    "student-distilled": Variant(Path("models/student-distilled")),
+    **{f"student-{method}": Variant(Path(f"models/student-{method}")) for method in METHODS},
+}
+# In the place of the model, and of its figures, of a variant that params.yaml does not ask for. DVC wants every output.
+LEFT_OUT = "left-out.json"

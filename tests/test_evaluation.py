@@ -1,0 +1,177 @@
+"""Evaluation: batches answer as single questions do, what is measured, what is left out, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import change, make_sample, run_stage
+
+from firstsight.core.errors import UserError
+from firstsight.data.records import SplitWriter
+from firstsight.evaluation import answering, profiling
+from firstsight.evaluation.answering import answers
+from firstsight.evaluation.memory import PeakMemory
+from firstsight.evaluation.variants import LEFT_OUT
+from firstsight.runs import scratch
+
+ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]
+SAMPLES = [
+    make_sample("image", "image", 1, ASKED),
+    make_sample("frames", "frames", 3, ASKED[:1]),
+    make_sample("video", "video", 4, ASKED),
+    make_sample("text", "none", 0, ASKED[:2]),
+]
+
+
+def test_a_batch_padded_on_the_left_is_answered_as_its_questions_alone(model, processor):
+    questions = [(sample, record) for sample in SAMPLES for record in sample.records]
+    alone = [answer for one in questions for answer in answers(model, processor, [one], 1, 6)]
+    assert len(set(alone)) > 3  # they do not all say the same
+    for size in (2, 5, len(questions)):
+        assert list(answers(model, processor, questions, size, 6)) == alone
+
+
+def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, monkeypatch):
+    made = []
+
+    def noted(*given, **limits):
+        produced = answering.generate(*given, **limits)
+        made.append(tuple(produced.shape))
+        return produced
+
+    monkeypatch.setattr(profiling, "generate", noted)
+    wanted = settings.evaluate.model_copy(
+        update={"latency_runs": 3, "latency_new_tokens": 5, "throughput_batch_sizes": [2, 7]}
+    )
+    questions = [(sample, sample.records[0]) for sample in SAMPLES[:2]]
+    found = profiling.measure_latency(model, processor, questions, wanted)
+    rounds = 6  # one to warm up, five that count
+    assert made == ([(1, 1)] * 3 + [(1, 5)] * 3) * rounds
+    assert found["prefill_ms_p50"] < found["latency_ms_p50"] <= found["latency_ms_p90"]
+    assert found["latency_spread"] >= 0
+    made.clear()
+    together = profiling.measure_throughput(model, processor, questions, wanted, PeakMemory("cpu"))
+    assert made == [(2, 5)] * rounds + [(7, 5)] * rounds
+    assert list(together) == ["2", "7"]
+
+
+def test_a_batch_that_does_not_fit_is_left_out(model, processor, settings, monkeypatch):
+    def full(_, inputs, **limits):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return torch.zeros(2, 1)
+
+    monkeypatch.setattr(profiling, "generate", full)
+    wanted = settings.evaluate.model_copy(update={"throughput_batch_sizes": [2, 4]})
+    question = (SAMPLES[0], SAMPLES[0].records[0])
+    assert list(profiling.measure_throughput(model, processor, [question], wanted, PeakMemory("cpu"))) == ["2"]
+
+
+def test_peak_memory_is_what_was_held_at_most_and_not_at_the_end():
+    memory = PeakMemory("cpu")
+    held = torch.ones(50_000_000)
+    del held
+    assert 190e6 < memory.peak() < 260e6
+    memory.reset()
+    assert memory.peak() < 100e6
+
+
+def test_a_method_that_is_not_asked_for_is_left_out_and_comes_when_it_is(smoke_copy):
+    evaluations = smoke_copy / "evaluations"
+    for name in ("teacher-int8", "teacher-nf4", "student-int8"):
+        assert [path.name for path in (evaluations / name).iterdir()] == [LEFT_OUT]
+    assert "student-int8" not in json.loads((smoke_copy / "metrics/quality.json").read_text())
+    change(smoke_copy, "quantize", methods=["int8", "nf4"])
+    change(smoke_copy, "evaluate", teacher_methods=["int8"])
+    for stage in (
+        ("quantize_student", "int8"),
+        ("evaluate", "student-int8"),
+        ("evaluate", "teacher-int8"),
+        ("report",),
+    ):
+        run_stage(smoke_copy, *stage)
+    performance = json.loads((smoke_copy / "metrics/performance.json").read_text())
+    assert list(performance) == [
+        "teacher",
+        "teacher-int8",
+        "student",
+        "student-distilled",
+        "student-int8",
+        "student-nf4",
+    ]
+    # Loaded from the same files, and smaller.
+    assert performance["teacher-int8"]["disk_bytes"] == performance["teacher"]["disk_bytes"]
+    assert performance["teacher-int8"]["weights_bytes"] < performance["teacher"]["weights_bytes"]
+    assert set(json.loads((smoke_copy / "metrics/quantization.json").read_text())) == {"int8", "nf4"}
+
+
+def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypatch):
+    change(smoke_copy, "evaluate", batch_size=8)
+    run_stage(smoke_copy, "evaluate", "teacher")
+    whole = (smoke_copy / "evaluations/teacher/predictions.json").read_bytes()
+    asked = []
+
+    def ended(model, processor, questions, batch_size, tokens):
+        for number, answer in enumerate(answers(model, processor, questions, batch_size, tokens)):
+            if len(asked) == 0 and number == 20:
+                asked.append(number)
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr("stages.evaluate.answers", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(smoke_copy, "evaluate", "teacher")
+    monkeypatch.setattr("stages.evaluate.answers", lambda *given: (asked.append(len(given[2])), answers(*given))[1])
+    run_stage(smoke_copy, "evaluate", "teacher")
+    questions = json.loads((smoke_copy / "metrics/quality.json").read_text())["teacher"]["questions"]
+    assert asked == [20, questions - 16]  # two batches of eight were kept
+    assert (smoke_copy / "evaluations/teacher/predictions.json").read_bytes() == whole
+    assert not list((smoke_copy / scratch.root()).iterdir())
+
+
+def test_answers_of_nothing_are_wrong_and_reported(smoke_copy, monkeypatch):
+    monkeypatch.setattr("stages.evaluate.answers", lambda model, processor, questions, *_: ("" for _ in questions))
+    for variant in ("teacher", "student-distilled"):
+        run_stage(smoke_copy, "evaluate", variant)
+    run_stage(smoke_copy, "report")
+    quality = json.loads((smoke_copy / "metrics/quality.json").read_text())
+    assert quality["student-distilled"]["exact_match"] == 0
+    assert quality["student-distilled"]["teacher_agreement"] == 1
+    assert "retention" not in quality["student-distilled"]
+    assert "(nothing)" in (smoke_copy / "metrics/report.html").read_text()
+
+
+def test_an_empty_test_split_is_refused_before_a_model_is_loaded(smoke_copy, monkeypatch):
+    with SplitWriter(smoke_copy / "data/egoqa/test.parquet"):
+        pass
+    monkeypatch.setattr("stages.evaluate.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"test\.parquet: expected questions, found none; raise data\.test_fraction"):
+        run_stage(smoke_copy, "evaluate", "student")
+
+
+def missing(folder):
+    shutil.rmtree(folder / "evaluations/student-distilled")
+    return "evaluations/student-distilled/quality.json: expected JSON written by evaluate@student-distilled"
+
+
+def older(folder):
+    path = folder / "evaluations/student/performance.json"
+    path.write_text(json.dumps({"latency_ms_p50": 3.0}))
+    return "evaluations/student: expected the figures of this version, found none for parameters; run dvc repro evalu"
+
+
+def other_questions(folder):
+    path = folder / "evaluations/teacher/predictions.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+    return "evaluations/teacher/predictions.json: expected answers to the 48 questions of data/egoqa/test.parquet, fou"
+
+
+@pytest.mark.parametrize("damage", [missing, older, other_questions], ids=lambda damage: damage.__name__)
+def test_a_report_of_what_does_not_belong_together_is_refused(smoke_copy, damage):
+    expected = damage(smoke_copy)
+    before = (smoke_copy / "metrics/quality.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        run_stage(smoke_copy, "report")
+    assert expected in str(error.value)
+    assert (smoke_copy / "metrics/quality.json").read_bytes() == before

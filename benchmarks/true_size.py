@@ -1,4 +1,5 @@
-"""Qwen2-VL-7B and 2B at true size, with random weights, through the stages: peak memory against what the plan says.
+"""Qwen2-VL-7B and 2B at true size, with random weights, through the stages: peak memory against what the plan says, and
+every variant's size, memory and speed side by side.
 
     python -m benchmarks.true_size [PRESET]      presets/qwen2-vl-7b-24gb.yaml where none is named
 
@@ -8,8 +9,8 @@ left out. The data are videos of 16 frames of 448 x 448 pixels (4 of 112 x 112 o
 ten optimizer steps are taken.
 
 Each stage runs in a process of its own. On CUDA its peak is what torch reserved at most and the context beside it; on
-the CPU its highest resident memory. Writes benchmarks/true-size-cuda.csv or -cpu.csv. Stages whose libraries are
-missing (bitsandbytes, rouge_score) are left out, and it says so.
+the CPU its highest resident memory. Writes benchmarks/true-size-cuda.csv and benchmarks/variants-cuda.csv, or -cpu.csv.
+Stages whose libraries are missing (bitsandbytes, rouge_score, sacrebleu) are left out, and it says so.
 """
 
 import importlib
@@ -23,6 +24,7 @@ import time
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,6 +36,7 @@ from benchmarks.measuring import environment, write
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.data.records import Record, Sample, SplitWriter
+from firstsight.evaluation.variants import METHODS, TEACHER, VARIANTS
 from firstsight.models.initialise import build_processor
 from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.planning import table
@@ -46,12 +49,12 @@ VIDEO = {"cpu": (4, 112), "cuda": (16, 448)}
 STAGES = (
     ("cache_teacher_targets", ()),
     ("distill", ()),
-    ("quantize_student", ()),
-    ("evaluate", ("teacher",)),
-    ("evaluate", ("student",)),
-    ("evaluate", ("student-distilled",)),
-    ("evaluate", ("student-quantized",)),
+    ("quantize_student", ("int8",)),
+    ("quantize_student", ("nf4",)),
+    *(("evaluate", (variant,)) for variant in VARIANTS),
 )
+# What the original design says of its teacher and its INT8 student; the ratios are those of teacher to student.
+CLAIMS = {"parameters": 8.29e9 / 2.21e9, "memory": 13.8 / 4.4, "speed_up": 5.16}
 
 
 def prepare(folder: Path, preset: Path, device: str) -> None:
@@ -61,7 +64,8 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
     values = yaml.load(preset)
     values["finetune_teacher"]["enabled"] = False
     values["train"] |= {"epochs": 1, "gradient_accumulation_steps": 1, "warmup_fraction": 0.0}
-    values["evaluate"] |= {"latency_runs": 3, "batch_size": 2}
+    values["quantize"] |= {"methods": list(METHODS), "calibration_samples": 2}
+    values["evaluate"] |= {"latency_runs": 3, "batch_size": 2, "teacher_methods": list(METHODS)}
     values["data"] |= {"max_frames": frames, "max_pixels": side**2}
     values["runtime"] = {"device": device, "data_workers": 0}
     for role, place in (("teacher", "models/teacher-finetuned"), ("student", "models/student")):
@@ -113,6 +117,35 @@ def planned(folder: Path) -> dict[str, float]:
     return {row.stage: row.memory.total for row in rows if row.memory}
 
 
+def side_by_side(folder: Path, device: str) -> list[dict[str, Any]]:
+    """A row a variant that was measured: its figures, and the teacher's over its own, beside what was claimed."""
+    paths = {variant: folder / "evaluations" / variant / "performance.json" for variant in VARIANTS}
+    found = {variant: json.loads(path.read_text()) for variant, path in paths.items() if path.exists()}
+    rows = []
+    for variant, own in found.items():
+        largest = list(own["throughput"].items())[-1:]
+        teacher = found[TEACHER]
+        ratios = {
+            "parameters": teacher["parameters"] / own["parameters"],
+            "memory": teacher["peak_bytes"] / own["peak_bytes"],
+            "speed_up": teacher["latency_ms_p50"] / own["latency_ms_p50"],
+        }
+        rows.append({
+            "variant": variant,
+            "parameters": own["parameters"],
+            "weights_gb": round(own["weights_bytes"] / 1e9, 2),
+            "peak_gb": round(own["peak_bytes"] / 1e9, 2),
+            **{name: round(own[name], 1) for name in ("load_seconds", "prefill_ms_p50", "latency_ms_p50")},
+            "latency_spread": round(own["latency_spread"], 3),
+            "batch": largest[0][0] if largest else "",
+            "answers_per_second": round(largest[0][1]["answers_per_second"], 2) if largest else "",
+            **{f"teacher_{name}_ratio": round(ratio, 2) for name, ratio in ratios.items()},
+            **{f"claimed_{name}_ratio": round(ratio, 2) for name, ratio in CLAIMS.items()},
+            **environment(device),
+        })  # fmt: skip
+    return rows
+
+
 def stage(module: str, arguments: list[str]) -> None:
     """Run a stage in this process and print its peak memory in bytes, as the last line."""
     sys.argv = [module, *arguments]
@@ -127,8 +160,8 @@ def stage(module: str, arguments: list[str]) -> None:
 
 def needs(module: str, arguments: tuple[str, ...]) -> list[str]:
     """Libraries of a stage that a machine for benchmarks may lack."""
-    quantised = module == "quantize_student" or "student-quantized" in arguments
-    return ["rouge_score"] * (module == "evaluate") + ["bitsandbytes"] * quantised
+    measured = module == "evaluate"
+    return ["rouge_score", "sacrebleu"] * measured + ["bitsandbytes"] * (measured or module == "quantize_student")
 
 
 def run() -> None:
@@ -164,7 +197,10 @@ def run() -> None:
                 **environment(device),
             })  # fmt: skip
             log.info("%(stage)s: %(peak_gib)s GiB, planned %(planned_gib)s, %(seconds)s s", rows[-1])
-            write(f"true-size-{device}", rows)  # so that what is measured is kept if a later stage fails
+            # After every stage, so that what is measured is kept if a later one fails.
+            write(f"true-size-{device}", rows)
+            if measured := side_by_side(folder, device):
+                write(f"variants-{device}", measured)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,10 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
         for kind, marker, colour in zip(kinds, "sPvXoD^", _PALETTE, strict=False):
             points = [(int(parts[0]), error) for parts, error in named if parts[-1] == kind]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.8, label=kind)
-        axis.set(title=method, xlabel="block of the language model", ylim=(0, None))
+        axis.set(title=method, xlabel="block of the language model")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("error relative to the layer's output")
+    axes[0][0].set(ylabel="error relative to the layer's output", ylim=(0, None))
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.stage import main
-from firstsight.evaluation.variants import VARIANTS
+from firstsight.evaluation.variants import LEFT_OUT, VARIANTS
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
 
 METRICS = Path("metrics")
@@ -69,6 +69,11 @@ def show_some(names: list[str]) -> None:
     """Variants as evaluate measured them, where the report is not made or not wanted."""
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"{unknown[0]}: expected a variant, one of {', '.join(VARIANTS)}")
+    for name in names:
+        if (note := Path("evaluations") / name / LEFT_OUT).exists():
+            raise UserError(
+                f"{note.parent}: expected figures, found that it is left out: {read_json(note, 'evaluate')}"
+            )
     found = {
         table: {name: read_json(Path("evaluations") / name / f"{table}.json", f"evaluate@{name}") for name in names}
         for table in ("quality", "performance")

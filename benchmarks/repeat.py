@@ -3,8 +3,8 @@
     python -m benchmarks.repeat [VARIANT...]      every variant that has been evaluated, where none is named
 
 After `dvc repro`, on a machine with nothing beside it. Variants are taken in turn, and then all again, each in a
-process of its own and in a folder beside the pipeline's, whose figures stay. Writes benchmarks/repeat.csv: both runs, and
-the second over the first.
+process of its own and in a folder beside the pipeline's, whose figures stay. Writes benchmarks/repeat.csv: both runs,
+and the second over the first.
 """
 
 import json

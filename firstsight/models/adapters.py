@@ -11,13 +11,12 @@ Without `train_vision`, the language model alone is trained; vision tower and pr
 import re
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
@@ -42,6 +41,7 @@ class Tuning:
 
     def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
         self._folder, self._method, self._device = folder, settings.method, device
+        set_seed(settings.seed)  # of the adapters' first weights
         model = load_model(folder, _PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
@@ -99,6 +99,8 @@ class Tuning:
 
         Merging into the original weights instead would hand on another model than the one that was trained.
         """
+        import bitsandbytes as bnb  # absent where nothing is quantised
+
         whole = load_model(self._folder, "auto", self._device)
         for name, layer in list(self.model.named_modules()):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

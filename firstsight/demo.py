@@ -1,50 +1,23 @@
-"""A local page to ask models about an image or a video.
+"""A local page to ask models about an image or a video, side by side.
 
     pip install -r requirements-demo.txt
     python -m firstsight.demo models/student-distilled [models/teacher-finetuned ...]
 
-It listens on this machine alone, and sends nothing anywhere.
+It listens on this machine alone, and sends nothing anywhere. All models are kept in memory.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-import gradio as gr
-
-from firstsight.asking.model import AskedModel, question_about
+from firstsight.asking.model import AskedModel, quiet_libraries
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.core.stage import main
+from firstsight.core.stage import log, main
+from firstsight.models.folder import check_there
 from firstsight.models.loading import pick_device
 
-COLUMNS = ["model", "answer", "milliseconds"]
-
-
-def page(models: list[AskedModel], data: params.Data) -> gr.Blocks:
-    """An upload, a question, and a row an answer."""
-
-    def ask(path: str | None, question: str) -> list[list[str]]:
-        try:
-            sample = question_about(Path(path) if path else None, question, data)
-        except UserError as error:
-            raise gr.Error(str(error)) from None
-        answers = [(model.folder, model.answer(sample)) for model in models]
-        return [[str(folder), one.text or "(nothing)", f"{1000 * one.seconds:.0f}"] for folder, one in answers]
-
-    with gr.Blocks(title="FirstSight") as blocks:
-        gr.Markdown("# FirstSight\nAsk about a picture or a clip. The first answer of each model takes longer.")
-        with gr.Row():
-            media = gr.File(label="Image or video", file_types=["image", "video"])
-            with gr.Column():
-                question = gr.Textbox(label="Question", placeholder="What is in your left hand?")
-                button = gr.Button("Ask", variant="primary")
-        found = gr.Dataframe(headers=COLUMNS, label="Answers", wrap=True, interactive=False)
-        for event in (button.click, question.submit):
-            event(ask, [media, question], found, api_name="ask")
-    return blocks
+HOST = "127.0.0.1"
 
 
 def run() -> None:
@@ -52,10 +25,35 @@ def run() -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="a model folder")
     parser.add_argument("--port", type=int, default=7860)
     arguments = parser.parse_args()
+    quiet_libraries()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        from firstsight.asking.page import THEME, page
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name}: expected what the page needs, found it missing; pip install -r requirements-demo.txt"
+        ) from None
+
     loaded = params.load()
+    for folder in arguments.models:
+        check_there(folder)
     device = pick_device(loaded.runtime.device)
     models = [AskedModel(folder, loaded.evaluate, device) for folder in arguments.models]
-    page(models, loaded.data).launch(server_name="127.0.0.1", server_port=arguments.port, share=False)
+    blocks = page(models, loaded.data)
+    try:
+        _, address, _ = blocks.launch(
+            server_name=HOST,
+            server_port=arguments.port,
+            share=False,
+            theme=THEME,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError:
+        raise UserError(f"--port {arguments.port}: expected a free port, found it taken; name another") from None
+    log.info("%s until Ctrl-C", address)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

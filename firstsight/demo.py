@@ -3,11 +3,13 @@
     pip install -r requirements-demo.txt
     python -m firstsight.demo models/student-distilled [models/teacher-finetuned ...]
 
-It listens on this machine alone, and sends nothing anywhere. All models are kept in memory.
+It listens on this machine alone, sends nothing anywhere, and deletes what was uploaded when it ends. All models are
+kept in memory.
 """
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 from firstsight.asking.model import AskedModel, quiet_libraries
@@ -26,34 +28,35 @@ def run() -> None:
     parser.add_argument("--port", type=int, default=7860)
     arguments = parser.parse_args()
     quiet_libraries()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    try:
-        from firstsight.asking.page import THEME, page
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name}: expected what the page needs, found it missing; pip install -r requirements-demo.txt"
-        ) from None
+    with tempfile.TemporaryDirectory() as uploads:
+        # Read when gradio is imported.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
+        try:
+            from firstsight.asking.page import THEME, page
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{error.name}: expected what the page needs, found it missing; pip install -r requirements-demo.txt"
+            ) from None
 
-    loaded = params.load()
-    for folder in arguments.models:
-        check_there(folder)
-    device = pick_device(loaded.runtime.device)
-    models = [AskedModel(folder, loaded.evaluate, device) for folder in arguments.models]
-    blocks = page(models, loaded.data)
-    try:
-        _, address, _ = blocks.launch(
-            server_name=HOST,
-            server_port=arguments.port,
-            share=False,
-            theme=THEME,
-            footer_links=[],
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError:
-        raise UserError(f"--port {arguments.port}: expected a free port, found it taken; name another") from None
-    log.info("%s until Ctrl-C", address)
-    blocks.block_thread()
+        loaded = params.load()
+        for folder in arguments.models:
+            check_there(folder)
+        device = pick_device(loaded.runtime.device)
+        blocks = page([AskedModel(folder, loaded.evaluate, device) for folder in arguments.models], loaded.data)
+        try:
+            _, address, _ = blocks.launch(
+                server_name=HOST,
+                server_port=arguments.port,
+                share=False,
+                theme=THEME,
+                footer_links=[],
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+        except OSError:
+            raise UserError(f"--port {arguments.port}: expected a free port, found it taken; name another") from None
+        log.info("%s until Ctrl-C", address)
+        blocks.block_thread()
 
 
 if __name__ == "__main__":

@@ -178,18 +178,19 @@ def test_without_gradio_the_demo_says_what_to_install(smoke, monkeypatch):
         demo.run()
 
 
-def test_the_page_answers_on_this_machine_alone(smoke, media, settings):
+def test_the_page_answers_on_this_machine_alone_and_forgets(smoke, media, tmp_path):
     """In a process of its own, asked by Gradio's own client."""
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
+    (uploads := tmp_path / "uploads").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     served = subprocess.Popen(
         [sys.executable, "-m", "firstsight.demo", STUDENT, "models/student", "--port", str(port)],
         cwd=smoke,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TMPDIR": str(uploads)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -204,6 +205,8 @@ def test_the_page_answers_on_this_machine_alone(smoke, media, settings):
         assert [row[0] for row in table["data"]] == [STUDENT, "models/student"]
         with pytest.raises(AppError, match=r"expected a readable video, found broken.mp4"):
             client.predict(handle_file(media / "broken.mp4"), "What?", api_name="/ask")
+        assert list(uploads.rglob("link.jpg"))
     finally:
         served.terminate()
-        assert served.wait(30) in (0, 143)
+        served.wait(60)
+    assert not list(uploads.iterdir())

@@ -24,8 +24,7 @@ def page(models: Sequence[AskedModel], data: params.Data) -> gr.Blocks:
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    # Uploads are deleted when they are an hour old, and when the page is closed down.
-    with gr.Blocks(title="FirstSight", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with gr.Blocks(title="FirstSight", analytics_enabled=False) as blocks:
         gr.Markdown("# FirstSight\nAsk about a picture or a clip. Each model's first answer takes longer: it warms up.")
         with gr.Row():
             media = gr.File(label="Image or video", file_types=["image", "video"])

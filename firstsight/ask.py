@@ -10,12 +10,13 @@ loaded one after the other; each answers twice, and the second time counts.
 import argparse
 from pathlib import Path
 
-from firstsight.asking.model import Answer, AskedModel, question_about, quiet_libraries, seen
+from firstsight.asking.model import Answer, AskedModel, question_about, seen
 from firstsight.core import params
 from firstsight.core.stage import main
 from firstsight.data.records import Sample
 from firstsight.models.folder import check_there
 from firstsight.models.loading import pick_device
+from firstsight.models.quiet import quiet_transformers
 
 ROW = "{:<{width}}  {:>9}  {:>8}  {}"
 
@@ -27,7 +28,7 @@ def run() -> None:
     parser.add_argument("question")
     parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="MODEL", help="ask these too")
     arguments = parser.parse_args()
-    quiet_libraries()
+    quiet_transformers()
 
     loaded = params.load()
     sample = question_about(arguments.media, arguments.question, loaded.data)

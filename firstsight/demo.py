@@ -12,12 +12,13 @@ import os
 import tempfile
 from pathlib import Path
 
-from firstsight.asking.model import AskedModel, quiet_libraries
+from firstsight.asking.model import AskedModel
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log, main
 from firstsight.models.folder import check_there
 from firstsight.models.loading import pick_device
+from firstsight.models.quiet import quiet_transformers
 
 HOST = "127.0.0.1"
 
@@ -27,7 +28,7 @@ def run() -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="a model folder")
     parser.add_argument("--port", type=int, default=7860)
     arguments = parser.parse_args()
-    quiet_libraries()
+    quiet_transformers()
     with tempfile.TemporaryDirectory() as uploads:
         # Read when gradio is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}

@@ -31,7 +31,7 @@ STUDENT = "models/student-distilled"
 def loud(monkeypatch):
     """What a command silences in its own process would stay silent in this one."""
     for command in (ask, demo):
-        monkeypatch.setattr(command, "quiet_libraries", lambda: None)
+        monkeypatch.setattr(command, "quiet_transformers", lambda: None)
 
 
 @pytest.fixture

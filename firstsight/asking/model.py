@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import logging
-
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data, Evaluate
 from firstsight.data.records import Record, Sample
@@ -14,12 +12,6 @@ from firstsight.models.folder import check_there
 from firstsight.models.loading import load_model, load_processor
 from firstsight.sources.media import files
 from firstsight.sources.problems import BadRecordError
-
-
-def quiet_libraries() -> None:
-    """Leave out transformers' progress bars and notes: a person wants to read answers."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)

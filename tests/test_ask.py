@@ -22,6 +22,7 @@ from firstsight.core.errors import UserError
 from firstsight.data.records import Split
 from firstsight.evaluation.answering import answers
 from firstsight.models.loading import load_model, load_processor
+from firstsight.publishing.card import VARIANTS
 from firstsight.sources.media import read_image, read_video
 
 STUDENT = "models/student-distilled"
@@ -153,7 +154,7 @@ def test_a_model_is_let_go_before_the_next_is_loaded(smoke, media, settings):
 
 
 def test_the_page_has_a_row_a_model_and_what_they_see(smoke, media, settings):
-    models = [AskedModel(smoke / folder, settings.evaluate, "cpu") for folder in (STUDENT, "models/student-quantized")]
+    models = [AskedModel(smoke / folder, settings.evaluate, "cpu") for folder in (STUDENT, f"models/{VARIANTS[-1]}")]
     frames, rows = answered(models, media / "clip.mp4", "What?", settings.data)
     assert [frame.size for frame in frames] == [(112, 84)] * 4
     sample = question_about(media / "clip.mp4", "What?", settings.data)

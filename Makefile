@@ -1,18 +1,20 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
 # make test    set up and run the tests
+# make publish REPO=owner/name   show what would be pushed to the hub; with PUSH=1 push it; VARIANT=student-distilled
 # make clean   remove the environment
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have.
 
 PYTHON ?= python3
 VENV ?= .venv
+VARIANT ?= student-distilled
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
 TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-test.txt | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test setup clean
+.PHONY: repro test publish setup clean
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
@@ -20,6 +22,10 @@ repro: setup
 test: setup $(TEST_READY)
 	@ruff check .
 	@python -m pytest
+
+publish: setup
+	@if [ -z "$(REPO)" ]; then echo "error: expected REPO=owner/name, found none"; exit 1; fi
+	@python -m firstsight.publish $(VARIANT) $(REPO) $(if $(filter 1,$(PUSH)),--push)
 
 # From an unpacked archive there is no git, and DVC has to be told.
 setup: $(READY)

@@ -36,9 +36,9 @@ from benchmarks.measuring import environment, write
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.data.records import Record, Sample, SplitWriter
-from firstsight.evaluation.variants import METHODS, TEACHER, VARIANTS
 from firstsight.models.initialise import build_processor
 from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
+from firstsight.models.variants import METHODS, TEACHER, VARIANTS
 from firstsight.planning import table
 from firstsight.planning.workload import workload
 

@@ -24,9 +24,9 @@ from firstsight.evaluation import profiling
 from firstsight.evaluation.answering import Question, answers
 from firstsight.evaluation.memory import PeakMemory
 from firstsight.evaluation.quality import summarise
-from firstsight.evaluation.variants import LEFT_OUT, VARIANTS
 from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.variants import LEFT_OUT, VARIANTS
 from firstsight.runs import scratch
 
 TEST = Path("data/egoqa/test.parquet")

@@ -17,7 +17,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Record, Sample, Split
-from firstsight.evaluation.variants import LEFT_OUT, METHODS, VARIANTS
+from firstsight.models.variants import LEFT_OUT, METHODS, VARIANTS
 from firstsight.reporting import criteria, figures, page, summary, text
 from firstsight.reporting.contact_sheet import contact_sheet
 from firstsight.reporting.summary import Measured

@@ -1,10 +1,11 @@
-"""A hub on loopback that speaks as much of the Hugging Face hub's protocol as `huggingface_hub` uses to download.
+"""A hub on loopback that speaks as much of the Hugging Face hub's protocol as `huggingface_hub` uses.
 
 Model info, tree listings, and files: small ones from the hub itself, large ones (safetensors, pickles) redirected to
-what plays the CDN, as the real hub does: another origin, which must not get the token. It also does what hubs and
-networks do wrong, on demand.
+what plays the CDN, as the real hub does: another origin, which must not get the token. Repositories can be created and
+committed to, large files by way of the CDN again. It also does what hubs and networks do wrong, on demand.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -13,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+from huggingface_hub import constants
 from huggingface_hub.utils.sha import git_hash
 
 LARGE = (".safetensors", ".bin")
@@ -32,6 +35,7 @@ class Repository:
 
     folder: Path
     gated: bool = False
+    private: bool = False
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -55,7 +59,8 @@ class Hub:
 
     `broken` says after how many bytes a transfer of a file breaks off, and how many transfers do; `wrong` names files
     that arrive with other bytes of the same number; `refused` is a token that the hub does not know; `down` is the
-    number of requests that it will not serve.
+    number of requests that it will not serve. `statuses` answers what is written to a path that ends so with a failure,
+    0 by closing the connection. Repositories that are created get folders in `created`.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -64,6 +69,9 @@ class Hub:
     wrong: set[str] = field(default_factory=set)
     refused: str | None = None
     down: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    created: Path | None = None
+    large: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> "Hub":
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -88,6 +96,17 @@ class Hub:
         return [request.path.rsplit("/", 1)[-1] for request in self.requests if _is_transfer(request)]
 
 
+def point_client_at(hub: Hub, folder: Path, monkeypatch) -> None:
+    """In this process, `huggingface_hub` asks `hub`, with an empty cache in `folder` and without a token."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
 def _is_transfer(request: Request) -> bool:
     return request.method == "GET" and ("/resolve/" in request.path or request.path.startswith("/cdn/"))
 
@@ -104,6 +123,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        self.answer_write()
+
+    def do_PUT(self) -> None:
+        self.answer_write()
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -123,13 +148,94 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self.fail(404, "", "Not found")
 
+    def answer_write(self) -> None:
+        path, body = unquote(urlsplit(self.path).path), self.read_body()
+        token = self.headers.get("Authorization")
+        self.hub.requests.append(Request(self.command, path, None, token))
+        parts = path.strip("/").split("/")
+        status = next((status for end, status in self.hub.statuses.items() if path.endswith(end)), 200)
+        if status == 0:
+            self.close_connection = True
+            return None
+        if status != 200:
+            return self.fail(status, "", f"Refused with {status}")
+        if parts[0] == "cdn":
+            return self.store_large(parts[-1], body)
+        if not token or token == f"Bearer {self.hub.refused}":
+            return self.fail(401, "", "Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self.validate(json.loads(body)["content"])
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self.send_json({"objects": [self.large_file(one) for one in json.loads(body)["objects"]]})
+        name = "/".join(parts[2:4])
+        if (repository := self.find(name, parts[5])) is None:
+            return None
+        if parts[4] == "preupload":
+            files = [(one["path"], one["path"].endswith(LARGE)) for one in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "lfs" if large else "regular"} for path, large in files]
+            return self.send_json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
+        return self.commit(name, repository, [json.loads(line) for line in body.splitlines()])
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def create(self, asked: dict) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        exists = name in self.hub.repositories
+        if not exists:
+            (folder := self.hub.created / name).mkdir(parents=True)
+            self.hub.repositories[name] = Repository(folder, private=asked.get("visibility") == "private")
+        self.send_json({"url": f"{self.hub.endpoint}/{name}"}, 409 if exists else 200)
+
+    def validate(self, card: str) -> None:
+        """As much as the hub asks of metadata that has a licence of its own."""
+        data = yaml.safe_load(card.split("---\n")[1])
+        wrong = data.get("license") == "other" and not data.get("license_name")
+        errors = [{"message": '"license_name" is required'}] if wrong else []
+        self.send_json({"errors": errors, "warnings": []}, 400 if wrong else 200)
+
+    def large_file(self, asked: dict) -> dict:
+        if asked["oid"] in self.hub.large:
+            return asked
+        return asked | {"actions": {"upload": {"href": f"{self.hub.cdn}/lfs/{asked['oid']}"}}}
+
+    def store_large(self, oid: str, content: bytes) -> None:
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.hub.large[oid] = content
+        self.send_json({})
+
+    def commit(self, name: str, repository: Repository, lines: list[dict]) -> None:
+        for line in lines:
+            value, kind = line["value"], line["key"]
+            if kind == "file":
+                (repository.folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif kind == "lfsFile":
+                (repository.folder / value["path"]).write_bytes(self.hub.large[value["oid"]])
+            elif kind == "deletedFile":
+                (repository.folder / value["path"]).unlink()
+        address = f"{self.hub.endpoint}/{name}/commit/{repository.commit}"
+        self.send_json({"success": True, "commitUrl": address, "commitOid": repository.commit})
+
     def answer_api(self, name: str, rest: list[str]) -> None:
-        """Model info (nothing or `revision` and a revision after the name) or a listing (`tree` and a revision)."""
+        """Info (after the name nothing, or `revision` and a revision) or a listing (`tree`, a revision, a folder)."""
         if (repository := self.find(name, rest[1] if rest else "main")) is None:
             return None
         if rest[:1] != ["tree"]:
             return self.send_json({"id": name, "sha": repository.commit, "siblings": []})
-        return self.send_json([self.entry(path, content) for path, content in repository.files.items()])
+        inside = "".join(f"{part}/" for part in rest[2:])
+        files = [(path, content) for path, content in repository.files.items() if path.startswith(inside)]
+        if inside and not files:
+            return self.fail(404, "EntryNotFound", "Entry not found")
+        return self.send_json([self.entry(path, content) for path, content in files])
 
     def entry(self, path: str, content: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
@@ -159,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
     def find(self, name: str, revision: str) -> Repository | None:
         """The repository at a revision it has; else None, after saying so."""
         repository = self.hub.repositories.get(name)
-        if repository is None:
+        if repository is None or (repository.private and not self.headers.get("Authorization")):
             self.fail(401, "RepoNotFound", "Repository not found")  # what the hub says without a token
         elif revision not in ("main", repository.commit):
             self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -190,9 +296,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[start : start + after])
         self.close_connection = True
 
-    def send_json(self, value) -> None:
+    def send_json(self, value, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from firstsight.evaluation.variants import METHODS, VARIANTS
+from firstsight.models.variants import METHODS, VARIANTS
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from firstsight.data.records import SplitWriter
 from firstsight.evaluation import answering, profiling
 from firstsight.evaluation.answering import answers
 from firstsight.evaluation.memory import PeakMemory
-from firstsight.evaluation.variants import LEFT_OUT
+from firstsight.models.variants import LEFT_OUT
 from firstsight.runs import scratch
 
 ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]

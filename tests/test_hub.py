@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, YAML_SAFE, change, run_stage, workspace, write_params
-from hub_server import Hub, Repository
+from hub_server import Hub, Repository, point_client_at
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 from test_dvc import command, new_project, stages_run
@@ -77,17 +77,9 @@ def served(published, tmp_path, monkeypatch):
     """A hub that serves a copy of the student as NAME, and a client of it with an empty cache and without a token."""
     shutil.copytree(published / "student", tmp_path / "published")
     with Hub({NAME: Repository(tmp_path / "published")}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(
-            file_download, "time", SimpleNamespace(sleep=lambda _: None)
-        )  # between the client's retries
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        point_client_at(server, tmp_path, monkeypatch)
+        # Between the client's retries.
+        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
         yield server
 
 

@@ -39,9 +39,7 @@ def download(repository: str, revision: str | None, folder: Path) -> str:
         UserError: the repository or revision is missing, private or gated, or the hub cannot be reached; a file did
             not arrive as the hub has it; the disk is too small; the checkpoint is not fit to be used.
     """
-    # The client's own error over such a token quotes it.
-    if (token := get_token()) and not (token.isascii() and token.isprintable()):
-        raise UserError("HF_TOKEN: expected printable ASCII characters, found others; copy the token again")
+    checked_token()
     with _one_line(repository, revision):
         commit = HfApi().resolve_revision(repository, revision=revision).resolved
         if is_offline_mode():
@@ -60,6 +58,17 @@ def link(source: Path, folder: Path) -> None:
         UserError: the checkpoint is not fit to be used, or the disk too small for a copy where it cannot be linked.
     """
     _link(source, folder, str(source))
+
+
+def checked_token() -> str | None:
+    """The user's token for the hub, if there is one.
+
+    Raises:
+        UserError: it has characters that no header can carry; the client's own error over it would quote it.
+    """
+    if (token := get_token()) and not (token.isascii() and token.isprintable()):
+        raise UserError("HF_TOKEN: expected printable ASCII characters, found others; copy the token again")
+    return token
 
 
 def _confirm(repository: str, revision: str | None, commit: str) -> None:

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from firstsight.evaluation.variants import VARIANTS
+from firstsight.models.variants import VARIANTS
 from firstsight.reporting.summary import QUESTION_ONLY
 
 # A dollar sign in a question type is no formula.

@@ -9,7 +9,7 @@ import numpy as np
 
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match
-from firstsight.evaluation.variants import TEACHER
+from firstsight.models.variants import TEACHER
 
 QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
 # Of performance.json: what is of the model, of a batch of one, and of where it was measured.

@@ -10,7 +10,7 @@ from pathlib import Path
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.stage import main
-from firstsight.evaluation.variants import LEFT_OUT, VARIANTS
+from firstsight.models.variants import LEFT_OUT, VARIANTS
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
 
 METRICS = Path("metrics")

@@ -1,6 +1,6 @@
 """summary.txt: what came of it, for a terminal, a paper or a mail."""
 
-from firstsight.evaluation.variants import TEACHER
+from firstsight.models.variants import TEACHER
 from firstsight.reporting.criteria import MEANING, Verdict
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
 from firstsight.reporting.table import render, size

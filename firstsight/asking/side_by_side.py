@@ -1,0 +1,31 @@
+"""What several models answer to one question, for a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from firstsight.asking.model import AskedModel, question_about
+from firstsight.core.errors import UserError
+from firstsight.core.params import Data
+
+COLUMNS = ["model", "answer", "milliseconds"]
+
+
+def answered(
+    models: Sequence[AskedModel], path: Path | None, question: str, data: Data
+) -> tuple[list[Image.Image], list[list[str]]]:
+    """The frames that the models see, and a row a model, in the order of `COLUMNS`.
+
+    Raises:
+        UserError: there is no file (`path` None), or as `question_about`.
+    """
+    if path is None:
+        raise UserError("media: expected an image or a video, found none; upload one")
+    try:
+        sample = question_about(path, question, data)
+    except UserError as error:
+        # An upload lies in a folder that means nothing to who uploaded it.
+        raise UserError(str(error).replace(str(path), path.name)) from None
+    answers = [(model.folder, model.answer(sample)) for model in models]
+    return sample.pictures(), [[str(folder), one.line(), f"{1000 * one.seconds:.0f}"] for folder, one in answers]

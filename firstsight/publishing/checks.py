@@ -1,0 +1,85 @@
+"""What must be so before a model is published: each function raises UserError, one line, where it is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from transformers import AutoModelForImageTextToText
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
+from firstsight.models import checkpoint, egogpt
+from firstsight.models.architecture import auto_class
+from firstsight.models.folder import check_there
+from firstsight.models.hub import checked_token
+
+
+def check_name(repository: str) -> None:
+    """It can be the name of a hub repository."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        valid = False
+    else:
+        valid = repository.count("/") == 1
+    if not valid:
+        raise UserError(f"{repository}: expected a hub repository as OWNER/NAME, found another form; correct it")
+
+
+def check_committed() -> None:
+    """What git tracks is committed: the commit that is published from says how the model was made."""
+    changed = _printed("git", "status", "--porcelain", "--untracked-files=no").splitlines()
+    if changed:
+        names = ", ".join(line[3:] for line in changed[:3])
+        raise UserError(
+            f"git: expected everything committed, found changes in {names} ({len(changed)} in all); commit them"
+        )
+
+
+def check_measured() -> None:
+    """Every stage is up to date, so that the figures are this model's."""
+    printed = _printed(sys.executable, "-m", "dvc", "status", "--json")
+    if stale := json.loads(printed):
+        raise UserError(
+            f"dvc: expected every stage up to date, found {', '.join(stale)[:200]} changed; "
+            "dvc repro, and commit what it measures"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """It holds a model that transformers loads by itself: safetensors and text files alone, whole."""
+    check_there(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    other = set(names) - set(filter_repo_objects(names, allow_patterns=[*checkpoint.TEXT, "*.safetensors"]))
+    if other:
+        raise UserError(
+            f"{folder}: expected weights as safetensors, and text files, found {min(other)} "
+            f"({len(other)} other files); dvc checkout restores what the pipeline made"
+        )
+    checkpoint.check_config(folder, str(folder))
+    checkpoint.check_weights(folder, str(folder))
+    kind = read_json(folder / checkpoint.CONFIG, "distill")["model_type"]
+    if auto_class(kind) is not AutoModelForImageTextToText or kind == egogpt.EgoGptConfig.model_type:
+        raise UserError(
+            f"{folder}: expected a vision-language model that transformers loads by itself, found model_type {kind!r}; "
+            "take such a student, Qwen2-VL or LLaVA-OneVision for one"
+        )
+
+
+def check_token() -> None:
+    """There is one."""
+    if not checked_token():
+        raise UserError("HF_TOKEN: expected a token that may write, found none; set it, or log in with hf auth login")
+
+
+def _printed(*words: str) -> str:
+    """What a command prints; its last word of complaint where it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        complaint = (done.stderr.strip() or "nothing").splitlines()[0]
+        name = "dvc" if "dvc" in words else words[0]
+        raise UserError(f"{name}: expected a clone of the repository, found {complaint[:200]}; publish from one")
+    return done.stdout

@@ -10,7 +10,7 @@ VENV ?= .venv
 VARIANT ?= student-distilled
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
-TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-test.txt | cksum | cut -d' ' -f1)
+TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo.txt requirements-test.txt | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 

@@ -1,5 +1,5 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
-# make test    set up and run the tests
+# make test    set up and run the tests; as root on Debian, with the packages of it that some tests need
 # make clean   remove the environment
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have.
@@ -12,14 +12,17 @@ TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-test
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test setup clean
+.PHONY: repro test system-packages setup clean
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
 
-test: setup $(TEST_READY)
+test: setup $(TEST_READY) system-packages
 	@ruff check .
 	@python -m pytest
+
+system-packages:
+	@sh tests/system_packages.sh
 
 # From an unpacked archive there is no git, and DVC has to be told.
 setup: $(READY)

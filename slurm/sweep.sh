@@ -16,7 +16,11 @@ fail() {
     exit 1
 }
 [ $# -gt 0 ] || fail "expected parameters, such as train.temperature=1.5,2,4"
-[ -z "$(git status --porcelain --untracked-files=no)" ] || fail "expected everything committed, for the points start from the last commit; git commit --all"
+[ -z "$(git status --porcelain --untracked-files=no)" ] ||
+    fail "expected everything committed, because the points start from the last commit; git commit --all"
+if ! author=$(git config user.name) || ! email=$(git config user.email); then
+    fail "expected git to know you, because DVC commits results; git config --global user.name NAME, user.email ADDRESS"
+fi
 
 points=("")
 for axis in "$@"; do
@@ -45,8 +49,8 @@ mkdir -p "$folder"
 cache=$(dvc cache dir)
 for name in "${names[@]}"; do
     clone=$folder/$name
-    [ ! -e "$clone" ] || fail "$clone: expected no such folder, found one; if no job is at work there, remove it"
-    git clone --quiet . "$clone"
+    [ ! -e "$clone" ] || fail "$clone: expected no such folder, found one; remove it, if no job is at work there"
+    git clone --quiet --config user.name="$author" --config user.email="$email" . "$clone"
     if [ -e .dvc/config.local ]; then cp .dvc/config.local "$clone/.dvc"; fi
     (cd "$clone" && dvc cache dir --local "$cache")
     mv "$files/$name.yaml" "$clone/params.yaml"

@@ -168,8 +168,10 @@ def submitting(tmp_path) -> Path:
     (project / "firstsight").symlink_to(ROOT / "firstsight")
     site(project, tmp_path / "scratch")
     command(project, "git", "init", "--quiet")
+    command(project, "git", "config", "user.name", "test")
+    command(project, "git", "config", "user.email", "test@example.org")
     command(project, "git", "add", "--all")
-    command(project, "git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "all")
+    command(project, "git", "commit", "--quiet", "--message", "all")
     return project
 
 

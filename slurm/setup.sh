@@ -5,9 +5,9 @@
 #
 # python3 makes the environment; where it is too old, one that conda fetches.
 
+cd "$(dirname "$0")/.." || exit
+source slurm/site.sh # first, because `module` does not everywhere bear what follows
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source slurm/site.sh
 
 mkdir -p "$FIRSTSIGHT_SCRATCH"
 python=python3

@@ -7,9 +7,9 @@
 # Each job has a clone of its own, because in one clone DVC lets one run at a time; the clones share this one's DVC
 # cache. What all points have in common is best there before they start: let slurm/repro.sbatch run, and commit.
 
+cd "$(dirname "$0")/.." || exit
+source slurm/site.sh # first, because `module` does not everywhere bear what follows
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source slurm/site.sh
 
 fail() {
     echo "error: $1" >&2

@@ -64,9 +64,12 @@ def site(project: Path, scratch: Path, environment: Path = Path(sys.executable).
         file.write(SITE.format(scratch=scratch, environment=environment))
 
 
-def submit(slurm, project: Path, to: int, *options: str, data_workers: int = 0, **variables: str) -> str:
+def submit(
+    slurm, project: Path, to: int, *options: str, data_workers: int = 0, seconds_to_save: int = 1, **variables: str
+) -> str:
     """Queue slurm/repro.sbatch, as the README says, with a preset that counts so far; the job's number."""
-    (project / "preset.yaml").write_text(f"count: {{to: {to}, data_workers: {data_workers}}}\n")
+    values = f"{{to: {to}, data_workers: {data_workers}, seconds_to_save: {seconds_to_save}}}"
+    (project / "preset.yaml").write_text(f"count: {values}\n")
     command = f"source slurm/site.sh && sbatch --parsable {' '.join(options)} slurm/repro.sbatch preset.yaml"
     return slurm.run("bash", "-c", command, cwd=project, **variables).strip()
 
@@ -105,10 +108,11 @@ def test_a_job_whose_time_is_nearly_up_saves_queues_itself_and_goes_on(slurm, co
 
 def test_a_preempted_job_saves_and_goes_on_where_it_was(slurm, counting):
     """Preempting tells every process of the job at once: DVC is gone before the stage has saved."""
-    job = submit(slurm, counting, 40, "--partition=usual")
+    job = submit(slurm, counting, 40, "--partition=usual", seconds_to_save=6)
     wait_for(counting / f"slurm-{job}.out", "counted 5\n")
     urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--ntasks=2", "--wrap=true", cwd=counting).strip()
     slurm.wait(job, "PENDING")
+    assert (counting.parent / "scratch/counted.json").exists()
     # As if the job went on at a node where DVC's old process number is another process.
     lock = counting / ".dvc/tmp/rwlock"
     held = json.loads(lock.read_text())

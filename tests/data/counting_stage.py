@@ -2,7 +2,7 @@
 
     accelerate launch -m stages.count
 
-Told to end by SIGTERM or SIGUSR1, it takes a second to save a checkpoint and exits with status 75; begun anew, it goes
+Told to end by SIGTERM or SIGUSR1, it takes a while to save a checkpoint and exits with status 75; begun anew, it goes
 on from there. Told twice, or with a data worker gone, it cannot save.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
             print(f"counted {number}", flush=True)
             time.sleep(0.2)
             if told:
-                time.sleep(1)
+                time.sleep(settings["seconds_to_save"])
                 alive = all(os.waitpid(worker, os.WNOHANG) == (0, 0) for worker in workers)
                 if len(told) == 1 and alive:
                     CHECKPOINT.write_text(json.dumps(counted))

@@ -1,5 +1,5 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
-# make test    set up and run the tests
+# make test    set up and run the tests; as root on Debian, with the packages of it that some tests need
 # make publish REPO=owner/name   show what would be pushed to the hub; with PUSH=1 push it; VARIANT=student-distilled
 # make clean   remove the environment
 #
@@ -14,18 +14,21 @@ TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test publish setup clean
+.PHONY: repro test system-packages publish setup clean
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
 
-test: setup $(TEST_READY)
+test: setup $(TEST_READY) system-packages
 	@ruff check .
 	@python -m pytest
 
 publish: setup
 	@if [ -z "$(REPO)" ]; then echo "error: expected REPO=owner/name, found none"; exit 1; fi
 	@python -m firstsight.publish $(VARIANT) $(REPO) $(if $(filter 1,$(PUSH)),--push)
+
+system-packages:
+	@sh tests/system_packages.sh
 
 # From an unpacked archive there is no git, and DVC has to be told.
 setup: $(READY)

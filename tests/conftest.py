@@ -1,10 +1,12 @@
-"""Tiny models of the real architecture, and one run of the smoke preset through every stage, shared by the tests."""
+"""Tiny models of the real architecture, and two runs of the smoke preset, stage by stage and by DVC, for all tests."""
 
 import importlib
 import io
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from ruamel.yaml import YAML
 from firstsight.core import params
 from firstsight.data.records import Record, Sample
 from firstsight.models.initialise import build_model, build_processor, train_tokenizer
+from firstsight.models.variants import METHODS, VARIANTS
 
 # The same cases every time, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -45,6 +48,18 @@ STAGES = (
     ("evaluate", "student-nf4"),
     ("report",),
 )
+# The same as DVC names them.
+EVALUATIONS = {f"evaluate@{variant}" for variant in VARIANTS}
+QUANTISATIONS = {f"quantize-student@{method}" for method in METHODS}
+AFTER_DISTILL = QUANTISATIONS | {"evaluate@student-distilled", "evaluate@student-nf4", "report"}
+ALL = EVALUATIONS | AFTER_DISTILL | {
+    "download-models@teacher",
+    "download-models@student",
+    "build-egoqa-dataset",
+    "finetune-teacher",
+    "cache-teacher-targets",
+    "distill",
+}  # fmt: skip
 
 
 def run_stage(folder: Path, module: str, *arguments: str) -> None:
@@ -89,6 +104,47 @@ def smoke(tmp_path_factory) -> Path:
 @pytest.fixture
 def smoke_copy(smoke, tmp_path) -> Path:
     return Path(shutil.copytree(smoke, tmp_path / "smoke"))
+
+
+def command(project: Path, *words: str, **variables: str) -> str:
+    """Run a command in the project, with variables of the environment, and return what it printed."""
+    env = os.environ | variables
+    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def stages_run(project: Path, *words: str, **variables: str) -> set[str]:
+    """The stages that a dvc command ran."""
+    return set(re.findall(r"Running stage '([^']+)'", command(project, "dvc", *words, **variables)))
+
+
+def new_project(project: Path) -> Path:
+    """A clone whose params.yaml is the smoke preset, before anything has been run."""
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, project, ignore=ignored)
+    for output in ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics"):
+        shutil.rmtree(project / output, ignore_errors=True)
+    (project / "dvc.lock").unlink(missing_ok=True)
+    shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")
+    return project
+
+
+@pytest.fixture(scope="session")
+def committed(tmp_path_factory) -> Path:
+    """A new project after its first `dvc repro`, committed. Tests leave its commit and cache as they are."""
+    project = new_project(tmp_path_factory.mktemp("dvc") / "project")
+    command(project, "git", "init", "--quiet")
+    command(project, "git", "config", "user.name", "test")
+    command(project, "git", "config", "user.email", "test@example.org")
+    command(project, "git", "add", "--all")
+    command(project, "git", "commit", "--quiet", "--message", "smoke")
+    assert stages_run(project, "repro") == ALL
+    command(project, "git", "add", "--all")
+    command(project, "git", "commit", "--quiet", "--message", "first run")
+    return project
 
 
 @pytest.fixture(scope="session")

@@ -2,71 +2,16 @@
 
 import csv
 import io
-import os
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
-from firstsight.models.variants import METHODS, VARIANTS
+from conftest import AFTER_DISTILL, EVALUATIONS, QUANTISATIONS, command, stages_run
 
 pytestmark = pytest.mark.slow
-
-EVALUATIONS = {f"evaluate@{variant}" for variant in VARIANTS}
-QUANTISATIONS = {f"quantize-student@{method}" for method in METHODS}
-AFTER_DISTILL = QUANTISATIONS | {"evaluate@student-distilled", "evaluate@student-nf4", "report"}
-ALL = EVALUATIONS | AFTER_DISTILL | {
-    "download-models@teacher",
-    "download-models@student",
-    "build-egoqa-dataset",
-    "finetune-teacher",
-    "cache-teacher-targets",
-    "distill",
-}  # fmt: skip
-
-
-def command(project: Path, *words: str, **variables: str) -> str:
-    """Run a command in the project, with variables of the environment, and return what it printed."""
-    env = os.environ | variables
-    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def stages_run(project: Path, *words: str, **variables: str) -> set[str]:
-    """The stages that a dvc command ran."""
-    return set(re.findall(r"Running stage '([^']+)'", command(project, "dvc", *words, **variables)))
-
-
-def new_project(project: Path) -> Path:
-    """A clone whose params.yaml is the smoke preset, before anything has been run."""
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache"
-    )
-    shutil.copytree(ROOT, project, ignore=ignored)
-    for output in ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics"):
-        shutil.rmtree(project / output, ignore_errors=True)
-    (project / "dvc.lock").unlink(missing_ok=True)
-    shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")
-    return project
-
-
-@pytest.fixture(scope="module")
-def committed(tmp_path_factory) -> Path:
-    """A new project after its first `dvc repro`, committed."""
-    project = new_project(tmp_path_factory.mktemp("dvc") / "project")
-    command(project, "git", "init", "--quiet")
-    command(project, "git", "config", "user.name", "test")
-    command(project, "git", "config", "user.email", "test@example.org")
-    command(project, "git", "add", "--all")
-    command(project, "git", "commit", "--quiet", "--message", "smoke")
-    assert stages_run(project, "repro") == ALL
-    command(project, "git", "add", "--all")
-    command(project, "git", "commit", "--quiet", "--message", "first run")
-    return project
 
 
 @pytest.fixture
@@ -137,3 +82,20 @@ def test_a_clone_shows_metrics_and_plots_before_anything_is_run(project, tmp_pat
     command(clone, "dvc", "plots", "show")
     page = (clone / "dvc_plots/index.html").read_text()
     assert "student-distilled" in page
+
+
+def test_what_one_clone_has_run_another_pulls(project, tmp_path):
+    """What a commit names, and what none does: the run cache finds that by parameters, data and code."""
+    clone, remote = tmp_path / "clone", str(tmp_path / "remote")
+    command(project, "dvc", "remote", "add", "--default", "shared", remote)
+    command(project, "dvc", "push", "--run-cache")
+    command(project, "git", "clone", "--quiet", str(project), str(clone))
+    command(clone, "dvc", "remote", "add", "--default", "shared", remote)
+    assert stages_run(clone, "repro", "--pull") == set()
+    assert (clone / "models/student-distilled/model.safetensors").exists()
+    command(project, "dvc", "exp", "run", "-S", "quantize.method=int8")
+    command(project, "dvc", "push", "--run-cache")
+    shutil.copy(project / "params.yaml", clone / "params.yaml")
+    assert stages_run(clone, "repro", "--pull") <= {"report"}
+    config = json.loads((clone / "models/student-quantized/config.json").read_text())
+    assert config["quantization_config"]["load_in_8bit"]

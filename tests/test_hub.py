@@ -11,11 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, YAML_SAFE, change, run_stage, workspace, write_params
+from conftest import ROOT, YAML_SAFE, change, command, new_project, run_stage, stages_run, workspace, write_params
 from hub_server import Hub, Repository, point_client_at
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
-from test_dvc import command, new_project, stages_run
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json

@@ -7,6 +7,7 @@ reads  models/student, data/teacher-targets and the train and validation splits,
 writes models/student-distilled, with its training history
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
@@ -23,7 +24,7 @@ from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.runs.processes import shared
-from firstsight.runs.scratch import scratch_folder
+from firstsight.runs.scratch import kept_folder
 
 STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
 OUTPUT = Path("models/student-distilled")
@@ -55,7 +56,15 @@ def run() -> None:
         shared_vocabulary=index.shared_vocabulary,
         regularisation=tuning.regularisation,
     )
-    with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("distill")) as scratch:
+    inputs = [STUDENT, TARGETS, *([TEACHER] if online else [])]
+    work = {
+        "settings": settings.model_dump(),
+        "inputs": {str(one): fingerprint_files(sorted(one.rglob("*.safetensors"))) for one in inputs},
+        "targets": asdict(index) | {"answers": read_answers(TARGETS)},
+        "device": device,
+        "processes": PartialState().num_processes,
+    }
+    with shared(kept_folder("distill", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
             model,
             train_set,

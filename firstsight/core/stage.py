@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from firstsight.core.errors import UserError
+from firstsight.core.errors import Unfinished, UserError
 
 # With a handler of its own, because libraries set the root logger as they please.
 log = logging.getLogger("firstsight")
@@ -17,7 +17,10 @@ log.addHandler(logging.StreamHandler(sys.stderr))
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback."""
+    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback.
+
+    So does `Unfinished`, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
+    """
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # An exit like any other, so that what is half done is cleared away.
@@ -29,3 +32,6 @@ def main(run: Callable[[], None]) -> None:
         line = str(error).rsplit("UserError: ", 1)[-1]
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(1)
+    except Unfinished as stopped:
+        print(f"unfinished: {stopped}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)

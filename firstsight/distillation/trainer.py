@@ -1,22 +1,31 @@
 """Training with the distillation loss on Hugging Face's Trainer: of a student from what is known of its teacher, and,
 without a teacher and with alpha 0, supervised fine-tuning."""
 
+import json
 import math
-from collections.abc import Callable, Iterator
+import signal
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from firstsight.core.errors import UserError
+from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.params import Optimisation, Train
+from firstsight.core.stage import log
 from firstsight.data.dataset import PackedDataset
 from firstsight.distillation.loss import Divergence, HiddenTeacher, Teacher, TopKTeacher, distillation_loss
 from firstsight.models.head import head_weight
@@ -109,6 +118,10 @@ class DistillationModel(nn.Module):
 
 
 _CHECKPOINT = "trained.safetensors"
+# Optimizer steps from one logged loss to the next. Checkpoints are made at such steps and where epochs end, so that a
+# run that goes on after one logs what it would have logged without it.
+_LOGGING_STEPS = 10
+_MINUTES_BETWEEN_CHECKPOINTS = 10
 
 
 class DistillationTrainer(Trainer):
@@ -125,8 +138,11 @@ class DistillationTrainer(Trainer):
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         save_file({name: values[name].contiguous() for name in trained}, folder / _CHECKPOINT)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint) / _CHECKPOINT), strict=False)
+
     def _load_best_model(self) -> None:
-        self.model.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / _CHECKPOINT), strict=False)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class EpochShuffle(Sampler[int]):
@@ -186,6 +202,35 @@ class AfterStep(TrainerCallback):
         self._function(state.global_step)
 
 
+class Checkpoints(TrainerCallback):
+    """Asks for a checkpoint every so often within an epoch, and for a last one when the process is told to end.
+
+    The main process decides for all, because they write a checkpoint together.
+    """
+
+    def __init__(self, seconds: float = 60 * _MINUTES_BETWEEN_CHECKPOINTS):
+        self._seconds, self._last, self.told = seconds, time.monotonic(), False
+
+    def tell(self, *_signal: object) -> None:
+        """A signal handler: end at the next opportunity."""
+        self.told = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % _LOGGING_STEPS:
+            return
+        decided = [time.monotonic() - self._last > self._seconds, self.told]
+        broadcast_object_list(decided)
+        due, self.told = decided
+        control.should_save = control.should_save or due or self.told
+        control.should_training_stop = control.should_training_stop or self.told
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_log = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._last = time.monotonic()
+
+
 class Progress(ProgressCallback):
     """The progress bar, and a line for each evaluation, instead of one for each logged step."""
 
@@ -208,6 +253,35 @@ class StopAtNonsense(TrainerCallback):
                 )
 
 
+def newest_checkpoint(scratch: Path) -> Path | None:
+    """The checkpoint that was made last, of those that are whole; says which are not."""
+    found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            with safe_open(checkpoint / _CHECKPOINT, framework="pt") as file:
+                file.keys()
+            for path in checkpoint.glob("*.pt*"):
+                if (broken := zipfile.ZipFile(path).testzip()) is not None:
+                    raise ValueError(f"{path.name}: {broken} is damaged")
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            log.warning("%s is not whole (%s); looking for the one before it", checkpoint, error)
+        else:
+            return checkpoint
+    return None
+
+
+@contextmanager
+def handling(signals: Iterable[signal.Signals], handler: Callable[..., None]) -> Iterator[None]:
+    """In the block, `handler` is called for these signals."""
+    before = {one: signal.signal(one, handler) for one in signals}
+    try:
+        yield
+    finally:
+        for one, previous in before.items():
+            signal.signal(one, previous)
+
+
 def train(
     model: DistillationModel,
     train_set: PackedDataset,
@@ -222,10 +296,18 @@ def train(
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
+    Checkpoints are made in `scratch`, every epoch and every ten minutes, the best and the last being kept; where some
+    are there already, training goes on from the last, and ends as if it had never been interrupted. On SIGTERM and
+    SIGUSR1 one more is made, at the next logged step.
+
     The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; how many processes
     there are changes nothing but rounding. After each optimizer step, gradients still there, `after_step` is called
     with its number. Returns the history: one row a logged step, with training and validation figures, and no timings,
     so that equal runs have equal histories.
+
+    Raises:
+        Unfinished: a signal ended the training before its end.
+        UserError: the loss is not finite, or the batch cannot be shared out.
     """
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
@@ -247,11 +329,12 @@ def train(
         bf16=device == "cuda",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="objective",
         greater_is_better=False,
-        logging_steps=10,
+        logging_steps=_LOGGING_STEPS,
         label_names=["labels"],
         remove_unused_columns=False,
         dataloader_num_workers=data_workers,
@@ -275,7 +358,16 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
     trainer.add_callback(StopAtNonsense)
-    trainer.train()
+    checkpoints = Checkpoints()
+    trainer.add_callback(checkpoints)
+    checkpoint = newest_checkpoint(scratch)
+    if checkpoint:
+        step = int(checkpoint.name.split("-")[1])
+        log.info("resuming from step %d of %d, from %s", step, total_steps(len(train_set), optimisation), checkpoint)
+    with handling((signal.SIGTERM, signal.SIGUSR1), checkpoints.tell):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoints.told:
+        raise Unfinished(f"stopped by a signal after step {trainer.state.global_step}; run it again to go on")
     return [
         {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}
         for row in trainer.state.log_history

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,14 +21,6 @@ def root() -> Path:
     DVC runs queued experiments in a temporary copy, and says where the main repository is in `DVC_ROOT`.
     """
     return Path(os.environ.get("FIRSTSIGHT_SCRATCH") or Path(os.environ.get("DVC_ROOT", ".")) / ".scratch")
-
-
-@contextmanager
-def scratch_folder(stage: str) -> Iterator[Path]:
-    """An empty folder, gone when the block ends."""
-    root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{stage}-", dir=root()) as folder:
-        yield Path(folder)
 
 
 @contextmanager

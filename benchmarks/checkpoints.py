@@ -1,14 +1,33 @@
-"""Checkpoints of any size with random weights, written shard by shard, so that a 16 GB one needs 2 GB of memory."""
+"""Checkpoints of any size with random weights, written shard by shard, so that a 16 GB one needs 2 GB of memory, and
+tokenizers of any size."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen2Tokenizer
+
+from firstsight.models.initialise import SPECIAL_TOKENS, train_tokenizer
 
 _SHARD_BYTES = 2 << 30
+
+
+def padded_tokenizer(corpus: Sequence[str], words: int, tokens: int) -> Qwen2Tokenizer:
+    """A tokenizer trained on the corpus, with as many tokens as asked for: most of them never occur."""
+    small = json.loads(train_tokenizer(corpus, words).backend_tokenizer.to_str())["model"]
+    learned = {token: place for token, place in small["vocab"].items() if token not in SPECIAL_TOKENS}
+    names = [*learned, *(f"filler-{n}" for n in range(tokens - len(learned) - len(SPECIAL_TOKENS))), *SPECIAL_TOKENS]
+    return Qwen2Tokenizer(
+        vocab={name: place for place, name in enumerate(names)},
+        merges=[tuple(pair) for pair in small["merges"]],
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+    )
 
 
 def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> None:

@@ -19,7 +19,6 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from firstsight.models.head import head_weight
 from firstsight.models.initialise import build_processor, train_tokenizer
 from firstsight.models.loading import load_model
 from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
-from firstsight.sources import synthetic
+from firstsight.planning import preview
 
 # divisor of widths and vocabulary, side of a picture in pixels (28 a visual token)
 SCALE = {"cpu": (8, 224), "cuda": (1, 448)}
@@ -81,7 +80,7 @@ def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
 def scenes(data: params.Data, side: int) -> list[Sample]:
     """Rendered scenes with six questions each, enlarged to `side` pixels."""
     found = []
-    for sample, _ in islice(synthetic.read(data), SAMPLES):
+    for sample in preview.samples(data, SAMPLES):
         picture = BytesIO()
         sample.pictures()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
         asked = tuple(record for record in sample.records if record.question_type not in data.train_only_types)

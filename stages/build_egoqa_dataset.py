@@ -22,7 +22,7 @@ from firstsight.sources.card import data_card
 from firstsight.sources.decoding import Decoded, Decoder
 from firstsight.sources.near_duplicates import without_leaks
 from firstsight.sources.problems import Problems
-from firstsight.sources.question import Asked
+from firstsight.sources.question import Asked, Question
 from firstsight.sources.readers import READERS
 
 OUTPUT = Path("data/egoqa")
@@ -51,7 +51,11 @@ def sources(data: params.Data, problems: Problems) -> Iterator[tuple[str, Iterat
     if benchmark.source != "none":
         other = data.model_copy(update=benchmark.model_dump())
         asked = READERS[benchmark.source](other, problems)
-        yield name(other), (Asked(one.question.model_copy(update={"split": "test"}), one.media) for one in asked)
+        yield f"benchmark {name(other)}", (Asked(of_benchmark(one.question), one.media) for one in asked)
+
+
+def of_benchmark(question: Question) -> Question:
+    return question.model_copy(update={"id": f"benchmark-{question.id}", "split": "test"})
 
 
 def name(data: params.Data) -> str:

@@ -78,6 +78,16 @@ def test_the_vision_tower_is_trained_by_choice(smoke, settings, method):
         assert any("language_model" in name for name in names)
 
 
+def test_the_seed_decides_an_adapters_first_weights(smoke, settings):
+    first, again, other = (
+        Tuning(smoke / "models/student", optimisation(settings, method="lora", seed=seed), "cpu", 10).model
+        for seed in (1, 1, 2)
+    )
+    name = next(name for name, _ in first.named_parameters() if "lora_A" in name)
+    assert first.get_parameter(name).equal(again.get_parameter(name))
+    assert not first.get_parameter(name).equal(other.get_parameter(name))
+
+
 def test_qlora_trains_over_nf4_weights_of_the_language_model_alone(smoke, settings):
     tuning = Tuning(smoke / "models/student", optimisation(settings, method="qlora", train_vision=False), "cpu", 10)
     quantised = [name for name, module in tuning.model.named_modules() if isinstance(module, Linear4bit)]

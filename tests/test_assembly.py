@@ -128,10 +128,10 @@ def test_repeated_questions_are_dropped_and_options_tell_questions_apart(setting
 def test_what_the_benchmark_shows_is_not_learnt_from(settings):
     video = "0d270946-95c5-4e71-ae49-b9e802548147"
     source = [ask(0, [f"ego4d/{video}_120.mp4"], split="train"), ask(1, ["other.mp4"], split="train")]
-    benchmark = [ask(2, [f"{video}.mp4"], split="test")]
+    benchmark = [ask(2, [f"{video}.mp4"], split="test"), ask(3, [f"ego4d/{video}_120.mp4"], split="test")]
     dropped = Counter()
     found = units(settings, {"source": source, "benchmark": benchmark}, dropped)
-    assert [unit.questions[0].id for unit in found] == ["q1", "q2"]
+    assert [unit.questions[0].id for unit in found] == ["q1", "q2", "q3"]
     assert dropped == {"video of the benchmark": 1}
 
 

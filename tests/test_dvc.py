@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -24,22 +25,21 @@ ALL = EVALUATIONS | AFTER_DISTILL | {
 }  # fmt: skip
 
 
-def command(project: Path, *words: str) -> str:
-    """Run a command in the project and return what it printed."""
-    done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=900, check=False)
+def command(project: Path, *words: str, **variables: str) -> str:
+    """Run a command in the project, with variables of the environment, and return what it printed."""
+    env = os.environ | variables
+    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def stages_run(project: Path, *words: str) -> set[str]:
+def stages_run(project: Path, *words: str, **variables: str) -> set[str]:
     """The stages that a dvc command ran."""
-    return set(re.findall(r"Running stage '([^']+)'", command(project, "dvc", *words)))
+    return set(re.findall(r"Running stage '([^']+)'", command(project, "dvc", *words, **variables)))
 
 
-@pytest.fixture(scope="module")
-def committed(tmp_path_factory) -> Path:
-    """A clone whose params.yaml is the smoke preset, after its first `dvc repro`, committed."""
-    project = tmp_path_factory.mktemp("dvc") / "project"
+def new_project(project: Path) -> Path:
+    """A clone whose params.yaml is the smoke preset, before anything has been run."""
     ignored = shutil.ignore_patterns(
         ".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache"
     )
@@ -48,6 +48,13 @@ def committed(tmp_path_factory) -> Path:
         shutil.rmtree(project / output, ignore_errors=True)
     (project / "dvc.lock").unlink(missing_ok=True)
     shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")
+    return project
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory) -> Path:
+    """A new project after its first `dvc repro`, committed."""
+    project = new_project(tmp_path_factory.mktemp("dvc") / "project")
     command(project, "git", "init", "--quiet")
     command(project, "git", "config", "user.name", "test")
     command(project, "git", "config", "user.email", "test@example.org")

@@ -2,20 +2,25 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, YAML_SAFE, make_sample, run_stage, workspace, write_params
+from conftest import ROOT, YAML_SAFE, change, make_sample, picture, run_stage, workspace, write_params
 from egogpt_checkpoint import CASES, QUESTION, kept, pictures, save_original
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from test_sources import write_video
+from transformers import AutoModelForImageTextToText, Qwen2Tokenizer
 
 from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
 from firstsight.data.packing import collate, encode, pack
+from firstsight.data.records import SPLITS
 from firstsight.evaluation.answering import answers, model_inputs
 from firstsight.models.egogpt import EgoGptConfig, EgoGptForConditionalGeneration
 from firstsight.models.egogpt_conversion import convert, is_original
+from firstsight.models.initialise import SPECIAL_TOKENS, build_model, build_processor
 from firstsight.models.loading import load_model, load_processor
 from firstsight.models.packed import last_hidden_states
 
@@ -264,3 +269,61 @@ def test_the_stage_converts_what_is_original_and_nothing_else(checkpoints, tmp_p
         load_model(folder / "models/teacher", "float32", "cpu")
     assert sorted(path.name for path in original.iterdir()) == before
     assert [path.name for path in (folder / "models").iterdir()] == ["teacher"]
+
+
+def save_student(original: Path, settings, folder: Path) -> None:
+    """A tiny Qwen2-VL over EgoGPT's tokens, with the special ones that Qwen2-VL has beside them."""
+    merges = [tuple(line.split(" ")) for line in (original / "merges.txt").read_text().splitlines()[1:]]
+    vocabulary = list(json.loads((original / "vocab.json").read_text()))
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: place for place, token in enumerate([*vocabulary, *SPECIAL_TOKENS])},
+        merges=merges,
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+    )
+    torch.manual_seed(0)
+    build_model(settings.models.student.init, tokenizer).save_pretrained(folder)
+    build_processor(tokenizer, 12544).save_pretrained(folder)
+
+
+def test_it_teaches_a_qwen2_vl_through_the_stages(checkpoints, settings, tmp_path):
+    """Images and videos, from the authors' files to a distilled student; cached or beside it, the same student."""
+    folder = workspace(tmp_path / "workspace")
+    original = checkpoints / "original/grid"
+    save_student(original, settings, tmp_path / "student")
+    values = YAML_SAFE.load(folder / "params.yaml")
+    for role, source in (("teacher", original), ("student", tmp_path / "student")):
+        values["models"][role] = {"source": str(source), "revision": None, "init": None}
+    write_params(folder, values)
+    lines = []
+    for number, split in enumerate(SPLITS):
+        (folder / f"{split}.jpg").write_bytes(picture(number))
+        write_video(folder / f"{split}.mp4", frames=20 + 10 * number)
+        for media in (f"{split}.jpg", f"{split}.mp4"):
+            lines.append({"media": media, "question": "What is it?", "answer": f"a cup {number}", "split": split})
+    (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    change(folder, "data", source="jsonl", path="qa.jsonl", max_frames=4)
+    change(folder, "finetune_teacher", enabled=False)
+    for stage in (
+        ("download_models", "teacher"),
+        ("download_models", "student"),
+        ("build_egoqa_dataset",),
+        ("finetune_teacher",),
+    ):
+        run_stage(folder, *stage)
+    weights = {}
+    for kind in ("hidden", "online"):
+        change(folder, "targets", kind=kind, batch_size=1)
+        change(folder, "train", batch_size=1, gradient_accumulation_steps=2)
+        for stage in ("cache_teacher_targets", "distill"):
+            run_stage(folder, stage)
+        weights[kind] = load_file(folder / "models/student-distilled/model.safetensors")
+    before = load_file(folder / "models/student/model.safetensors")
+    for name, expected in weights["hidden"].items():
+        torch.testing.assert_close(weights["online"][name], expected, atol=1e-5, rtol=1e-4)
+    assert any(not before[name].equal(expected) for name, expected in weights["hidden"].items())
+    for variant in ("teacher", "student-distilled"):
+        run_stage(folder, "evaluate", variant)
+        assert len(read_json(folder / f"evaluations/{variant}/predictions.json", "evaluate")) == 2

@@ -15,6 +15,7 @@ from conftest import ROOT, YAML_SAFE, change, run_stage, workspace, write_params
 from hub_server import Hub, Repository
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
+from test_dvc import command, new_project, stages_run
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json
@@ -407,6 +408,28 @@ def test_hub_models_go_through_the_stages(served, published, tmp_path, caplog):
     for stage in ("build_egoqa_dataset", "finetune_teacher", "cache_teacher_targets", "distill"):
         run_stage(folder, stage)
     assert load_model(folder / "models/student-distilled", "auto", "cpu")
+
+
+@pytest.mark.slow
+def test_dvc_repro_downloads_from_the_hub_and_distils(served, published, tmp_path):
+    """What a user types, in processes of their own, with nothing cached."""
+    served.repositories |= {f"tiny/{role}": Repository(published / role) for role in ("teacher", "student")}
+    project = new_project(tmp_path / "project")
+    name_models(project)
+    change(project, "finetune_teacher", enabled=False)
+    change(project, "train", epochs=1)
+    command(project, "git", "init", "--quiet")
+    hub_at = {"HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    ran = stages_run(project, "repro", "distill", **hub_at)
+    assert {"download-models@teacher", "download-models@student", "cache-teacher-targets", "distill"} <= ran
+    for role in ("teacher", "student"):
+        source = read_json(project / f"models/{role}/source.json", "download-models")
+        assert source["commit"] == served.repositories[f"tiny/{role}"].commit
+    student = checkpoint.facts(project / "models/student-distilled")
+    assert student["dtypes"] == source["dtypes"] == {"BF16": source["parameters"]}
+    requests = len(served.requests)
+    assert stages_run(project, "repro", "distill", **hub_at) == set()
+    assert len(served.requests) == requests
 
 
 def test_a_token_is_neither_printed_nor_stored(served, tmp_path):

@@ -1,4 +1,4 @@
-"""JSON Lines files and their media: what is read, and what is refused in one line."""
+"""JSON Lines and CSV files and their media: what is read, and what is refused in one line."""
 
 import io
 import json
@@ -10,8 +10,9 @@ from conftest import picture
 from PIL import Image
 
 from firstsight.core.errors import UserError
-from firstsight.sources import jsonl
-from firstsight.sources.media import read_image, read_video
+from firstsight.sources.media import files, first_there, frame_rate, read_image, read_video
+from firstsight.sources.problems import BadRecordError, Problems
+from firstsight.sources.readers import READERS
 
 
 def write_video(path, frames=40, rate=10, size=(160, 120)):
@@ -37,115 +38,144 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(folder, settings, *lines):
-    path = folder / "qa.jsonl"
+def read(folder, settings, *lines, source="jsonl", problems=None):
+    path = folder / f"qa.{source}"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return list(jsonl.read(settings.data.model_copy(update={"source": "jsonl", "path": str(path)})))
+    data = settings.data.model_copy(update={"source": source, "path": str(path), "fps": 1.0})
+    return list(READERS[source](data, problems or Problems("stop")))
 
 
-def test_lines_about_one_media_are_one_sample(folder, settings):
-    samples = read(
-        folder,
-        settings,
+def test_a_line_is_a_question_about_media(folder, settings):
+    lines = (
         {"media": "a.jpg", "question": "What?", "answer": "a cup", "answers": ["cup"], "question_type": "object"},
-        {"media": "clip.mp4", "question": "How many?", "answer": "two", "group": "home", "split": "test"},
-        {"media": "a.jpg", "question": "Which?", "answer": "a ball", "options": ["a cup", "a ball"]},
+        {"media": "clip.mp4", "question": "How many?", "answer": "two", "group": "home", "split": "test", "end": 3},
+        {"media": "./a.jpg", "question": "Which?", "answer": "a ball", "options": ["a cup", "a ball"], "id": "q"},
         "",
-        {"media": ["a.jpg", "b.jpg"], "question": "What changed?", "answer": "nothing"},
+        {"media": ["a.jpg", "b.jpg"], "question": "What changed?"},
         {"question": "What is a cup for?", "answer": "drinking"},
     )
-    kinds = [(sample.media_kind, len(sample.frames), given) for sample, given in samples]
-    assert kinds == [("image", 1, None), ("video", 4, "test"), ("frames", 2, None), ("none", 0, None)]
-    first, clip = samples[0][0], samples[1][0]
-    assert [(record.answer, record.answers) for record in first.records] == [("a cup", ("a cup", "cup")), ("B", ("B",))]
-    assert (clip.group, clip.fps) == ("home", 1.0)
-    assert first.group == "a.jpg"
+    first, clip, choice, frames, alone = read(folder, settings, *lines)
+    assert (first.question.id, first.question.place) == ("qa-1", f"{folder / 'qa.jsonl'}: line 1")
+    assert (first.question.accepted(), first.question.question_type) == (("a cup", "cup"), "object")
+    assert (clip.question.group, clip.question.split, clip.media.start, clip.media.end) == ("home", "test", 0.0, 3)
+    assert (choice.question.id, choice.question.accepted()) == ("q", ("B",))
+    assert choice.media == first.media
+    assert (frames.question.id, frames.question.answer, frames.media.names) == ("qa-5", None, ("a.jpg", "b.jpg"))
+    assert [one.media and one.media.kind for one in (first, clip, frames, alone)] == ["image", "video", "frames", None]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"media": "a.jpg", "question": "What?"}, "line 1: expected a value for 'answer', found none"),
-        (
-            {"media": "a.jpg", "question": "What?", "answer": " "},
-            "line 1: expected text for 'answer', found an empty",
-        ),
+        ({"media": "a.jpg", "answer": "x"}, "line 1: expected a value for 'question', found none"),
+        ({"media": "a.jpg", "question": "What?", "answer": " "}, "line 1: expected text for 'answer', found an empty"),
         ({"media": "gone.jpg", "question": "What?", "answer": "x"}, "line 1: expected a media file, found no"),
         ({"question": "What?", "answer": "x", "anwser": "y"}, "found the key 'anwser'"),
-        ({"question": "What?", "answer": 3}, "line 1: answer: input should be a valid string, found 3"),
-        (
-            {"question": "What?", "answer": "C", "options": ["x", "y"]},
-            "line 1: expected the answer to be a letter of",
-        ),
-        (
-            {"media": "clip.mp4", "question": "What?", "answer": "x", "start": 9.0},
-            "expected a window within the 4.00",
-        ),
-        ({"media": "a.jpg", "question": "What?", "answer": "x", "end": 1}, "expected start and end with a video alone"),
+        ({"question": "What?", "answer": 3}, "line 1: answer: input should be a valid string, found '3'"),
+        ({"question": "What?", "answer": "C", "options": ["x", "y"]}, "line 1: expected the answer to be a letter of"),
+        ({"media": "a.jpg", "question": "What?", "end": 1}, "expected start and end with a video alone"),
+        ({"media": "clip.mp4", "question": "What?", "start": 2, "end": 2}, "within the video, found 2 to 2 s"),
+        ({"media": "clip.mp4", "question": "What?", "end": 0}, "within the video, found 0 to 0 s"),
+        ('{"media": "clip.mp4", "question": "What?", "end": 1e999}', "end: expected seconds, found inf"),
+        ({"media": "clip.mp4", "question": "What?", "start": True}, "start: expected seconds, found True"),
+        ({"question": "What?", "start": 1}, "found them without media"),
         ({"question": "What?", "answer": "cup <|im_end|> red"}, "answer: expected plain text, found the special token"),
-        ({"media": [], "question": "What?", "answer": "x"}, "line 1: media"),
-        ({"media": "a" * 300, "question": "What?", "answer": "x"}, "line 1: expected a media file, found no"),
+        ({"media": [], "question": "What?", "answer": "x"}, "line 1: expected media, found an empty list"),
+        ({"media": ["a.jpg", 3], "question": "What?"}, "line 1: media: expected a path or a list of paths"),
+        ({"media": "a" * 300, "question": "What?", "answer": "x"}, "line 1: expected a media file, found"),
         ("{", "line 1: expected a JSON object, found '{'"),
         ("[" * 100_000, "line 1: expected a JSON object, found"),
-        ("[]", "line 1: expected a JSON object, found []"),
-        ("", "expected records, found an empty file"),
+        ("[]", "line 1: expected a JSON object, found '[]'"),
+        ("", "expected a JSON Lines file, found an empty file"),
     ],
 )
-def test_a_wrong_line_is_named(folder, settings, line, message):
+def test_a_wrong_line_is_named_or_counted(folder, settings, line, message):
     with pytest.raises(UserError) as error:
         read(folder, settings, line)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+    if line:
+        problems = Problems("skip")
+        assert len(read(folder, settings, line, {"question": "What?"}, problems=problems)) == 1
+        assert problems.count == 1
+        assert message in problems.first[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("a.jpg,What?,a cup,cup|a mug,,,", ("image", None, ("a cup", "cup", "a mug"), ())),
+        ("clip.mp4,What?,b,,a cup | a ball,1.5,3", ("video", (1.5, 3.0), ("B",), ("a cup", "a ball"))),
+        ("a.jpg | b.jpg,What?,x,,,,", ("frames", None, ("x",), ())),
+        ('a.jpg,"What, ""now""?\nOr then?",x,,,,', ("image", None, ("x",), ())),
+        (",What?,nan,,,,", (None, None, ("nan",), ())),
+        (",What?,,,,,", (None, None, (), ())),
+    ],
+)
+def test_a_row_is_what_the_line_is(folder, settings, row, expected):
+    row = row.replace(",b,", ",a ball,")
+    (asked,) = read(folder, settings, "media,question,answer,answers,options,start,end", row, source="csv")
+    media, question = asked.media, asked.question
+    window = (media.start, media.end) if media and media.kind == "video" else None
+    assert (media and media.kind, window, question.accepted(), question.options) == expected
+    assert question.question == ('What, "now"?\nOr then?' if "now" in row else "What?")
+    assert question.id == "qa-2"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["question,anwser"], "line 1: expected columns of ['answer', "),
+        (["question;answer"], "found 'question;answer'"),
+        (["question,question"], "line 1: expected each column once, found 'question' again"),
+        (["answer,media"], "line 1: expected a column 'question'"),
+        (["question,answer", "What?,so,not"], "line 2: expected 2 cells, found 3; quote"),
+        (["question,answer", "What?"], "line 2: expected 2 cells, found 1"),
+        (["question,answer", "", '"What?" she said,so'], "line 3: expected a row of CSV, found ',' expected after"),
+        (["question,answer", "What?,so", '"What?,so', "Who?,me"], "line 3: expected a row of CSV, found unexpected"),
+        (["question,start", "What?,nan"], "line 2: start: expected seconds, found nan"),
+        (["question,end", "What?,soon"], "line 2: end: expected seconds, found 'soon'"),
+        (["question,options", "What?,a|"], "line 2: expected text for 'options.1'"),
+        ([""], "expected a CSV file, found an empty file"),
+    ],
+)
+def test_a_wrong_row_is_named(folder, settings, lines, message):
+    with pytest.raises(UserError) as error:
+        read(folder, settings, *lines, source="csv")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_after_a_wrong_one_are_read(folder, settings):
+    problems = Problems("skip")
+    rows = ("What?,so", 'Wh"at?,so', '"What?" no,so', "Who?,me,you", '"Where', 'now?",here')
+    found = read(folder, settings, "question,answer", *rows, source="csv", problems=problems)
+    assert [one.question.question for one in found] == ["What?", 'Wh"at?', "Where\nnow?"]
+    assert [one.question.id for one in found] == ["qa-2", "qa-3", "qa-6"]
+    assert [problem.split(": ")[1] for problem in problems.first] == ["line 4", "line 5"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("broken.jpg", "image"), ("broken.mp4", "video")])
 def test_unreadable_media_is_named(folder, settings, name, kind):
     (folder / name).write_bytes(b"\xff\xd8 not media")
-    with pytest.raises(UserError, match=rf"line 1: expected a readable {kind}, found .*{name}"):
-        read(folder, settings, {"media": name, "question": "What?", "answer": "x"})
+    media = files(folder, name)
+    with pytest.raises(BadRecordError, match=rf"expected a readable {kind}, found .*{name}"):
+        media.load(settings.data)
+    if kind == "video":
+        (folder / name).write_bytes(b"")
+        with pytest.raises(BadRecordError, match=rf"expected a readable video, found .*{name}"):
+            frame_rate(folder / name)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "what"),
-    [
-        ({"media": "a.jpg", "split": "train"}, {"media": "./a.jpg", "split": "test"}, "split for the same group"),
-        (
-            {"media": "clip.mp4", "end": 1, "split": "train"},
-            {"media": "clip.mp4", "start": 2, "split": "test"},
-            "split",
-        ),
-        (
-            {"media": ["a.jpg", "b.jpg"], "split": "train"},
-            {"media": "b.jpg", "split": "test"},
-            "split for the same group",
-        ),
-        ({"group": "home", "split": "train"}, {"group": "home", "split": "test"}, "split for the same group"),
-        ({"media": "a.jpg", "group": "x"}, {"media": "a.jpg", "group": "y"}, "group for the same media"),
-        ({"id": "one"}, {"id": "one"}, "line for the same id"),
-    ],
-)
-def test_lines_that_would_leak_or_clash_are_refused(folder, settings, first, second, what):
-    with pytest.raises(UserError, match=f"line 2: expected the same {what}"):
-        read(
-            folder, settings, *({"question": f"{n}?", "answer": "x", **line} for n, line in enumerate((first, second)))
-        )
+def test_a_window_beyond_the_video_is_named(folder, settings):
+    with pytest.raises(BadRecordError, match=r"expected a window within the 4\.00 s"):
+        files(folder, "clip.mp4", 9.0).load(settings.data)
 
 
-def test_files_seen_together_are_one_group_in_any_order(folder, settings):
-    (folder / "c.jpg").write_bytes(picture(3))
-    lines = [
-        {"media": media, "question": "What?", "answer": "x"}
-        for media in ("c.jpg", ["b.jpg", "c.jpg"], ["a.jpg", "b.jpg"])
-    ]
-    for order in (lines, lines[::-1]):
-        assert {sample.group for sample, _ in read(folder, settings, *order)} == {"a.jpg"}
-
-
-def test_windows_of_one_video_may_name_groups_of_their_own(folder, settings):
-    line = {"media": "clip.mp4", "question": "What?", "answer": "x"}
-    samples = read(folder, settings, {**line, "end": 2, "group": "a", "split": "train"},
-                   {**line, "start": 2, "group": "b", "split": "test"})  # fmt: skip
-    assert [(sample.group, split) for sample, split in samples] == [("a", "train"), ("b", "test")]
+def test_the_first_file_that_is_there_is_taken(folder):
+    assert frame_rate(folder / "clip.mp4") == 10
+    assert first_there(folder, ["no.mp4", "b.jpg", "a.jpg"]) == "b.jpg"
+    assert first_there(folder, ["x" * 5000, "no\0.mp4"]) == "x" * 5000
 
 
 def test_pictures_are_turned_upright(tmp_path, settings):
@@ -153,22 +183,22 @@ def test_pictures_are_turned_upright(tmp_path, settings):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to show
     wide.save(tmp_path / "phone.jpg", exif=exif)
-    assert Image.open(io.BytesIO(read_image(tmp_path / "phone.jpg", settings.data, "here"))).size == (56, 112)
+    assert Image.open(io.BytesIO(read_image(tmp_path / "phone.jpg", settings.data))).size == (56, 112)
 
 
 def test_what_editors_and_json_allow_is_read(folder, settings):
-    path = folder / "qa.jsonl"
     record = '{"question": "What?\u2028", "answer": "y", "options": ["x", "y"], "answers": ["x"]}'
-    path.write_bytes(b"\xef\xbb\xbf" + record.encode() + b"\r\n")
-    data = settings.data.model_copy(update={"source": "jsonl", "path": str(path)})
-    ((sample, _),) = jsonl.read(data)
-    assert sample.records[0].answers == ("B", "A")
+    (asked,) = read(folder, settings, "\ufeff" + record + "\r", "")
+    assert asked.question.accepted() == ("B", "A")
+    (asked,) = read(folder, settings, "\ufeffquestion,answer\r", "What?,so\r", "", source="csv")
+    assert (asked.question.question, asked.question.answer) == ("What?", "so")
 
 
-def test_a_missing_file_is_named(tmp_path, settings):
-    data = settings.data.model_copy(update={"source": "jsonl", "path": str(tmp_path / "no.jsonl")})
-    with pytest.raises(UserError, match=r"data\.path: expected a JSON Lines file"):
-        list(jsonl.read(data))
+@pytest.mark.parametrize("source", [source for source in READERS if source not in ("synthetic", "hub")])
+def test_a_missing_file_is_named(tmp_path, settings, source):
+    data = settings.data.model_copy(update={"source": source, "path": str(tmp_path / "no.file")})
+    with pytest.raises(UserError, match=r"data\.path: expected .* in UTF-8, found .*no\.file"):
+        list(READERS[source](data, Problems("skip")))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +212,7 @@ def test_a_missing_file_is_named(tmp_path, settings):
 )
 def test_video_frames_are_those_on_show_at_even_times(folder, settings, start, end, fps, expected):
     data = settings.data.model_copy(update={"fps": fps, "max_frames": 9})
-    frames, rate = read_video(folder / "clip.mp4", data, start, end, "here")
+    frames, rate = read_video(folder / "clip.mp4", data, start, end)
     assert [brightness(frame) for frame in frames] == pytest.approx(expected, abs=1)
     assert rate == pytest.approx(len(frames) / ((end or 4.0) - start))
 
@@ -190,7 +220,7 @@ def test_video_frames_are_those_on_show_at_even_times(folder, settings, start, e
 def test_media_is_resized_within_the_budget_to_whole_visual_tokens(tmp_path, settings):
     (tmp_path / "wide.jpg").write_bytes(picture(0, width=640, height=360))
     data = settings.data.model_copy(update={"max_pixels": 12544})
-    width, height = Image.open(io.BytesIO(read_image(tmp_path / "wide.jpg", data, "here"))).size
+    width, height = Image.open(io.BytesIO(read_image(tmp_path / "wide.jpg", data))).size
     assert width % 28 == height % 28 == 0
     assert width * height <= 12544
     assert width > height

@@ -17,7 +17,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
@@ -42,6 +42,7 @@ class Tuning:
 
     def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
         self._folder, self._method, self._device = folder, settings.method, device
+        set_seed(settings.seed)  # of the adapters' first weights
         model = load_model(folder, _PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":

@@ -8,7 +8,7 @@ from typing import Any
 from firstsight.core.params import Data
 from firstsight.data.records import Record
 from firstsight.sources.overlap import video_ids
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Asked, Media, Question
 from firstsight.sources.splits import SplitName, split_of, stratified
 
@@ -68,9 +68,11 @@ def _answerable(asked: list[tuple[str, Asked]], data: Data, problems: Problems, 
         question = one.question
         with problems.at(question.place):
             if (other := places.setdefault(question.id, question.place)) != question.place:
-                raise BadRecord(f"expected an id of its own, found {question.id!r} again, as at {other}; rename it")
+                raise BadRecordError(
+                    f"expected an id of its own, found {question.id!r} again, as at {other}; rename it"
+                )
             if question.answer is None and data.unanswered == "refuse":
-                raise BadRecord(
+                raise BadRecordError(
                     "expected an answer, found none; add it, or remove the record, or set data.unanswered to teacher"
                 )
             kept.append((name, one))
@@ -100,20 +102,20 @@ def _groups(asked: list[tuple[str, Asked]]) -> dict[str, str]:
 
 
 def _agreeing(asked: list[tuple[str, Asked]], groups: dict[str, str], problems: Problems) -> list[tuple[str, Asked]]:
-    """The questions that agree with those before them: one media has one group, and one group one split."""
+    """The questions that agree with those before them in their source: one media has one group, one group one split."""
     group_of: dict[tuple[str, str], tuple[str, Any]] = {}
-    split_by_group: dict[str, tuple[str, Any]] = {}
+    split_by_group: dict[tuple[str, str], tuple[str, Any]] = {}
     kept = []
     for name, one in asked:
         question, group = one.question, groups[one.question.id]
         with problems.at(question.place):
             for known, key, value, what in (
                 (group_of, (name, media_key(one)), group, "group for the same media"),
-                (split_by_group, group, question.split, "split for the same group"),
+                (split_by_group, (name, group), question.split, "split for the same group"),
             ):
                 other, expected = known.setdefault(key, (question.place, value))
                 if expected != value:
-                    raise BadRecord(
+                    raise BadRecordError(
                         f"expected the same {what} as at {other} ({expected!r}), found {value!r}; "
                         "make them agree, or tell them apart"
                     )

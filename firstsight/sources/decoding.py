@@ -25,7 +25,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint
 from firstsight.core.params import Data
 from firstsight.sources.assembly import Unit
-from firstsight.sources.problems import BadRecord, Problems
+from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Media, Pictures
 
 CHUNK = 16
@@ -152,7 +152,7 @@ def _decode(media: Media | None, data: Data) -> dict:
         return {"frames": [], "fps": 0.0, "digest": b"", "look": bytes(9 * LOOK**2), "size": [0] * 4, "problem": None}
     try:
         pictures = media.load(data)
-    except BadRecord as error:
+    except BadRecordError as error:
         return {"problem": str(error)}
     frames = pictures.frames
     shown = [Image.open(io.BytesIO(frames[place])) for place in (0, len(frames) // 2, -1)]

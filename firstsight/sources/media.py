@@ -1,10 +1,12 @@
 """Images and videos as JPEG frames: decoded, sampled and resized once, when the data set is built."""
 
 import io
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -13,7 +15,7 @@ from qwen_vl_utils import fetch_image
 
 from firstsight.core.params import Data
 from firstsight.data.records import MediaKind
-from firstsight.sources.problems import BadRecord
+from firstsight.sources.problems import BadRecordError
 from firstsight.sources.question import Pictures
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
@@ -57,18 +59,18 @@ def files(
         check: whether the files must be there.
 
     Raises:
-        BadRecord: a file is missing or outside of `root`; or a window is given with what is no video.
+        BadRecordError: a file is missing or outside of `root`; or a window is given with what is no video.
     """
     names = [media] if isinstance(media, str) else list(media)
     if not names:
-        raise BadRecord("expected media, found an empty list; name files, or remove the record")
+        raise BadRecordError("expected media, found an empty list; name files, or remove the record")
     inside = tuple(_inside(root, name, check) for name in names)
     if not isinstance(media, str):
         kind = "frames"
     else:
         kind = "video" if Path(media).suffix.lower() in VIDEO_SUFFIXES else "image"
     if kind != "video" and (start or end):
-        raise BadRecord(f"expected start and end with a video alone, found them with media {media!r}; remove them")
+        raise BadRecordError(f"expected start and end with a video alone, found them with media {media!r}; remove them")
     return Files(kind, root, inside, start or 0.0, end)
 
 
@@ -78,18 +80,25 @@ def _inside(root: Path, name: str, check: bool) -> str:
         resolved, base = (root / name).resolve(), root.resolve()
         found = resolved.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadRecord(f"expected a media file, found {name[:80]!r} ({str(error)[:80]}); correct the path") from None
+        raise BadRecordError(
+            f"expected a media file, found {name[:80]!r} ({str(error)[:80]}); correct the path"
+        ) from None
     if not resolved.is_relative_to(base):
-        raise BadRecord(
+        raise BadRecordError(
             f"expected media below {root}, found {name[:80]!r}, which is {resolved}; "
             "move it there, or set media_root to a folder that holds all media"
         )
     if check and not found:
-        raise BadRecord(
+        raise BadRecordError(
             f"expected a media file, found no {root / name}; correct the path (it is relative to {root}), "
             "or remove the record"
         )
     return posixpath.normpath(resolved.relative_to(base).as_posix() if Path(name).is_absolute() else name)
+
+
+def first_there(root: Path, names: Sequence[str]) -> str:
+    """The first of the names that is a file below `root`, else the first of all, for `files` to say that it is not."""
+    return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, which raises
 
 
 def encode(picture: Image.Image, data: Data) -> bytes:
@@ -99,11 +108,11 @@ def encode(picture: Image.Image, data: Data) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(path: Path, data: Data) -> bytes:
-    """One image file as JPEG bytes.
+def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:
+    """One image file as JPEG bytes. `name` is what an error calls it, the path by default.
 
     Raises:
-        BadRecord: it cannot be read.
+        BadRecordError: it cannot be read.
     """
     try:
         with Image.open(path) as picture:
@@ -114,7 +123,7 @@ def read_image(path: Path, data: Data) -> bytes:
                 turned = turned.convert("I").point(lambda value: value / 256).convert("L")
             return encode(turned, data)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"expected a readable image, found {path} ({error}); mend or remove it") from None
+        raise BadRecordError(f"expected a readable image, found {name or path} ({error}); mend or remove it") from None
 
 
 def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple[tuple[bytes, ...], float]:
@@ -124,7 +133,7 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
     frames in pairs. Each is the last frame shown at the middle of its share of the time.
 
     Raises:
-        BadRecord: it cannot be read, or the window is outside of it.
+        BadRecordError: it cannot be read, or the window is outside of it.
     """
     try:
         with av.open(str(path)) as container:
@@ -132,7 +141,7 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
             stream.thread_type = "AUTO"
             length = _duration(container, stream)
             if not 0 <= start < min(end or length, length):
-                raise BadRecord(
+                raise BadRecordError(
                     f"expected a window within the {length:.2f} s of {path}, "
                     f"found {start:g} to {end or length:g} s; correct start and end"
                 )
@@ -141,7 +150,20 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
             times = start + (np.arange(count) + 0.5) * seconds / count
             return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
     except (OSError, av.FFmpegError, ValueError, IndexError) as error:
-        raise BadRecord(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+
+
+def frame_rate(path: Path) -> float:
+    """Frames per second of a video, on average.
+
+    Raises:
+        BadRecordError: it cannot be read.
+    """
+    try:
+        with av.open(str(path)) as container:
+            return float(container.streams.video[0].average_rate)
+    except (OSError, av.FFmpegError, ValueError, IndexError, TypeError) as error:
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
 
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:

@@ -10,7 +10,7 @@ from firstsight.core.errors import UserError
 LISTED = 1000
 
 
-class BadRecord(Exception):
+class BadRecordError(Exception):
     """One record, or its media, cannot be used. The message says what was expected, what was found, and what to do."""
 
 
@@ -28,10 +28,10 @@ class Problems:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Meets a BadRecord that is raised in the block. `place` names file and line, or key, of the record."""
+        """Meets a BadRecordError that is raised in the block. `place` names file and line, or key, of the record."""
         try:
             yield
-        except BadRecord as error:
+        except BadRecordError as error:
             self.meet(place, str(error))
 
     def meet(self, place: str, message: str) -> None:

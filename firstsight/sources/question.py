@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from firstsight.core.params import Data
 from firstsight.data.records import LETTERS, MediaKind, Record
-from firstsight.sources.problems import BadRecord
+from firstsight.sources.problems import BadRecordError
 
 # A question of a megabyte is a broken file, and would break the training it got into.
 MAX_CHARACTERS = 20_000
@@ -43,7 +43,7 @@ class Media(Protocol):
         """Decoded, sampled and resized.
 
         Raises:
-            BadRecord: it cannot be.
+            BadRecordError: it cannot be.
         """
 
 
@@ -54,7 +54,7 @@ class Question(BaseModel):
     `answer` the question is unanswered, see `data.unanswered`. `group` overrides the media's; `split` the hash's.
 
     Raises:
-        ValidationError: a value is not what it should be; `question` turns it into a BadRecord.
+        ValidationError: a value is not what it should be; `question` turns it into a BadRecordError.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, str_strip_whitespace=True, frozen=True)
@@ -88,7 +88,7 @@ class Question(BaseModel):
         """All answers that count as right, the one to teach first; letters where there are options.
 
         Raises:
-            BadRecord: an answer is not among the options.
+            BadRecordError: an answer is not among the options.
         """
         answers = [text for text in (self.answer, *self.answers) if text is not None]
         if self.options:
@@ -113,7 +113,7 @@ class Question(BaseModel):
             return letters[self.options.index(answer)]
         if len(answer) == 1 and answer in letters:
             return answer
-        raise BadRecord(
+        raise BadRecordError(
             f"expected the answer to be a letter of {letters!r} or an option's text, found {answer[:60]!r}; correct it"
         )
 
@@ -130,13 +130,13 @@ def question(place: str, **values: Any) -> Question:
     """A validated question; values that are None are left out.
 
     Raises:
-        BadRecord: names the first wrong value.
+        BadRecordError: names the first wrong value.
     """
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
     try:
         made = Question(place=place, **given)
     except ValidationError as error:
-        raise BadRecord(f"{describe(error)}; correct it") from None
+        raise BadRecordError(f"{describe(error)}; correct it") from None
     made.accepted()
     return made
 

@@ -1,0 +1,167 @@
+"""Qwen2-VL-7B and 2B at true size, with random weights, through the stages: peak memory against what the plan says.
+
+    python -m benchmarks.true_size [PRESET]      presets/qwen2-vl-7b-24gb.yaml where none is named
+
+On CUDA models have their true sizes, in bfloat16, and vocabularies of 151,657 tokens; it takes 30 GB of disk, in the
+folder that TMPDIR names. On the CPU widths and vocabulary are an eighth of those, and the plan, which is about CUDA, is
+left out. The data are videos of 16 frames of 448 x 448 pixels (4 of 112 x 112 on the CPU) with a question each;
+ten optimizer steps are taken.
+
+Each stage runs in a process of its own. On CUDA its peak is what torch reserved at most and the context beside it; on
+the CPU its highest resident memory. Writes benchmarks/true-size-cuda.csv or -cpu.csv. Stages whose libraries are
+missing (bitsandbytes) are left out, and it says so.
+"""
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+
+from benchmarks.checkpoints import padded_tokenizer, write_random
+from benchmarks.distill_step import SCALE, SHARED, config
+from benchmarks.measuring import environment, write
+from firstsight.core import params
+from firstsight.core.stage import log, main
+from firstsight.data.records import Record, Sample, SplitWriter
+from firstsight.models.initialise import build_processor
+from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
+from firstsight.planning import table
+from firstsight.planning.workload import workload
+
+ROOT = Path.cwd()
+STEPS = 10
+# Frames of a video, and their sides in pixels.
+VIDEO = {"cpu": (4, 112), "cuda": (16, 448)}
+STAGES = (
+    ("cache_teacher_targets", ()),
+    ("distill", ()),
+    ("quantize_student", ()),
+    ("evaluate", ("teacher",)),
+    ("evaluate", ("student",)),
+    ("evaluate", ("student-distilled",)),
+    ("evaluate", ("student-quantized",)),
+)
+
+
+def prepare(folder: Path, preset: Path, device: str) -> None:
+    """A workspace as it is before cache-teacher-targets: params.yaml, both models and the data."""
+    divisor, (frames, side) = SCALE[device][0], VIDEO[device]
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load(preset)
+    values["finetune_teacher"]["enabled"] = False
+    values["train"] |= {"epochs": 1, "gradient_accumulation_steps": 1, "warmup_fraction": 0.0}
+    values["evaluate"] |= {"latency_runs": 3, "batch_size": 2}
+    values["data"] |= {"max_frames": frames, "max_pixels": side**2}
+    values["runtime"] = {"device": device, "data_workers": 0}
+    for role, place in (("teacher", "models/teacher-finetuned"), ("student", "models/student")):
+        values["models"][role] = {"source": place, "revision": None, "init": None}
+    yaml.dump(values, folder / "params.yaml")
+
+    init = params.load(ROOT / "params.yaml").models.student.init
+    corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
+    processor = build_processor(padded_tokenizer(corpus, init.words, SHARED // divisor), side**2)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for place, sizes in (("models/teacher-finetuned", QWEN2_VL_7B), ("models/student", QWEN2_VL_2B)):
+        (folder / place).mkdir(parents=True)
+        write_random(config(sizes, divisor, processor.tokenizer), folder / place, dtype)
+        processor.save_pretrained(folder / place)
+
+    counts = {"train": STEPS * values["train"]["batch_size"], "validation": 2, "test": 4}
+    (folder / "data/egoqa").mkdir(parents=True)
+    for split, count in counts.items():
+        with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
+            for number in range(count):
+                writer.write(video(f"{split}-{number}", frames, side))
+    splits = {split: {"samples": count, "records": count} for split, count in counts.items()}
+    card = {"source": values["data"]["source"], "splits": splits}
+    (folder / "data/egoqa/card.json").write_text(json.dumps(card))
+
+
+def video(name: str, count: int, side: int) -> Sample:
+    """Frames of one colour each, and a question of about 32 tokens with an answer of 16."""
+    frames = []
+    for number in range(count):
+        frame = BytesIO()
+        Image.new("RGB", (side, side), (16 * number, 128, 255 - 16 * number)).save(frame, "JPEG")
+        frames.append(frame.getvalue())
+    question = "Where is the cup? " * 6
+    answer = "on the left of the table " * 2
+    record = Record(name, question.strip(), answer.strip(), (answer.strip(),), "open")
+    return Sample(name, name, "noise", "video", tuple(frames), 2.0, (record,))
+
+
+def planned(folder: Path) -> dict[str, float]:
+    """Bytes that the plan gives each stage, by its name there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        loaded = params.load()
+        rows = table.rows(loaded, workload(loaded.data, params.PARAMS_FILE))
+    finally:
+        os.chdir(before)
+    return {row.stage: row.memory.total for row in rows if row.memory}
+
+
+def stage(module: str, arguments: list[str]) -> None:
+    """Run a stage in this process and print its peak memory in bytes, as the last line."""
+    sys.argv = [module, *arguments]
+    importlib.import_module(f"stages.{module}").run()
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        context = total - free - torch.cuda.memory_reserved()
+        print(torch.cuda.max_memory_reserved() + context)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def run() -> None:
+    if sys.argv[1:2] == ["--stage"]:
+        stage(sys.argv[2], sys.argv[3:])
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    preset = Path(sys.argv[1] if len(sys.argv) > 1 else "presets/qwen2-vl-7b-24gb.yaml")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        started = time.perf_counter()
+        prepare(folder, preset, device)
+        log.info("wrote models and data in %.0f s", time.perf_counter() - started)
+        plan = planned(folder) if device == "cuda" else {}
+        for module, arguments in STAGES:
+            name = " ".join([module.replace("_", "-"), *arguments])
+            if "quantize" in name and not find_spec("bitsandbytes"):
+                log.warning("left out %s: bitsandbytes is not installed", name)
+                continue
+            if "quantized" in name and not (folder / "models/student-quantized").exists():
+                continue
+            started = time.perf_counter()
+            words = [sys.executable, "-m", "benchmarks.true_size", "--stage", module, *arguments]
+            variables = os.environ | {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
+            done = subprocess.run(words, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+            peak = int(done.stdout.splitlines()[-1])
+            rows.append({
+                "stage": name,
+                "preset": preset.name,
+                "seconds": round(time.perf_counter() - started, 1),
+                "peak_gib": round(peak / 2**30, 2),
+                "planned_gib": round(plan[name] / 2**30, 2) if name in plan else "",
+                "ratio": round(peak / plan[name], 3) if name in plan else "",
+                **environment(device),
+            })  # fmt: skip
+            log.info("%(stage)s: %(peak_gib)s GiB, planned %(planned_gib)s, %(seconds)s s", rows[-1])
+    write(f"true-size-{device}", rows)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -4,11 +4,13 @@
 
 On CUDA models have the true sizes of Qwen2-VL-7B and 2B, with random weights; on the CPU all widths and the vocabulary
 are an eighth of those and the depth is the same, which keeps the ratio of parameters (8.3 to 2.2). A step is forward
-pass, loss, backward pass and AdamW over the whole student, float32 weights (bfloat16 autocast on CUDA), on samples of
-one picture with six questions; data loading is left out. The teacher is loaded as `targets.precision` would load it.
+pass, loss, backward pass and AdamW (bfloat16 autocast on CUDA), on samples of one picture with six questions; data
+loading is left out. The student is trained whole, float32 weights, or by rank-16 adapters of its language model over
+bfloat16 weights (float32 on the CPU). The teacher is loaded as `targets.precision` would load it.
 
 Each case runs in a process of its own. Memory is the peak over all that comes after the imports: weights, gradients,
-optimizer state, activations. Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with ratios to cached targets.
+optimizer state, activations. Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with ratios to cached targets for the
+same student.
 """
 
 import json
@@ -22,6 +24,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
@@ -78,9 +81,10 @@ def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
 
 
 def scenes(data: params.Data, side: int) -> list[Sample]:
-    """Rendered scenes with six questions each, enlarged to `side` pixels."""
+    """Rendered images with six questions each, enlarged to `side` pixels."""
+    images = data.model_copy(update={"synthetic": data.synthetic.model_copy(update={"clip_fraction": 0.0})})
     found = []
-    for sample in preview.samples(data, SAMPLES):
+    for sample in preview.samples(images, SAMPLES):
         picture = BytesIO()
         sample.pictures()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
         asked = tuple(record for record in sample.records if record.question_type not in data.train_only_types)
@@ -88,7 +92,7 @@ def scenes(data: params.Data, side: int) -> list[Sample]:
     return found
 
 
-def measure(case: str, device: str) -> dict[str, float]:
+def measure(case: str, method: str, device: str) -> dict[str, float]:
     """Median seconds of a step, peak bytes, and how many tokens a step has."""
     divisor, side = SCALE[device]
     loaded = params.load()
@@ -116,8 +120,9 @@ def measure(case: str, device: str) -> dict[str, float]:
                 teacher = load_model(Path(folder), case.removeprefix("online, "), device).requires_grad_(False)
                 head, known = head_weight(teacher), batch
             seconds, parameters = steps(
-                loaded.train, student_config, batch, teacher, head, known, SHARED // divisor, device
-            )
+                loaded.train.model_copy(update={"method": method, "train_vision": method == "full"}),
+                student_config, batch, teacher, head, known, SHARED // divisor, device,
+            )  # fmt: skip
     return {
         "seconds": statistics.median(seconds),
         "bytes": memory.bytes,
@@ -138,10 +143,17 @@ def steps(
     device: str,
 ) -> tuple[list[float], int]:
     """Seconds of each timed step of a fresh student, after a first one, and its number of parameters."""
+    dtype = torch.bfloat16 if device == "cuda" and settings.method == "lora" else torch.float32
     with torch.device(device):
-        student = AutoModelForImageTextToText.from_config(student_config, dtype=torch.float32).train()
+        student = AutoModelForImageTextToText.from_config(student_config, dtype=dtype).train()
+    if settings.method == "lora":
+        adapter = settings.adapter
+        targets = rf".*language_model.*\.({'|'.join(adapter.targets)})"
+        student = get_peft_model(
+            student, LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets)
+        ).get_base_model()
     model = DistillationModel(student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=shared)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
     answers, seconds = (batch["labels"] != IGNORE).sum(), []
     for _ in range(1 + STEPS[device]):
         started = time.perf_counter()
@@ -156,28 +168,31 @@ def steps(
 
 
 def run() -> None:
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 4:
         print(json.dumps(measure(*sys.argv[1:])))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = ["cached", "online, bfloat16" if device == "cuda" else "online, float32"]
     if find_spec("bitsandbytes"):
         cases.append("online, int8")
-    measured = {case: alone("distill_step", case, device) for case in cases}
-    reference, rows = measured["cached"], []
-    for case, found in measured.items():
-        rows.append({
-            "teacher": case,
-            "seconds": round(found["seconds"], 3),
-            "memory_mb": round(found["bytes"] / 1e6),
-            "time_ratio": round(found["seconds"] / reference["seconds"], 2),
-            "memory_ratio": round(found["bytes"] / reference["bytes"], 2),
-            "tokens": found["tokens"],
-            "answer_tokens": found["answer_tokens"],
-            "student_parameters": found["student_parameters"],
-            **environment(device),
-        })  # fmt: skip
-        log.info("%(teacher)s: %(seconds).2f s a step, %(memory_mb)d MB", rows[-1])
+    rows = []
+    for method in ("full", "lora"):
+        measured = {case: alone("distill_step", case, method, device) for case in cases}
+        reference = measured["cached"]
+        for case, found in measured.items():
+            rows.append({
+                "student": method,
+                "teacher": case,
+                "seconds": round(found["seconds"], 3),
+                "memory_mb": round(found["bytes"] / 1e6),
+                "time_ratio": round(found["seconds"] / reference["seconds"], 2),
+                "memory_ratio": round(found["bytes"] / reference["bytes"], 2),
+                "tokens": found["tokens"],
+                "answer_tokens": found["answer_tokens"],
+                "student_parameters": found["student_parameters"],
+                **environment(device),
+            })  # fmt: skip
+            log.info("%(student)s student, %(teacher)s: %(seconds).2f s a step, %(memory_mb)d MB", rows[-1])
     write(f"distill-step-{device}", rows)
 
 

@@ -23,10 +23,10 @@ def read(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
 
 
-def bars(axes, labels: list[str], values: list[float], ours: str, title: str, unit: str) -> None:
-    axes.barh(labels, values, color=[OURS if label == ours else OTHERS for label in labels])
+def bars(axes, labels: list[str], values: list[float], ours: set[str], title: str, unit: str) -> None:
+    axes.barh(labels, values, color=[OURS if label in ours else OTHERS for label in labels])
     for place, value in enumerate(values):
-        axes.annotate(f" {value:,.3g} {unit}", (value, place), va="center", fontsize=9)
+        axes.annotate(f" {value:,.{0 if value >= 100 else 1}f} {unit}", (value, place), va="center", fontsize=9)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlim(0, 1.3 * max(values))
     axes.invert_yaxis()
@@ -43,14 +43,18 @@ def run() -> None:
     for row in sweep:
         totals[row["targets"]] += float(row["seconds"]) / 60
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 2.4), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(10, 4.6), layout="constrained")
+    axes = grid.flat
     names = [row["implementation"] for row in loss]
     title = f"Loss and gradients, {most:,} answer tokens"
-    bars(axes[0], names, [float(row["seconds"]) for row in loss], "FirstSight", f"{title}: time", "s")
-    bars(axes[1], names, [float(row["memory_mb"]) for row in loss], "FirstSight", f"{title}: memory", "MB")
-    cases = [row["teacher"] for row in step]
-    bars(axes[2], cases, [float(row["seconds"]) for row in step], "cached", "One training step, by teacher: time", "s")
-    bars(axes[3], list(totals), list(totals.values()), "hidden", "Six (T, alpha) points, by targets: time", "min")
+    bars(axes[0], names, [float(row["seconds"]) for row in loss], {"FirstSight"}, f"{title}: time", "s")
+    bars(axes[1], names, [float(row["memory_mb"]) for row in loss], {"FirstSight"}, f"{title}: memory", "MB")
+    cases = [f"{row['student']}: {row['teacher']}" for row in step]
+    cached = {f"{row['student']}: cached" for row in step}
+    bars(
+        axes[2], cases, [float(row["seconds"]) for row in step], cached, "A training step, by student and teacher", "s"
+    )
+    bars(axes[3], list(totals), list(totals.values()), {"hidden"}, "Six (T, alpha) points, by targets", "min")
     figure.supxlabel(f"{loss[0]['device']}, torch {loss[0]['torch']}", fontsize=8)
     figure.savefig(FOLDER / "distillation.png", dpi=110)
     log.info("wrote %s", FOLDER / "distillation.png")

@@ -9,7 +9,7 @@ ten optimizer steps are taken.
 
 Each stage runs in a process of its own. On CUDA its peak is what torch reserved at most and the context beside it; on
 the CPU its highest resident memory. Writes benchmarks/true-size-cuda.csv or -cpu.csv. Stages whose libraries are
-missing (bitsandbytes) are left out, and it says so.
+missing (bitsandbytes, rouge_score) are left out, and it says so.
 """
 
 import importlib
@@ -125,6 +125,12 @@ def stage(module: str, arguments: list[str]) -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+def needs(module: str, arguments: tuple[str, ...]) -> list[str]:
+    """Libraries of a stage that a machine for benchmarks may lack."""
+    quantised = module == "quantize_student" or "student-quantized" in arguments
+    return ["rouge_score"] * (module == "evaluate") + ["bitsandbytes"] * quantised
+
+
 def run() -> None:
     if sys.argv[1:2] == ["--stage"]:
         stage(sys.argv[2], sys.argv[3:])
@@ -140,10 +146,8 @@ def run() -> None:
         plan = planned(folder) if device == "cuda" else {}
         for module, arguments in STAGES:
             name = " ".join([module.replace("_", "-"), *arguments])
-            if "quantize" in name and not find_spec("bitsandbytes"):
-                log.warning("left out %s: bitsandbytes is not installed", name)
-                continue
-            if "quantized" in name and not (folder / "models/student-quantized").exists():
+            if missing := [library for library in needs(module, arguments) if not find_spec(library)]:
+                log.warning("left out %s: %s is not installed", name, ", ".join(missing))
                 continue
             started = time.perf_counter()
             words = [sys.executable, "-m", "benchmarks.true_size", "--stage", module, *arguments]
@@ -160,7 +164,7 @@ def run() -> None:
                 **environment(device),
             })  # fmt: skip
             log.info("%(stage)s: %(peak_gib)s GiB, planned %(planned_gib)s, %(seconds)s s", rows[-1])
-    write(f"true-size-{device}", rows)
+            write(f"true-size-{device}", rows)  # so that what is measured is kept if a later stage fails
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch
 
 from firstsight.core import params
 from firstsight.core.stage import main
+from firstsight.models.shapes import on_meta
 from firstsight.planning import table
-from firstsight.planning.workload import workload
+from firstsight.planning.workload import reads_text_alone, workload
 
 # What GPUs there commonly are, where there is none to ask.
 COMMON_GIB = (24, 48, 80)
@@ -35,8 +36,9 @@ def run() -> None:
     print(f"params  {path}\ndata    {work.source}\n\n{table.render(rows)}\n")
     for name, memory in gpus():
         print(table.verdict(rows, name, memory))
-    if any("EgoGPT" in model.source for model in (loaded.models.teacher, loaded.models.student)):
-        print("\nEgoGPT's speech encoder and what it adds to a sequence are not counted")
+    for model in (loaded.models.teacher, loaded.models.student):
+        if reads_text_alone(on_meta(model).config):
+            print(f"\n{model.source} reads text alone: for it media are not counted, and its stages refuse them")
     print("\ntime is a stage's share of the arithmetic, not hours; for GPU memory see firstsight/planning/memory.py")
 
 

@@ -17,10 +17,11 @@ from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import SPLITS, Sample, SplitWriter
 from firstsight.runs import scratch
+from firstsight.sources import hub
 from firstsight.sources.assembly import Unit, assemble
 from firstsight.sources.card import data_card
 from firstsight.sources.decoding import Decoded, Decoder
-from firstsight.sources.near_duplicates import without_leaks
+from firstsight.sources.near_duplicates import without_copies, without_leaks
 from firstsight.sources.problems import Problems
 from firstsight.sources.question import Asked, Question
 from firstsight.sources.readers import READERS
@@ -32,15 +33,18 @@ def run() -> None:
     data = params.load().data
     problems, dropped = Problems(data.on_error), Counter()
     units = assemble(sources(data, problems), data, problems, dropped)
-    check_splits({split: sum(len(unit.questions) for unit in units if unit.split == split) for split in SPLITS})
+    check_splits(
+        {split: sum(len(unit.questions) for unit in units if unit.split == split) for split in SPLITS}, problems
+    )
     with scratch.kept_folder("build-egoqa-dataset", {"path": data.path, "source": data.source}) as kept:
         decoder = Decoder(kept, units, data)
-        written = without_leaks(decoder.run(problems), dropped)
+        written = without_copies(without_leaks(decoder.run(problems), dropped), dropped)
         counts = {split: sum(len(unit.questions) for unit, _ in written if unit.split == split) for split in SPLITS}
-        check_splits(counts)
+        check_splits(counts, problems)
         with whole_folder(OUTPUT) as folder:
             write(folder, decoder, written)
-            write_json(folder / "card.json", data_card(data, written, dropped, problems))
+            commit = hub.commit(data.hub) if data.source == "hub" else None
+            write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
     tell(counts, dropped, problems)
 
 
@@ -77,11 +81,14 @@ def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]]) -
                 )
 
 
-def check_splits(counts: dict[str, int]) -> None:
+def check_splits(counts: dict[str, int], problems: Problems) -> None:
     if empty := [split for split in SPLITS if not counts[split]]:
+        skipped = (
+            f"; {problems.count:,} records could not be used, first: {problems.first[0]}" if problems.count else ""
+        )
         raise UserError(
             f"data: expected records in every split, found none in {', '.join(empty)} (of {counts}); "
-            "add records, change data.*_fraction, or give records a split of their own"
+            f"add records, change data.*_fraction, or give records a split of their own{skipped}"
         )
 
 

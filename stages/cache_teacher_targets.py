@@ -44,7 +44,8 @@ def run() -> None:
     device = pick_device(loaded.runtime.device)
     made_from = {
         "kind": settings.kind,
-        "teacher": fingerprint_files(sorted(TEACHER.rglob("*.safetensors"))),
+        # Config, processor and chat template decide what the teacher says as its weights do.
+        "teacher": fingerprint_files(sorted(path for path in TEACHER.rglob("*") if path.is_file())),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
         "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared),

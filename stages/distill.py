@@ -18,7 +18,14 @@ from firstsight.core.files import fingerprint_files, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.targets import SplitTargets, check_vocabulary, read_answers, read_head, read_index
+from firstsight.distillation.targets import (
+    SplitTargets,
+    check_files,
+    check_vocabulary,
+    read_answers,
+    read_head,
+    read_index,
+)
 from firstsight.distillation.trainer import DistillationModel, total_steps, train
 from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
@@ -36,6 +43,7 @@ def run() -> None:
     processor = load_processor(STUDENT)
     check_vocabulary(TARGETS, processor.tokenizer)
     index = read_index(TARGETS)
+    check_files(TARGETS, index)
     online = index.kind == "online"
     train_set, validation_set = (
         dataset(split, processor, load_processor(TEACHER) if online else None) for split in ("train", "validation")

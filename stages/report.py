@@ -16,9 +16,11 @@ from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
 from firstsight.reporting import figures, page, summary
+from firstsight.reporting.contact_sheet import contact_sheet
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
-SAMPLES_SHOWN = 8
+# Of the contact sheet.
+SAMPLES_SHOWN, COLUMNS = 12, 3
 HISTORIES = {
     "finetune-teacher": Path("models/teacher-finetuned/history.json"),
     "distill": Path("models/student-distilled/history.json"),
@@ -70,13 +72,16 @@ def run() -> None:
         figures.quality(quality, plots / "quality.png")
         figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
         figures.by_type(measured["quality"], plots / "by-type.png")
+        samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
+        # Few colours: it is in git.
+        contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
         page.write(
             folder / "report.html",
             quality=quality,
             performance=performance,
             environment=measured["performance"][summary.TEACHER],
             card=read_json(DATA / "card.json", "build-egoqa-dataset"),
-            samples=[train[index] for index in spread(len(train), SAMPLES_SHOWN)],
+            samples=samples,
             parameters=params.PARAMS_FILE.read_text(encoding="utf-8"),
             questions=questions,
             predictions=predictions,

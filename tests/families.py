@@ -1,4 +1,4 @@
-"""A teacher of another family than the student's: LLaVA-OneVision, tiny and random, in the hub's own layout."""
+"""Checkpoints of several families, tiny and random, in the hub's own layout."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,16 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+
+from firstsight.models.initialise import CHAT_TEMPLATE as QWEN2_VL_TEMPLATE
+from firstsight.models.initialise import build_model
 
 # As llava-hf's checkpoints have it: no system prompt, media before text, and past turns that do not render as prompts.
 CHAT_TEMPLATE = (
@@ -80,3 +88,75 @@ def save_llava(folder: Path, tokenizer: Qwen2Tokenizer) -> None:
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.08,
+}
+# Qwen2's template knows content as text alone.
+TEXT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role + '\n' + message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_qwen2_vl(folder: Path, settings, processor) -> None:
+    torch.manual_seed(0)
+    build_model(settings.models.teacher.init, processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_qwen2_5_vl(folder: Path, settings, processor) -> None:
+    token = processor.tokenizer.convert_tokens_to_ids
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config=TEXT
+        | {
+            "vocab_size": 704,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=processor.image_processor,
+        video_processor=processor.video_processor,
+        tokenizer=processor.tokenizer,
+        chat_template=QWEN2_VL_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def save_qwen2(folder: Path, settings, processor) -> None:
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**TEXT, vocab_size=704)).save_pretrained(folder)
+    tokenizer = tokenizer_like(processor.tokenizer)
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def save_llava_onevision(folder: Path, settings, processor) -> None:
+    save_llava(folder, tokenizer_like(processor.tokenizer))
+
+
+SAVE = {
+    "Qwen2VLForConditionalGeneration": save_qwen2_vl,
+    "Qwen2_5_VLForConditionalGeneration": save_qwen2_5_vl,
+    "LlavaOnevisionForConditionalGeneration": save_llava_onevision,
+    "Qwen2ForCausalLM": save_qwen2,
+}

@@ -1,99 +1,20 @@
 """Checkpoints of several architectures through one path: loading, quantising, packing, asking."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import make_sample
-from families import save_llava, tokenizer_like
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from families import SAVE, save_qwen2
 
 from firstsight.core.errors import UserError
 from firstsight.data.packing import collate, encode, pack
 from firstsight.evaluation.answering import answers, model_inputs
-from firstsight.models.initialise import CHAT_TEMPLATE, build_model
+from firstsight.models.initialise import build_model
 from firstsight.models.loading import language_model_name, load_model, load_processor
 from firstsight.models.packed import last_hidden_states
 from firstsight.quantization.quantize import quantize_folder
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.08,
-}
-# Qwen2's template knows content as text alone.
-TEXT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role + '\n' + message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def save_qwen2_vl(folder: Path, settings, processor) -> None:
-    torch.manual_seed(0)
-    build_model(settings.models.teacher.init, processor.tokenizer).save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def save_qwen2_5_vl(folder: Path, settings, processor) -> None:
-    token = processor.tokenizer.convert_tokens_to_ids
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config=TEXT
-        | {
-            "vocab_size": 704,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-    )
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    Qwen2_5_VLProcessor(
-        image_processor=processor.image_processor,
-        video_processor=processor.video_processor,
-        tokenizer=processor.tokenizer,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-
-
-def save_qwen2(folder: Path, settings, processor) -> None:
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**TEXT, vocab_size=704)).save_pretrained(folder)
-    tokenizer = tokenizer_like(processor.tokenizer)
-    tokenizer.chat_template = TEXT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-
-
-def save_llava_onevision(folder: Path, settings, processor) -> None:
-    save_llava(folder, tokenizer_like(processor.tokenizer))
-
-
-SAVE = {
-    "Qwen2VLForConditionalGeneration": save_qwen2_vl,
-    "Qwen2_5_VLForConditionalGeneration": save_qwen2_5_vl,
-    "LlavaOnevisionForConditionalGeneration": save_llava_onevision,
-    "Qwen2ForCausalLM": save_qwen2,
-}
 
 
 @pytest.fixture(scope="module", params=SAVE, ids=list(SAVE))

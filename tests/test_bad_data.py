@@ -14,6 +14,7 @@ from test_sources import write_video
 
 from firstsight.core.errors import UserError
 from firstsight.data.records import SPLITS, Split
+from firstsight.sources import hub
 
 GOOD = [
     {"id": f"good-{split}", "media": f"{split}.jpg", "question": "What?", "answer": "a cup", "split": split}
@@ -230,8 +231,8 @@ def learnt(folder):
     return next(sample for sample in split if sample.records[0].answer == "a ball").pictures()
 
 
-def build(folder, *lines):
-    texts = [one if isinstance(one, str) else json.dumps(one) for one in (*GOOD, *lines)]
+def build(folder, *lines, good=GOOD):
+    texts = [one if isinstance(one, str) else json.dumps(one) for one in (*good, *lines)]
     (folder / "qa.jsonl").write_bytes("\n".join(texts).encode("utf-8", "surrogatepass"))
     run_stage(folder, "build_egoqa_dataset")
     return json.loads((folder / "data/egoqa/card.json").read_text())
@@ -315,6 +316,14 @@ def test_an_image_held_upright_is_turned(folder):
     assert np.asarray(shown.crop((0, 60, 56, 112)), float).mean() > 200
 
 
+def test_with_nothing_left_the_first_problem_is_said(folder):
+    change(folder, "data", on_error="skip")
+    with pytest.raises(
+        UserError, match=r"none in train, .* 3 records could not be used, first: qa\.jsonl: line 1: .*gone"
+    ):
+        build(folder, good=[one | {"media": "gone.jpg"} for one in GOOD])
+
+
 def test_invalid_utf8_is_named(folder):
     (folder / "qa.jsonl").write_bytes(b'{"question": "\xff", "answer": "so"}\n')
     with pytest.raises(UserError, match=r"expected a JSON Lines file in UTF-8, found qa\.jsonl"):
@@ -361,6 +370,25 @@ def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
     card = build(folder, line(media="copy.jpg"), line(media="larger.png", split="validation"))
     assert card["dropped"] == {"media of another split": 2}
     assert card["splits"]["train"]["records"] == 1
+
+
+def test_a_question_about_the_same_frames_is_asked_once_whatever_their_name(folder):
+    (folder / "again.jpg").write_bytes((folder / "train.jpg").read_bytes())
+    text = {"question": "What is a cup for?", "answer": "drinking", "split": "train"}
+    card = build(folder, line(media="again.jpg", question="What?"), line(media="again.jpg"), text, text)
+    assert card["dropped"] == {"duplicate": 2}
+    assert card["splits"]["train"]["records"] == 3
+
+
+def test_the_commit_of_a_data_set_of_the_hub_is_in_the_card(folder, monkeypatch):
+    rows = [{"question": f"What {split}?", "answer": "so", "split": split} for split in SPLITS]
+    (folder / "set").mkdir()
+    (folder / "set/data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {name: name for name in rows[0]}
+    asked = {"id": "set", "config": None, "revision": None, "splits": {"train": "by group"}, "fields": fields}
+    change(folder, "data", source="hub", hub=asked)
+    monkeypatch.setattr(hub, "commit", lambda _: "c0ffee")
+    assert build(folder)["commit"] == "c0ffee"
 
 
 def test_workers_decode_as_one_process_does(folder):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import assert_packed_as_alone
 from conftest import ROOT, YAML_SAFE, change, make_sample, picture, run_stage, workspace, write_params
 from egogpt_checkpoint import CASES, QUESTION, kept, pictures, save_original
 from PIL import Image
@@ -15,14 +16,12 @@ from transformers import AutoModelForImageTextToText, Qwen2Tokenizer
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.data.packing import collate, encode, pack
 from firstsight.data.records import SPLITS
 from firstsight.evaluation.answering import answers, model_inputs
 from firstsight.models.egogpt import EgoGptConfig, EgoGptForConditionalGeneration
 from firstsight.models.egogpt_conversion import convert, is_original
 from firstsight.models.initialise import SPECIAL_TOKENS, build_model, build_processor
 from firstsight.models.loading import load_model, load_processor
-from firstsight.models.packed import last_hidden_states
 
 EXPECTED = load_file(ROOT / "tests/data/egogpt.safetensors")
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
@@ -67,23 +66,8 @@ def test_states_and_logits_are_those_of_the_authors_code(checkpoints, case):
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
-@torch.inference_mode()
 def test_packed_states_equal_those_of_the_question_alone(loaded, sample):
-    model, processor = loaded
-    features = [pack(processor, one, encode(processor, one, one.records)) for one in SAMPLES]
-    batch = collate(features, processor.tokenizer.pad_token_id)
-    row = SAMPLES.index(sample)
-    hidden = last_hidden_states(model, batch)[row]
-    for number, record in enumerate(sample.records, start=1):
-        own = (batch["labels"][row, 1:] != -100) & (batch["segment_ids"][row, 1:] == number)
-        tokens = batch["labels"][row, 1:][own]
-        assert processor.tokenizer.decode(tokens) == record.answer + "<|im_end|>"
-        alone = model_inputs(processor, [(sample, record)], "cpu")
-        prompt = alone["input_ids"].shape[1]
-        alone["input_ids"] = torch.cat([alone["input_ids"], tokens[None]], dim=1)
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        expected = model.model(**alone).last_hidden_state[0, prompt - 1 : -1]
-        torch.testing.assert_close(hidden[:-1][own], expected, atol=2e-5, rtol=1e-4)
+    assert_packed_as_alone(*loaded, SAMPLES, sample)
 
 
 def test_a_batch_is_answered_as_its_questions_alone(loaded):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alone import assert_packed_as_alone
 from conftest import YAML_SAFE, change, make_sample, picture, run_stage, workspace, write_params
 from families import SPECIAL_TOKENS, save_llava, tokenizer_like
 from safetensors.torch import load_file
@@ -13,9 +14,8 @@ from firstsight.core.errors import UserError
 from firstsight.data.dataset import OnlineTeacher
 from firstsight.data.packing import collate, encode, pack
 from firstsight.data.records import Split, SplitWriter
-from firstsight.evaluation.answering import answers, model_inputs
+from firstsight.evaluation.answering import answers
 from firstsight.models.loading import load_model, load_processor
-from firstsight.models.packed import last_hidden_states
 from firstsight.models.vocabulary import shared_vocabulary
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
@@ -38,24 +38,8 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
-@torch.inference_mode()
 def test_packed_states_of_llava_equal_those_of_the_question_alone(llava, sample):
-    model, processor = load_model(llava, "float32", "cpu"), load_processor(llava)
-    features = [pack(processor, one, encode(processor, one, one.records)) for one in SAMPLES]
-    batch = collate(features, processor.tokenizer.pad_token_id)
-    row = SAMPLES.index(sample)
-    hidden = last_hidden_states(model, batch)[row]
-    for number, record in enumerate(sample.records, start=1):
-        own = (batch["labels"][row, 1:] != -100) & (batch["segment_ids"][row, 1:] == number)
-        tokens = batch["labels"][row, 1:][own]
-        assert processor.tokenizer.decode(tokens) == record.answer + "<|im_end|>"
-        # The model's own forward pass over the prompt as it is asked, and the answer.
-        alone = model_inputs(processor, [(sample, record)], "cpu")
-        prompt = alone["input_ids"].shape[1]
-        alone["input_ids"] = torch.cat([alone["input_ids"], tokens[None]], dim=1)
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        expected = model.model(**alone).last_hidden_state[0, prompt - 1 : -1]
-        torch.testing.assert_close(hidden[:-1][own], expected, atol=2e-5, rtol=1e-4)
+    assert_packed_as_alone(load_model(llava, "float32", "cpu"), load_processor(llava), SAMPLES, sample)
 
 
 @pytest.fixture(scope="module")

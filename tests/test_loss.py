@@ -103,6 +103,19 @@ def test_every_divergence_equals_its_definition(divergence, temperature, alpha):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
+@pytest.mark.parametrize("temperature", [0.5, 10.0])
+@pytest.mark.parametrize("spread", [1 / 3, 1.0])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_few_tokens_have_no_rounding_to_average_out(divergence, temperature, spread, tokens):
+    """Also where the divergence is small beside its terms: logits that are alike, at a high temperature."""
+    arrays = case(tokens, 311, 337, seed=2)
+    hidden, head, answers, teacher_hidden, teacher_head = arrays
+    rounded = (one.astype(np.float32).astype(np.float64) for one in (hidden, head * spread))
+    teacher = (one.astype(np.float32).astype(np.float64) for one in (teacher_hidden, teacher_head * spread))
+    check((*rounded, answers, *teacher), 307, temperature, 1.0, divergence)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
 def test_gradcheck(divergence):
     hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in case(5, 11, 13))
     teacher = HiddenTeacher(teacher_hidden, teacher_head)
@@ -185,6 +198,16 @@ def test_top_k_keeps_the_tails_probability():
     exact = torch.from_numpy(arrays[3] @ arrays[4].T)[:, :307]
     best = exact.topk(16).indices
     torch.testing.assert_close(logits.softmax(-1).gather(-1, best), exact.softmax(-1).gather(-1, best))
+
+
+def test_no_token_of_top_ks_tail_is_likelier_than_the_k():
+    """Of an even fall by 1 a token, then a far tail, whose probability is less than float32 can tell from none."""
+    exact = torch.cat([-torch.arange(64.0), torch.full((936,), -80.0)])[None]
+    best = exact.topk(64)
+    known = TopKTeacher(best.indices, best.values, exact.logsumexp(-1))
+    rebuilt = known.logits(slice(0, 1), 1000, torch.float32)
+    assert rebuilt[:, 64:].max() <= rebuilt[:, :64].min()
+    assert rebuilt[:, :64].equal(exact[:, :64])
 
 
 @pytest.mark.parametrize("tokens", [1, 37])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from alone import assert_packed_as_alone, packed, states_of
 from conftest import make_sample
 
-from firstsight.data.packing import IGNORE, collate, encode, pack
 from firstsight.distillation.loss import distillation_loss
 from firstsight.evaluation.answering import model_inputs
 from firstsight.models.packed import last_hidden_states
@@ -22,37 +22,9 @@ SAMPLES = [
 ]
 
 
-def packed(processor, samples):
-    features = [pack(processor, sample, encode(processor, sample, sample.records)) for sample in samples]
-    return collate(features, processor.tokenizer.pad_token_id)
-
-
-def states_of(hidden, batch, row, number):
-    """The states that predict the answer tokens of record `number` in `row`, and those tokens."""
-    labels, segments = batch["labels"][row, 1:], batch["segment_ids"][row, 1:]
-    chosen = (labels != IGNORE) & (segments == number)
-    return hidden[row, :-1][chosen], labels[chosen]
-
-
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.media_kind)
-@torch.inference_mode()
 def test_packed_states_equal_those_of_the_question_alone(model, processor, sample):
-    batch = packed(processor, SAMPLES)  # with the others, so that there is padding
-    row = SAMPLES.index(sample)
-    hidden = last_hidden_states(model, batch)
-    for number, record in enumerate(sample.records, start=1):
-        states, tokens = states_of(hidden, batch, row, number)
-        assert processor.tokenizer.decode(tokens) == record.answer + "<|im_end|>"
-        # The model's own forward pass over prompt and answer, nothing of ours between.
-        alone = model_inputs(processor, [(sample, record)], "cpu")
-        prompt = alone["input_ids"].shape[1]
-        alone["input_ids"] = torch.cat([alone["input_ids"], tokens[None]], dim=1)
-        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-            if name in alone:
-                alone[name] = torch.cat([alone[name], torch.full_like(tokens[None], fill)], dim=1)
-        model.model.rope_deltas = None
-        expected = model.model(**alone).last_hidden_state[0, prompt - 1 : -1]
-        torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-4)
+    assert_packed_as_alone(model, processor, SAMPLES, sample)
 
 
 @torch.inference_mode()

@@ -102,7 +102,7 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert curve[0] == "step,loss"
     assert len(curve) == 3  # an evaluation an epoch
     assert (metrics / "plots/variants.csv").read_text().count("\n") == 5
-    assert len(list((metrics / "plots").glob("*.png"))) == 4
+    assert len(list((metrics / "plots").glob("*.png"))) == 5
     predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())
     assert len(predictions) == quality["teacher"]["questions"]
 
@@ -199,7 +199,7 @@ def refuse_no_tokenizer(folder):
 
 def refuse_broken_head(folder):
     (folder / "data/teacher-targets/head.safetensors").write_bytes(b"\x00")
-    return ("data/teacher-targets: expected the teacher's head",), [("distill",)]
+    return ("data/teacher-targets/head.safetensors: expected the file as it was written",), [("distill",)]
 
 
 def refuse_diverging_training(folder):

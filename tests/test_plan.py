@@ -3,27 +3,33 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_sample, run_stage, workspace
+from conftest import ROOT, YAML_SAFE, make_sample, picture, run_stage, workspace, write_params
+from egogpt_checkpoint import save_original
+from families import SAVE, save_qwen2
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageTextToText, Qwen2VLConfig
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig, WhisperConfig
 
 from firstsight import plan
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.data.packing import collate, encode, pack
+from firstsight.models.egogpt_conversion import Speech, convert
 from firstsight.models.initialise import build_model
-from firstsight.models.loading import load_model
+from firstsight.models.loading import language_model_name, load_model, load_processor
 from firstsight.models.packed import answer_states
-from firstsight.models.shapes import KNOWN, on_meta
+from firstsight.models.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning import arithmetic, memory, table
 from firstsight.planning.memory import Shape
-from firstsight.planning.workload import Sizes, patches_and_tokens, workload
+from firstsight.planning.workload import Sizes, patches_and_tokens, reads_text_alone, workload
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 GIB = 1 << 30
+MARKS = ("<|image_pad|>", "<|video_pad|>", "<image>", "<video>", "<speech>")
 VIDEO = Sizes("video", frames=16, pixels=200_704, questions=1, question_tokens=32, answer_tokens=16)
 
 
@@ -63,7 +69,7 @@ def test_known_models_have_their_published_sizes(teacher, student):
         tower = sum(one.numel() for one in egogpt.model.model.vision_tower.parameters())
         projector = sum(one.numel() for one in egogpt.model.model.multi_modal_projector.parameters())
         assert (egogpt.language, tower, projector) == (7_615_616_512, 397_747_744, 16_980_992)
-        assert egogpt.vision == tower + projector + 3584  # and image_newline
+        assert egogpt.vision == tower + projector + 3584 + 300 * 3584  # and image_newline and silence
 
 
 def test_sixteen_bit_weights_take_two_bytes_each(teacher, student):
@@ -77,14 +83,84 @@ def test_a_video_is_a_token_for_four_patches_of_two_frames(student):
     assert 8192 / 4 + 48 < tokens < 8192 / 4 + 48 + 32
 
 
-def test_patches_and_tokens_are_the_processors(model, processor):
+@pytest.fixture(scope="module", params=[*SAVE, "egogpt-grid", "egogpt-one_token"])
+def checkpoint(request, settings, processor, tmp_path_factory) -> Path:
+    """A tiny checkpoint of each family that can be planned."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param in SAVE:
+        SAVE[request.param](folder, settings, processor)
+    else:
+        save_original(folder / "original", request.param.removeprefix("egogpt-"))
+        (folder / "converted").mkdir()
+        convert(folder / "original", folder / "converted")
+        return folder / "converted"
+    return folder
+
+
+@pytest.mark.parametrize("side", [84, 56, 112])
+@pytest.mark.parametrize(("kind", "frames"), [("none", 0), ("image", 1), ("frames", 3), ("video", 4)])
+def test_patches_and_tokens_are_the_processors(checkpoint, kind, frames, side):
     """But for the text, which is estimated."""
-    sample = make_sample("kitchen", "video", 4, [("What do I hold?", "a cup"), ("Where?", "here")])
+    planned, processor = planned_model(checkpoint), load_processor(checkpoint)
+    if reads_text_alone(planned.config) and kind != "none":
+        assert patches_and_tokens(planned, Sizes(kind, frames, side**2, 2, 0, 0))[0] == 0
+        return
+    sample = make_sample("kitchen", kind, frames, [("What do I hold?", "a cup"), ("Where?", "here")])
+    sample = replace(sample, frames=tuple(picture(number, side, side) for number in range(frames)))
     packed = pack(processor, sample, encode(processor, sample, sample.records))
-    sizes = Sizes("video", 4, 84 * 84, 2, 0, 0)
-    patches, _ = patches_and_tokens(model, sizes)
-    assert patches == len(packed["pixel_values_videos"])
-    assert patches / 4 == int((packed["mm_token_type_ids"] > 0).sum())
+    words = processor.tokenizer.get_vocab()
+    marks = {words[token] for token in MARKS if token in words}
+    patches, tokens = patches_and_tokens(planned, Sizes(kind, frames, side**2, 2, 0, 0))
+    _, text = patches_and_tokens(planned, Sizes("none", 0, 0, 2, 0, 0))
+    assert tokens - text == sum(token in marks for token in packed["input_ids"].tolist())
+    pixels = [value for name, value in packed.items() if name.startswith("pixel_values")]
+    if not pixels:
+        assert patches == 0
+    elif pixels[0].ndim == 2:
+        assert patches == len(pixels[0])
+    else:
+        vision = planned.config.vision_config
+        tiles = pixels[0].shape[0] * pixels[0].shape[1] if pixels[0].ndim == 5 else len(pixels[0])
+        assert patches == tiles * (vision.image_size // vision.patch_size) ** 2
+
+
+def planned_model(folder: Path):
+    return on_meta(params.Model(source=str(folder), revision=None, init=None))
+
+
+def test_a_local_checkpoint_is_planned_by_what_it_has(checkpoint):
+    """Sizes and numbers of layers; a table of all stages, with this model as teacher and as student."""
+    planned, real = planned_model(checkpoint), load_model(checkpoint, "float32", "cpu")
+    assert planned.num_parameters() == real.num_parameters()
+    shape = Shape(str(checkpoint), planned)
+    visual = [
+        parameter
+        for name, parameter in real.named_parameters()
+        if not name.startswith((language_model_name(real), "lm_head"))
+    ]
+    assert shape.vision == sum(parameter.numel() for parameter in visual)
+    assert shape.weights_bytes("float32") == real.get_memory_footprint(return_buffers=False)
+    loaded = tiny()
+    model = params.Model(source=str(checkpoint), revision=None, init=None)
+    loaded = but(loaded, models=but(loaded.models, teacher=model, student=model))
+    work = workload(params.load(ROOT / "presets/qwen2-vl-7b.yaml").data, Path("elsewhere.yaml"))
+    rows = table.rows(loaded, work)
+    assert "evaluate student-quantized" in table.render(rows)
+    assert (rows[2].memory.activations > 0) and all(row.operations >= 0 for row in rows)
+
+
+def test_what_egogpt_leaves_behind_is_fetched_all_the_same():
+    encoder = WhisperConfig(
+        d_model=1280,
+        num_mel_bins=128,
+        encoder_layers=32,
+        encoder_attention_heads=20,
+        encoder_ffn_dim=5120,
+        max_source_positions=1500,
+    )
+    with torch.device("meta"):
+        speech = Speech(encoder, rate=5, width=2048, hidden_size=3584)
+    assert sum(parameter.numel() for parameter in speech.parameters()) == EGOGPT_SPEECH
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -121,8 +197,8 @@ def test_a_preset_reads_a_file_that_exists_and_revisions_that_are_pinned_or_name
             assert re.fullmatch("main|[0-9a-f]{40}", model.revision)
 
 
-def test_nothing_else_imports_the_plan():
-    others = [path for folder in ("firstsight", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+def test_nothing_that_stages_depend_on_imports_the_plan():
+    others = [path for folder in ("firstsight", "stages") for path in (ROOT / folder).rglob("*.py")]
     for path in others:
         if path.parent.name != "planning" and path.name != "plan.py":
             assert "firstsight.plan" not in path.read_text(), path
@@ -222,12 +298,12 @@ def test_an_adapter_on_no_layer_is_one_line(student, preset):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_activations_are_what_autograd_saves(method, processor):
+def test_activations_are_what_autograd_saves(method, processor, tmp_path):
     """Under bfloat16 autocast, on a sequence long enough for its layers to outweigh what surrounds them."""
-    loaded = tiny()
-    settings = but(loaded.train, method=method, train_vision=method == "full", batch_size=2)
-    model = build_model(loaded.models.teacher.init, processor.tokenizer).train()
-    shape = Shape("init", model)
+    SAVE["Qwen2VLForConditionalGeneration"](tmp_path, tiny(), processor)
+    settings = but(tiny().train, method=method, train_vision=method == "full", batch_size=2)
+    model = load_model(tmp_path, "float32", "cpu").train()
+    shape = Shape("tiny", model)
     questions = [
         (f"What is in the {name} hand, and in the other?", "a cup, a ball " * 12) for name in ("left", "right")
     ]
@@ -289,11 +365,14 @@ def test_a_model_of_unknown_size_is_one_line(source, line):
     assert "\n" not in str(error.value)
 
 
-def test_a_local_folder_is_planned_by_its_config(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    found = on_meta(params.Model(source=str(tmp_path), revision=None, init=None))
-    assert found.num_parameters() == model.num_parameters()
-    assert found.device.type == "meta"
+def test_a_text_only_model_is_said_to_see_nothing(settings, processor, tmp_path, monkeypatch, capsys):
+    save_qwen2(tmp_path, settings, processor)
+    document = YAML_SAFE.load(ROOT / "presets/qwen2-vl-7b.yaml")
+    document["models"]["student"]["source"] = str(tmp_path)
+    write_params(tmp_path, document)
+    monkeypatch.setattr(sys, "argv", ["plan", str(tmp_path / "params.yaml")])
+    plan.run()
+    assert f"{tmp_path} reads text alone: for it media are not counted" in capsys.readouterr().out
 
 
 def test_the_command_prints_a_table_and_a_verdict():

@@ -17,7 +17,7 @@ from firstsight.core.params import FileSource, Hub
 from firstsight.sources import hub
 from firstsight.sources.choices import chosen, plain_options
 from firstsight.sources.media import Files
-from firstsight.sources.overlap import overlap, video_ids
+from firstsight.sources.overlap import video_ids
 from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
@@ -487,8 +487,6 @@ def test_videos_are_known_by_their_ids():
         "clip.mp4",
     ]
     assert video_ids(names) == {UID, OTHER, "p01_105", "scene0709"}
-    assert overlap(names, [f"{OTHER}.mp4", f"{UID}_1.0_3.0", "other"]) == [UID, OTHER]
-    assert overlap(names, ["clip.mp4"]) == []
 
 
 # The hub

@@ -11,7 +11,7 @@ from conftest import ROOT, change, picture, run_stage
 from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
-from firstsight.core.files import fingerprint_files
+from firstsight.core.files import fingerprint_files, write_json
 from firstsight.data.records import Split, SplitWriter
 from firstsight.distillation import targets
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
@@ -170,6 +170,15 @@ def rewrite(path, **changes):
     save_file(tensors | {name: function(tensors[name]) for name, function in changes.items()}, path)
 
 
+def trust(path):
+    """Have the index say that the file was written as it is now."""
+    index = json.loads((path.parent / "index.json").read_text())
+    index["files"] |= {path.name: fingerprint_files([path])} if path.exists() else {}
+    if not path.exists():
+        del index["files"][path.name]
+    write_json(path.parent / "index.json", index)
+
+
 def spoil_shard(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -192,7 +201,7 @@ def spoil_answers(path):
         (spoil_shard, r"teacher-targets: expected the train targets, found"),
         (spoil_count, r"teacher-targets: expected the train targets, found 0 of \d+ answer tokens"),
         (spoil_values, r"teacher-targets: expected the train targets, found values that are not finite, at record \d+"),
-        (spoil_answers, r"record scene-\d+-\d+: expected the teacher's answer tokens, where token 0 is \d+ \('"),
+        (spoil_answers, r"record scene-\d+-[a-z-]+: expected the teacher's answer tokens, where token 0 is \d+ \('"),
     ],
 )
 def test_damaged_targets_stop_the_run(smoke_copy, spoil, found):
@@ -201,8 +210,65 @@ def test_damaged_targets_stop_the_run(smoke_copy, spoil, found):
     path.unlink()
     path.write_bytes(copy)
     spoil(path)
+    with pytest.raises(UserError, match=rf"{path.name}: expected the file as it was written \(SHA-256 \w+\), found"):
+        run_stage(smoke_copy, "distill")
+    trust(path)
     with pytest.raises(UserError, match=found):
         run_stage(smoke_copy, "distill")
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "validation-00000.safetensors", "answers.json"])
+def test_a_flipped_byte_stops_the_run(smoke_copy, name):
+    path = smoke_copy / "data/teacher-targets" / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: expected the file as it was written"):
+        run_stage(smoke_copy, "distill")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "foo"}, {"data": None}, {"answer_tokens": None}, {"shared_vocabulary": "432"}, {"precision": "foo"},
+     {"more": 1}, {"files": [1]}],
+)  # fmt: skip
+def test_a_wrong_index_is_one_line(smoke_copy, changes):
+    path = smoke_copy / "data/teacher-targets/index.json"
+    write_json(path, json.loads(path.read_text()) | changes)
+    with pytest.raises(UserError, match=r"index\.json: expected an index of targets, found") as error:
+        run_stage(smoke_copy, "distill")
+    assert next(iter(changes)) in str(error.value)
+
+
+def test_another_config_of_the_teacher_does_not_go_on_with_what_it_left(smoke_copy, monkeypatch):
+    """The weights are the same; what they compute is not."""
+    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    change(smoke_copy, "targets", batch_size=4)
+    write, left = SplitTargetsWriter.write, [6]
+
+    def interrupted(self, *arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(SplitTargetsWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(smoke_copy, "cache_teacher_targets")
+    monkeypatch.setattr(SplitTargetsWriter, "write", write)
+    path = smoke_copy / "models/teacher-finetuned/config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["rms_norm_eps"] = 0.5
+    write_json(path, config)
+    run_stage(smoke_copy, "cache_teacher_targets")
+    resumed = contents(smoke_copy)
+    run_stage(smoke_copy, "cache_teacher_targets")
+    assert contents(smoke_copy) == resumed
+
+
+def contents(folder) -> dict[str, str]:
+    return {path.name: fingerprint_files([path]) for path in (folder / "data/teacher-targets").iterdir()}
 
 
 def test_reading_leaves_the_targets_on_disk(tmp_path):

@@ -88,10 +88,17 @@ class Models(Section):
 
 
 class Synthetic(Section):
-    """Rendered scenes: how many, and how many questions each gets besides its description."""
+    """Rendered scenes: how many, and how many questions each gets besides its description.
+
+    A share of them, `clip_fraction`, are clips of 2 to `max_clip_frames` frames, the others images. A share of the
+    questions that can have options, `option_fraction`, has them.
+    """
 
     scenes: Count
     questions_per_scene: Count
+    clip_fraction: Fraction
+    max_clip_frames: Annotated[int, Field(ge=4, le=8)]
+    option_fraction: Fraction
 
 
 FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo"]

@@ -74,6 +74,8 @@ class TopKTeacher:
         # log(exp(whole) - sum exp(best)) - log(V - k); rounding may leave nothing over.
         left = torch.log1p(-torch.exp(best - whole).sum(-1, keepdim=True).clamp(max=1 - 1e-6))
         rest = whole + left - math.log(max(shared - best.shape[-1], 1))
+        # None of the others is likelier than the k best.
+        rest = torch.minimum(rest, best.amin(-1, keepdim=True))
         return rest.expand(-1, shared).scatter(-1, self.ids[rows].long(), best)
 
 
@@ -230,8 +232,11 @@ def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | Non
     soft_gradient = None
     if teacher_logits is not None:
         agreement = (logits[:, :shared].argmax(-1) == teacher_logits.argmax(-1)).sum()
-        log_p = log_softmax(teacher_logits.div_(temperature), dim=-1)
-        log_q = log_softmax(logits[:, :shared] / temperature, dim=-1)
+        # The gradient of forward_kl is q - p. In those of the others terms cancel, where p and q are alike to a
+        # thousandth of themselves: float32 is too short for that.
+        precision = torch.float64 if objective.divergence.kind != "forward_kl" else logits.dtype
+        log_p = log_softmax(teacher_logits.div_(temperature), dim=-1, dtype=precision)
+        log_q = log_softmax(logits[:, :shared] / temperature, dim=-1, dtype=precision)
         soft_gradient, soft = _DIVERGENCES[objective.divergence.kind](log_p, log_q, objective.divergence.beta)
     log_probabilities = log_softmax(logits, dim=-1)
     ce = -log_probabilities.gather(-1, answers[:, None]).sum()
@@ -240,7 +245,7 @@ def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | Non
     if soft_gradient is not None:
         # T^2 of the loss, 1 / T of the inner derivative.
         logits[:, :shared].add_(soft_gradient, alpha=alpha * temperature)
-    return torch.stack([soft, ce, agreement.to(ce.dtype)])
+    return torch.stack([soft.to(ce.dtype), ce, agreement.to(ce.dtype)])
 
 
 # Each takes log p and log q [n, V], and overwrites them: fresh memory for every term is what takes time on a CPU. It

@@ -17,18 +17,21 @@ Records are numbered as they come in the split's file, whose fingerprint the ind
 import bisect
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, field, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from firstsight.core.errors import UserError
-from firstsight.core.files import read_json, write_json
+from firstsight.core.files import fingerprint_files, read_json, write_json
 from firstsight.data.records import Sample
 from firstsight.models.vocabulary import vocabulary_fingerprint
 
@@ -37,23 +40,24 @@ _SHARD_BYTES, _SHARD_RECORDS = 1 << 26, 2048
 MADE_BY = "cache-teacher-targets"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Index:
-    """Contents of index.json. `data` and `vocabulary` are compared on reading.
+    """Contents of index.json. `data`, `vocabulary` and `files` are compared on reading.
 
     `precision` is how the teacher was, or is to be, loaded; `topk_error` the mean KL a token of the exact teacher
-    from its k best, by temperature.
+    from its k best, by temperature; `files` the SHA-256 of every other file of the folder.
     """
 
-    kind: str
+    kind: Literal["hidden", "topk", "online"]
     teacher: str
-    precision: str
+    precision: Literal["auto", "float32", "bfloat16", "int8", "nf4"]
     data: dict[str, str]
     vocabulary: str
     shared_vocabulary: int
     answer_tokens: dict[str, int]
     bytes_per_token: int
     topk_error: dict[str, float]
+    files: dict[str, str] = field(default_factory=dict)
 
 
 class SplitTargetsWriter:
@@ -123,10 +127,17 @@ class SplitTargetsWriter:
 
 
 def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
-    """Write index.json and, for `hidden`, the teacher's head [V, H]; the last step of building targets."""
+    """Write index.json and, for `hidden`, the teacher's head [V, H]; the last step of building targets.
+
+    Raises:
+        UserError: a value of the head is not finite.
+    """
+    if head is not None and not head.isfinite().all():
+        raise UserError("teacher: expected a finite output head, found NaN or infinity; mend or fine-tune it again")
     if head is not None:
         save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
-    write_json(folder / "index.json", asdict(index))
+    files = {path.name: fingerprint_files([path]) for path in sorted(folder.iterdir())}
+    write_json(folder / "index.json", asdict(replace(index, files=files)))
 
 
 def write_answers(folder: Path, answers: dict[str, str]) -> None:
@@ -142,11 +153,30 @@ def read_index(folder: Path) -> Index:
     values = read_json(folder / "index.json", MADE_BY)
     try:
         return Index(**values)
-    except TypeError:
+    except (TypeError, ValidationError) as error:
+        found = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {"loc": (), "msg": error}
         raise UserError(
-            f"{folder / 'index.json'}: expected the keys {[f.name for f in fields(Index)]}, "
-            f"found {str(values)[:100]}; run {MADE_BY} again"
+            f"{folder / 'index.json'}: expected an index of targets, found "
+            f"{' '.join([*map(str, found['loc']), str(found['msg'])])[:120]}; run {MADE_BY} again"
         ) from None
+
+
+def check_files(folder: Path, index: Index) -> None:
+    """Compare every file with the index's checksum: a number that is wrong, but finite, would be learnt from.
+
+    Raises:
+        UserError: a file is missing or has changed since it was written.
+    """
+    for name, expected in index.files.items():
+        try:
+            found = fingerprint_files([folder / name])
+        except OSError as error:
+            found = str(error)
+        if found != expected:
+            raise UserError(
+                f"{folder / name}: expected the file as it was written (SHA-256 {expected[:12]}), found {found[:80]}; "
+                f"run {MADE_BY} again"
+            )
 
 
 def read_head(folder: Path, device: str) -> Tensor | None:
@@ -194,8 +224,8 @@ class SplitTargets:
                 self._starts.append(self._starts[-1] + len(answers[-1]))
         except (OSError, SafetensorError) as error:
             raise self._broken(error) from None
-        if self._starts[-1] != index.answer_tokens[split]:
-            raise self._broken(f"{self._starts[-1]} of {index.answer_tokens[split]} answer tokens")
+        if self._starts[-1] != (expected := index.answer_tokens.get(split)):
+            raise self._broken(f"{self._starts[-1]} of {expected} answer tokens")
         self._answers = torch.cat(answers)
         self._offsets = [0, *torch.cat(lengths).cumsum(0).tolist()]
 

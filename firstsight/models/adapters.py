@@ -11,7 +11,6 @@ Without `train_vision`, the language model alone is trained; vision tower and pr
 import re
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
@@ -100,6 +99,8 @@ class Tuning:
 
         Merging into the original weights instead would hand on another model than the one that was trained.
         """
+        import bitsandbytes as bnb  # absent where nothing is quantised
+
         whole = load_model(self._folder, "auto", self._device)
         for name, layer in list(self.model.named_modules()):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -105,6 +104,10 @@ def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
     end = processor.tokenizer.eos_token
     if f"{_SENTENCE}{end}" not in rendered:
         raise _broken(folder, f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}")
+    videos = getattr(processor, "video_processor", None)
+    if getattr(videos, "cap_pixels_per_frame", False) is None:
+        # Frames have their size since the data set was built; left open, transformers warns in every process.
+        videos.cap_pixels_per_frame = False
     return processor
 
 
@@ -162,6 +165,8 @@ def check_quantised(model: PreTrainedModel) -> dict[str, int]:
     Raises:
         RuntimeError: a layer outside the language model was quantised, or none was.
     """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantised
+
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantised = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
     wrong = [name for name in quantised if not name.startswith(language_model_name(model))]

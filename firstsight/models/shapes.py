@@ -9,17 +9,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    LlavaOnevisionConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2VLConfig,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Qwen2VLConfig
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Initialisation, Model
+from firstsight.models.architecture import auto_class
+from firstsight.models.egogpt import EgoGptConfig
 from firstsight.models.initialise import build_model, train_tokenizer
 
 # The language models of Qwen2-VL. EgoGPT's is the 7B one: both come from Qwen2-7B.
@@ -41,6 +36,8 @@ QWEN2_VL_2B = {
     "vocab_size": 151_936,
     "tie_word_embeddings": True,
 }
+# Parameters of Whisper large-v3's encoder and EgoGPT's speech projector, which are fetched and left behind.
+EGOGPT_SPEECH = 657_421_824
 _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 
@@ -59,9 +56,9 @@ def _qwen2_vl(text: dict) -> Qwen2VLConfig:
     )
 
 
-def _egogpt() -> LlavaOnevisionConfig:
-    """LLaVA-OneVision over SigLIP-so400m, whose last layer is left out; EgoGPT's speech encoder is not counted."""
-    return LlavaOnevisionConfig(
+def _egogpt() -> EgoGptConfig:
+    """EgoGPT as it is converted: over SigLIP-so400m, whose last layer is left out, with silence for speech."""
+    return EgoGptConfig(
         text_config=QWEN2_VL_7B | {"model_type": "qwen2"},
         vision_config={
             "model_type": "siglip_vision_model",
@@ -91,19 +88,18 @@ def on_meta(model: Model) -> PreTrainedModel:
     """The model that `models.teacher` or `models.student` names, on the meta device, in the precision it is stored in.
 
     Raises:
-        UserError: nothing here says what its sizes are, or transformers has no image-text model of them.
+        UserError: nothing here says what its sizes are, or transformers has no model of them that answers in text.
     """
     if model.source == "init":
         return _initialised(model.init)
     config = KNOWN[model.source]() if model.source in KNOWN else _config(model)
-    try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, dtype=config.dtype or torch.float32)
-    except ValueError as error:
+    if (builder := auto_class(config.model_type)) is None:
         raise UserError(
-            f"{model.source}: expected an image-text model, found {' '.join(str(error).split())[:120]}; "
+            f"{model.source}: expected a model that answers in text, found model_type {config.model_type!r}; "
             f"plan with one of {', '.join(KNOWN)}"
-        ) from None
+        )
+    with torch.device("meta"):
+        return builder.from_config(config, dtype=config.dtype or torch.float32)
 
 
 def _initialised(init: Initialisation) -> PreTrainedModel:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from firstsight.core.params import Evaluate, Optimisation, Params
-from firstsight.models.shapes import on_meta
+from firstsight.models.egogpt import EgoGptConfig
+from firstsight.models.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning import arithmetic, memory
 from firstsight.planning.memory import LOADED, Memory, Shape
 from firstsight.planning.workload import Workload
@@ -30,7 +31,7 @@ def rows(params: Params, work: Workload) -> list[Row]:
     """The stages that take weights, memory or time; what fine-tuning or caching leaves out is not among them."""
     teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
     found = [
-        Row("download-models", f"{_count(shape.parameters)} {role}", disk=shape.stored_bytes)
+        Row("download-models", f"{_count(shape.parameters)} {role}", disk=_downloaded(shape))
         for role, shape in (("teacher", teacher), ("student", student))
     ]
     if params.finetune_teacher.enabled:
@@ -46,6 +47,13 @@ def rows(params: Params, work: Workload) -> list[Row]:
         "student-quantized": (student, params.quantize.method),
     }
     return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]
+
+
+def _downloaded(shape: Shape) -> float:
+    """Bytes of a model on disk; of EgoGPT from the hub the converted one, and the original in the hub's cache."""
+    if shape.name not in KNOWN or shape.model.config.model_type != EgoGptConfig.model_type:
+        return shape.stored_bytes
+    return shape.stored_bytes + shape.stored_bytes / shape.parameters * (shape.parameters + EGOGPT_SPEECH)
 
 
 def _finetune_teacher(teacher: Shape, settings: Optimisation, work: Workload) -> Row:

@@ -1,7 +1,7 @@
 """How much there is to see and to read: samples, frames, patches and tokens, from the data set or from its settings.
 
-Patches are exact, because processors make them from sizes alone. Text is counted as four characters a token, which is
-about what Qwen2's tokenizer makes of English.
+Patches and visual tokens are what processors make of sizes alone, of pictures taken to be square. Text is counted as
+four characters a token, which is about what Qwen2's tokenizer makes of English.
 """
 
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import select_best_resolution
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
@@ -26,11 +27,9 @@ _TEMPLATE, _TURN = 24, 6
 _CHARACTERS = 4
 # Where there is no data yet: samples in all, each a video of the most frames and pixels with one question.
 _SAMPLES, _QUESTION, _ANSWER = 1000, 32, 16
+_PLANNED = "Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision or EgoGPT"
 # Of a split, to take the mean and the largest of.
 _LOOKED_AT = 200
-
-# LLaVA-OneVision shows an image whole and in up to nine tiles, and a frame of video pooled by two.
-_TILES = 10
 
 
 @dataclass(frozen=True)
@@ -119,19 +118,53 @@ def patches_and_tokens(model: PreTrainedModel, sizes: Sizes) -> tuple[float, flo
     return patches, _TEMPLATE + visual + sizes.questions * (sizes.question_tokens + sizes.answer_tokens)
 
 
+def reads_text_alone(config: PretrainedConfig) -> bool:
+    """Whether a model has no vision tower."""
+    return not hasattr(config, "vision_config")
+
+
 def _visual(config: PretrainedConfig, sizes: Sizes) -> tuple[float, float]:
-    vision = getattr(config, "vision_config", None)
-    if config.model_type.startswith("qwen2_vl"):
+    """Patches and tokens of the media, and of the silence that EgoGPT hears with them."""
+    if reads_text_alone(config) or not sizes.frames:
+        return 0, 0
+    vision, kind = config.vision_config, config.model_type
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
         # A video's frames are merged in pairs; an image is a pair with itself.
         frames = sizes.frames / vision.temporal_patch_size if sizes.kind == "video" else sizes.frames
         patches = frames * sizes.pixels / vision.patch_size**2
         return patches, patches / vision.spatial_merge_size**2
-    if config.model_type == "llava_onevision":
-        side = vision.image_size // vision.patch_size
-        if sizes.kind == "video":
-            return sizes.frames * side**2, sizes.frames * math.ceil(side / 2) ** 2 + 1
-        tiles = sizes.frames * _TILES
-        return tiles * side**2, tiles * side**2
-    raise UserError(
-        f"models: expected Qwen2-VL or LLaVA-OneVision, whose visual tokens can be planned, found {config.model_type}"
-    )
+    if kind not in ("llava_onevision", "egogpt"):
+        raise UserError(
+            f"models: expected {_PLANNED}, whose visual tokens can be planned, or a model that reads text alone, "
+            f"found {kind}"
+        )
+    side, egogpt = vision.image_size // vision.patch_size, kind == "egogpt"
+    if sizes.kind == "video":
+        patches, tokens = sizes.frames * side**2, sizes.frames * math.ceil(side / 2) ** 2 + 1
+        if egogpt and config.newline_position == "grid":
+            tokens = sizes.frames * (side // 2) * (side // 2 + 1)
+        elif egogpt:
+            tokens = sizes.frames * (side // 2) ** 2 + 1
+    elif egogpt and sizes.kind == "frames":
+        # Whole, with a newline each.
+        patches, tokens = sizes.frames * side**2, sizes.frames * (side**2 + 1)
+    else:
+        patches, tokens = (sizes.frames * one for one in _tiled(config, sizes.pixels))
+    return patches, tokens + (config.speech_tokens if egogpt else 0)
+
+
+def _tiled(config: PretrainedConfig, pixels: float) -> tuple[int, int]:
+    """Patches and tokens of an image that LLaVA-OneVision sees whole, and in tiles: those of the grid that loses least,
+    without its borders, a newline after each row, and shrunk to as many patches as the configuration allows."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    grid = select_best_resolution((math.sqrt(pixels),) * 2, config.image_grid_pinpoints)
+    rows, columns = (length // vision.image_size for length in grid)
+    # A square picture fills the shorter side; borders are cut off in pairs.
+    shorter, longer = sorted((rows * side, columns * side))
+    longer -= (longer - shorter) // 2 * 2
+    height, width = (longer, shorter) if rows > columns else (shorter, longer)
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    if (ratio := math.sqrt(height * width / (most * side**2))) > 1.1:
+        height, width = int(height // ratio), int(width // ratio)
+    return (1 + rows * columns) * side**2, side**2 + height * (width + 1)

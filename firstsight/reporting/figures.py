@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
 
 from firstsight.reporting.summary import VARIANTS
 
@@ -29,6 +30,8 @@ def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) 
             if splits[split]:
                 axis.plot(*zip(*splits[split], strict=True), label=split, **style)
         axis.set(title=title, xlabel="optimizer step", ylabel="loss a token (log scale)", yscale="log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, path)

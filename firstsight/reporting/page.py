@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from PIL import Image
 
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import score
+from firstsight.reporting.contact_sheet import strip
 from firstsight.reporting.summary import VARIANTS
 from firstsight.reporting.table import HEADER, rows, size
 
@@ -46,7 +48,7 @@ def write(
         parameters=parameters,
         variants=VARIANTS,
         pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in pictures.items()},
-        samples=[{"picture": _thumbnail(sample), "sample": sample} for sample in samples],
+        samples=[{"picture": _jpeg(strip(sample)) if sample.frames else None, "sample": sample} for sample in samples],
         gallery=_gallery(questions, predictions),
     )
     path.write_text(page, encoding="utf-8")
@@ -75,6 +77,10 @@ def _thumbnail(sample: Sample) -> str | None:
         return None
     picture = sample.pictures()[len(sample.frames) // 2]
     picture.thumbnail((240, 240))
+    return _jpeg(picture)
+
+
+def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return _data_uri(buffer.getvalue(), "jpeg")

@@ -11,18 +11,28 @@ from firstsight.data.records import SPLITS
 from firstsight.sources.assembly import Unit
 from firstsight.sources.decoding import Decoded
 from firstsight.sources.problems import Problems
+from firstsight.sources.templates import template_of
+
+# The name of the source whose questions are made from templates.
+SYNTHETIC = "synthetic"
 
 
 def data_card(
-    data: Data, written: Sequence[tuple[Unit, Decoded]], dropped: Mapping[str, int], problems: Problems
+    data: Data,
+    commit: str | None,
+    written: Sequence[tuple[Unit, Decoded]],
+    dropped: Mapping[str, int],
+    problems: Problems,
 ) -> dict[str, Any]:
     """As JSON: counts by split, source, kind and question type; text in words; media in pixels, frames and bytes.
 
-    Token counts depend on a tokenizer, and so are not the data's own: the targets' index has them.
+    `commit` is that of a data set of the hub. Token counts depend on a tokenizer, and so are not the data's own: the
+    targets' index has them.
     """
     splits = {split: [one for one in written if one[0].split == split] for split in SPLITS}
     return {
         "source": data.source,
+        "commit": commit,
         "splits": {split: _split(found) for split, found in splits.items()},
         "dropped": dict(sorted(dropped.items())),
         "problems": problems.card(),
@@ -42,6 +52,9 @@ def _split(found: Sequence[tuple[Unit, Decoded]]) -> dict[str, Any]:
         "sources": _counts(unit.source for unit, _ in found for _ in unit.questions),
         "media_kinds": _counts(unit.media.kind if unit.media else "none" for unit, _ in found),
         "question_types": _counts(one.question_type for one in questions),
+        "templates": _counts(
+            template_of(one.id) for unit, _ in found if unit.source == SYNTHETIC for one in unit.questions
+        ),
         "question_words": _spread([len(one.question.split()) for one in questions]),
         "answer_words": _spread([len(text.split()) for text in answers]),
         "questions_a_sample": _spread([len(unit.questions) for unit, _ in found]),

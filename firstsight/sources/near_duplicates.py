@@ -1,4 +1,4 @@
-"""Media that show the same in two splits: recompressed, resized, or under another name.
+"""Media that are the same under another name, and those that show the same in two splits: recompressed or resized.
 
 Media are compared by their looks: the first, middle and last frame as 12 x 12 pixels. Two are the same when those
 differ by at most 3 of 255 on average, and by at most 24 anywhere: recompression and resizing stay well below, another
@@ -7,6 +7,7 @@ object in the picture does not.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -83,3 +84,21 @@ def without_leaks(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) 
     for index in leaks:
         dropped["media of another split"] += len(found[index][0].questions)
     return [one for index, one in enumerate(found) if index not in leaks]
+
+
+def without_copies(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) -> list[tuple[Unit, Decoded]]:
+    """The units, less questions already asked about the same frames, whatever their names; counted in `dropped`."""
+    asked: set[tuple[bytes, str, tuple[str, ...]]] = set()
+    kept = []
+    for unit, decoded in found:
+        fresh = []
+        for one in unit.questions:
+            key = (decoded.digest, one.question, one.options)
+            if key in asked:
+                dropped["duplicate"] += 1
+            else:
+                asked.add(key)
+                fresh.append(one)
+        if fresh:
+            kept.append((replace(unit, questions=tuple(fresh)), decoded))
+    return kept

@@ -18,8 +18,3 @@ _ID = re.compile("|".join(_IDS))
 def video_ids(names: Iterable[str]) -> set[str]:
     """Ids of videos, and of rooms, wherever they stand in names of media, groups or questions; in lower case."""
     return {found for name in names for found in _ID.findall(name.lower())}
-
-
-def overlap(train: Iterable[str], benchmark: Iterable[str]) -> list[str]:
-    """The videos that are named by both, sorted: what is learnt from must have none of those it is tested on."""
-    return sorted(video_ids(train) & video_ids(benchmark))

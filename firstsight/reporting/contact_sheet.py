@@ -1,0 +1,104 @@
+"""Samples for a person to look at: their pictures, with what is asked about them and what the answers are."""
+
+import io
+from collections.abc import Iterable
+
+from PIL import Image, ImageDraw, ImageFont
+
+from firstsight.data.records import LETTERS, Record, Sample
+
+# Pixels of the sheet.
+_WIDTH, _GAP, _FRAME = 620, 20, 264
+_TITLE, _TEXT, _LEADING = 20, 17, 23
+_INK, _FAINT, _ANSWER, _RULE = (24, 24, 24), (110, 110, 110), (0, 92, 46), (205, 205, 205)
+# Longer ones are cut: they tell that there is more, and the sheet stays one to look at.
+_LINES_A_RECORD = 6
+
+
+def contact_sheet(samples: Iterable[Sample], columns: int = 4) -> Image.Image:
+    """A cell a sample: its id, its frames (of a clip in order, from left to right), its questions and answers."""
+    cells = [_cell(sample) for sample in samples]
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    size = _GAP + columns * (_WIDTH + _GAP), _GAP + sum(height + _GAP for height in heights)
+    sheet = Image.new("RGB", size, "white")
+    draw, top = ImageDraw.Draw(sheet), _GAP
+    for row, height in zip(rows, heights, strict=True):
+        for number, cell in enumerate(row):
+            sheet.paste(cell, (_GAP + number * (_WIDTH + _GAP), top))
+        draw.line((_GAP, top + height + _GAP // 2, size[0] - _GAP, top + height + _GAP // 2), fill=_RULE)
+        top += height + _GAP
+    return sheet
+
+
+def _cell(sample: Sample) -> Image.Image:
+    frames = strip(sample)
+    lines = [line for record in sample.records for line in _lines(record)]
+    top = _LEADING + 8
+    cell = Image.new("RGB", (_WIDTH, top + frames.height + 8 + _LEADING * len(lines)), "white")
+    draw = ImageDraw.Draw(cell)
+    draw.text((0, 0), f"{sample.id}   {_media(sample)}", fill=_FAINT, font=ImageFont.load_default(_TITLE))
+    cell.paste(frames, (0, top))
+    top += frames.height + 8
+    for number, (text, colour) in enumerate(lines):
+        draw.text((0, top + number * _LEADING), text, fill=colour, font=ImageFont.load_default(_TEXT))
+    return cell
+
+
+def _media(sample: Sample) -> str:
+    rate = f", {sample.fps:.3g} a second" if sample.fps else ""
+    count = len(sample.frames)
+    return {0: "no media", 1: sample.media_kind}.get(count, f"{sample.media_kind} of {count} frames{rate}")
+
+
+def strip(sample: Sample) -> Image.Image:
+    """The frames side by side, at most four a line."""
+    frames = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in sample.frames]
+    if not frames:
+        return Image.new("RGB", (1, 1), "white")
+    across = min(len(frames), 3 if len(frames) in (5, 6) else 4)
+    width = min(_FRAME, _WIDTH // across - 6)
+    scale = width / frames[0].width
+    size = width, round(frames[0].height * scale)
+    down = -(-len(frames) // across)
+    whole = Image.new("RGB", (across * (size[0] + 6), down * (size[1] + 6)), "white")
+    for number, frame in enumerate(frames):
+        place = number % across * (size[0] + 6), number // across * (size[1] + 6)
+        whole.paste(frame.resize(size, Image.Resampling.BICUBIC), place)
+        if len(frames) > 1:
+            ImageDraw.Draw(whole).text(
+                (place[0] + 5, place[1] + 2),
+                str(number + 1),
+                fill="white",
+                font=ImageFont.load_default(_TEXT),
+                stroke_width=2,
+                stroke_fill=_INK,
+            )
+    return whole
+
+
+def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:
+    """Question, options and answer as lines that fit the cell, each with its colour."""
+    answer = record.answer or "(none)"
+    asked = [(line, _INK) for line in _wrapped(record.question)]
+    if record.options:
+        options = dict(zip(LETTERS, record.options, strict=False))
+        listed = " / ".join(f"{letter}. {option}" for letter, option in options.items())
+        asked += [(line, _FAINT) for line in _wrapped(f"    {listed}")]
+        answer = f"{answer}. {options[answer]}"
+    return [*asked, *((line, _ANSWER) for line in _wrapped(f"    {answer}"))]
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines that fit the cell, all with the indentation of the first."""
+    font = ImageFont.load_default(_TEXT)
+    indent = text[: len(text) - len(text.lstrip())]
+    lines, line = [], indent
+    for word in text.split():
+        longer = f"{line}{'' if line == indent else ' '}{word}"
+        if font.getlength(longer) > _WIDTH and line != indent:
+            lines.append(line)
+            longer = indent + word
+        line = longer
+    lines.append(line)
+    return lines if len(lines) <= _LINES_A_RECORD else [*lines[:_LINES_A_RECORD], f"{indent}..."]

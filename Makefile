@@ -1,6 +1,7 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
 # make test    set up and run the tests
 # make clean   remove the environment
+# make clean-scratch   remove what interrupted runs have kept to go on from
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have.
 
@@ -12,7 +13,7 @@ TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-test
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test setup clean
+.PHONY: repro test setup clean clean-scratch
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
@@ -38,3 +39,6 @@ $(TEST_READY): requirements-test.txt | $(READY)
 
 clean:
 	rm -rf $(VENV)
+
+clean-scratch: setup
+	@python -m firstsight.runs.scratch

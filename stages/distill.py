@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from firstsight.core import params
-from firstsight.core.files import fingerprint_files, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
@@ -67,7 +67,7 @@ def run() -> None:
     inputs = [STUDENT, TARGETS, *([TEACHER] if online else [])]
     work = {
         "settings": settings.model_dump(),
-        "inputs": {str(one): fingerprint_files(sorted(one.rglob("*.safetensors"))) for one in inputs},
+        "inputs": {str(one): fingerprint_folder(one) for one in inputs},
         "targets": asdict(index) | {"answers": read_answers(TARGETS)},
         "device": device,
         "processes": PartialState().num_processes,
@@ -82,7 +82,7 @@ def run() -> None:
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
-            after_step=tuning.after_step,
+            tuning=tuning,
         )
         if PartialState().is_main_process:
             tuning.save_merged(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from firstsight.core import params
-from firstsight.core.files import fingerprint_files, link_folder, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -42,7 +42,7 @@ def run() -> None:
     tuning = Tuning(TEACHER, settings, device, total_steps(len(train_set), settings))
     work = {
         "settings": settings.model_dump(),
-        "teacher": fingerprint_files(sorted(TEACHER.rglob("*.safetensors"))),
+        "teacher": fingerprint_folder(TEACHER),
         "data": fingerprint_files(list(SPLITS.values())),
         "device": device,
         "processes": PartialState().num_processes,
@@ -56,7 +56,7 @@ def run() -> None:
             scratch,
             data_workers=runtime.data_workers,
             device=device,
-            after_step=tuning.after_step,
+            tuning=tuning,
         )
         if PartialState().is_main_process:
             tuning.save(folder)

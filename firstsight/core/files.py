@@ -81,3 +81,8 @@ def fingerprint_files(paths: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """SHA-256 over the contents of all files of a folder, in the order of their paths."""
+    return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))

@@ -4,30 +4,30 @@ without a teacher and with alpha 0, supervised fine-tuning."""
 import json
 import math
 import signal
-import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
-from firstsight.core.errors import Unfinished, UserError
+from firstsight.core.errors import UserError
+from firstsight.core.files import write_json
 from firstsight.core.params import Optimisation, Train
 from firstsight.core.stage import log
 from firstsight.data.dataset import PackedDataset
+from firstsight.distillation import checkpoints
+from firstsight.distillation.checkpoints import Checkpoints, handling
 from firstsight.distillation.loss import Divergence, HiddenTeacher, Teacher, TopKTeacher, distillation_loss
+from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
 from firstsight.models.packed import answer_states
 
@@ -117,32 +117,101 @@ class DistillationModel(nn.Module):
         return parts
 
 
-_CHECKPOINT = "trained.safetensors"
-# Optimizer steps from one logged loss to the next. Checkpoints are made at such steps and where epochs end, so that a
-# run that goes on after one logs what it would have logged without it.
+# Optimizer steps from one logged loss to the next.
 _LOGGING_STEPS = 10
-_MINUTES_BETWEEN_CHECKPOINTS = 10
+# What a checkpoint holds besides what the Trainer keeps.
+_WEIGHTS, _METHOD = "trained.safetensors", "method.safetensors"
 
 
 class DistillationTrainer(Trainer):
-    """HF Trainer over a `DistillationModel`, whose checkpoints hold what is trained of the student, and that alone."""
+    """HF Trainer over a `DistillationModel`, that stops at nonsense, and goes on after an interruption as without it.
+
+    Its checkpoints hold what is trained of the student, and that alone; besides what the Trainer keeps, the sum of the
+    losses since the last logged step, and what the method of training keeps.
+    """
 
     model: DistillationModel
 
-    def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> Sampler:
+    def __init__(self, *arguments: Any, tuning: Tuning | None, **named: Any):
+        super().__init__(*arguments, **named)
+        self._tuning = tuning
+        if tuning is not None:
+            self.add_callback(AfterStep(tuning))
+
+    def load_weights(self, checkpoint: Path) -> None:
+        self.model.load_state_dict(load_file(checkpoint / _WEIGHTS), strict=False)
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        loss = super().training_step(*arguments, **named)
+        self._check_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor | float | None:
+        norm = super()._get_grad_norm(*arguments, **named)
+        self._check_finite("gradient norm", norm)  # before the optimizer's step: the weights are still good
+        return norm
+
+    def _check_finite(self, what: str, value: Tensor | float | None) -> None:
+        if value is None or math.isfinite(value):
+            return
+        state, dataset = self.state, self.train_dataset
+        samples = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        epoch, step = divmod(state.global_step, math.ceil(len(dataset) / samples))
+        shuffle = self._get_train_sampler()
+        shuffle.set_epoch(epoch)
+        indices = list(shuffle)[step * samples : (step + 1) * samples]
+        shown = [index for index in indices if index < len(dataset.split)]  # not what fills the last step up
+        records = [record.id for index in shown for record in dataset.split[index].records]
+        raise UserError(
+            f"training: expected a finite {what}, found {float(value)} at step {state.global_step + 1} of "
+            f"{state.max_steps}; lower learning_rate, raise warmup_fraction, or look at the step's "
+            f"{len(records)} records: {', '.join(records[:100])}"
+        )
+
+    def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> "EpochShuffle":
         return EpochShuffle(train_dataset or self.train_dataset, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder, values = Path(output_dir or self.args.output_dir), state_dict or self.model.state_dict()
         folder.mkdir(parents=True, exist_ok=True)
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        save_file({name: values[name].contiguous() for name in trained}, folder / _CHECKPOINT)
+        save_file({name: values[name].contiguous() for name in trained}, folder / _WEIGHTS)
+        if self._tuning is not None:
+            save_file(self._tuning.state(), folder / _METHOD)
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        super()._save_checkpoint(model, trial)
+        scratch = Path(self.args.output_dir)
+        checkpoint = scratch / f"checkpoint-{self.state.global_step}"
+        running = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
+        write_json(checkpoint / self._running, running)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoints.seal(checkpoint)
+            checkpoints.prune(scratch)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _running(self) -> str:
+        """Each process sums the losses of its own micro-batches."""
+        return f"running-{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint) / _CHECKPOINT), strict=False)
+        self.load_weights(Path(resume_from_checkpoint))
+        if self._tuning is not None:
+            self._tuning.restore(load_file(Path(resume_from_checkpoint) / _METHOD))
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        # The last of the state to be loaded, after the Trainer has set its sums to nothing.
+        super()._load_rng_state(checkpoint)
+        running = json.loads((Path(checkpoint) / self._running).read_text(encoding="utf-8"))
+        self._tr_loss += running["loss"]
+        self._globalstep_last_logged = running["logged"]
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        """Left to `train`, which finds it even if the repository has been moved since the checkpoint was made."""
 
 
 class EpochShuffle(Sampler[int]):
@@ -193,42 +262,13 @@ def total_steps(samples: int, optimisation: Optimisation) -> int:
 
 
 class AfterStep(TrainerCallback):
-    """Calls a function with the step's number after each optimizer step, while the gradients are still there."""
+    """Tells the method of training of each optimizer step, while the gradients are still there."""
 
-    def __init__(self, function: Callable[[int], None]):
-        self._function = function
+    def __init__(self, tuning: Tuning):
+        self._tuning = tuning
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self._function(state.global_step)
-
-
-class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so often within an epoch, and for a last one when the process is told to end.
-
-    The main process decides for all, because they write a checkpoint together.
-    """
-
-    def __init__(self, seconds: float = 60 * _MINUTES_BETWEEN_CHECKPOINTS):
-        self._seconds, self._last, self.told = seconds, time.monotonic(), False
-
-    def tell(self, *_signal: object) -> None:
-        """A signal handler: end at the next opportunity."""
-        self.told = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % _LOGGING_STEPS:
-            return
-        decided = [time.monotonic() - self._last > self._seconds, self.told]
-        broadcast_object_list(decided)
-        due, self.told = decided
-        control.should_save = control.should_save or due or self.told
-        control.should_training_stop = control.should_training_stop or self.told
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_log = True
-
-    def on_save(self, args, state, control, **kwargs):
-        self._last = time.monotonic()
+        self._tuning.after_step(state.global_step)
 
 
 class Progress(ProgressCallback):
@@ -241,47 +281,6 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"epoch {logs['epoch']:g}: validation {', '.join(figures)}")
 
 
-class StopAtNonsense(TrainerCallback):
-    """Ends training, in words, at the first loss that is not a number."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_objective"):
-            if not math.isfinite((logs or {}).get(name, 0.0)):
-                raise UserError(
-                    f"training: expected a finite {name}, found {logs[name]} at step {state.global_step} of "
-                    f"{state.max_steps}; lower learning_rate, or raise warmup_fraction"
-                )
-
-
-def newest_checkpoint(scratch: Path) -> Path | None:
-    """The checkpoint that was made last, of those that are whole; says which are not."""
-    found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            with safe_open(checkpoint / _CHECKPOINT, framework="pt") as file:
-                file.keys()
-            for path in checkpoint.glob("*.pt*"):
-                if (broken := zipfile.ZipFile(path).testzip()) is not None:
-                    raise ValueError(f"{path.name}: {broken} is damaged")
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            log.warning("%s is not whole (%s); looking for the one before it", checkpoint, error)
-        else:
-            return checkpoint
-    return None
-
-
-@contextmanager
-def handling(signals: Iterable[signal.Signals], handler: Callable[..., None]) -> Iterator[None]:
-    """In the block, `handler` is called for these signals."""
-    before = {one: signal.signal(one, handler) for one in signals}
-    try:
-        yield
-    finally:
-        for one, previous in before.items():
-            signal.signal(one, previous)
-
-
 def train(
     model: DistillationModel,
     train_set: PackedDataset,
@@ -290,24 +289,23 @@ def train(
     scratch: Path,
     *,
     early_stopping_epochs: int | None = None,
-    after_step: Callable[[int], None] | None = None,
+    tuning: Tuning | None = None,
     data_workers: int = 0,
     device: str,
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
-    Checkpoints are made in `scratch`, every epoch and every ten minutes, the best and the last being kept; where some
-    are there already, training goes on from the last, and ends as if it had never been interrupted. On SIGTERM and
-    SIGUSR1 one more is made, at the next logged step.
+    Checkpoints are made in `scratch`, every epoch and every ten minutes, at most four being kept; where some are there
+    already, training goes on from the last that is whole, and ends as if it had never been interrupted. On SIGTERM and
+    SIGUSR1 one more is made, after the step under way.
 
     The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; how many processes
-    there are changes nothing but rounding. After each optimizer step, gradients still there, `after_step` is called
-    with its number. Returns the history: one row a logged step, with training and validation figures, and no timings,
-    so that equal runs have equal histories.
+    there are changes nothing but rounding. `tuning` is told of each optimizer step. Returns the history: one row a
+    logged step, with training and validation figures, and no timings, so that equal runs have equal histories.
 
     Raises:
         Unfinished: a signal ended the training before its end.
-        UserError: the loss is not finite, or the batch cannot be shared out.
+        UserError: a loss or gradient is not finite, the batch cannot be shared out, or a checkpoint is not ours.
     """
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
@@ -329,20 +327,18 @@ def train(
         bf16=device == "cuda",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model="objective",
         greater_is_better=False,
         logging_steps=_LOGGING_STEPS,
+        logging_nan_inf_filter=False,
         label_names=["labels"],
         remove_unused_columns=False,
         dataloader_num_workers=data_workers,
         report_to="none",
     )
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(early_stopping_epochs)] if early_stopping_epochs else []
-    if after_step:
-        callbacks.append(AfterStep(after_step))
     if arguments.n_gpu > 1:
         # One process drives one GPU; Trainer would spread the model over all it sees with DataParallel.
         arguments._n_gpu = 1
@@ -354,21 +350,30 @@ def train(
         data_collator=train_set.collate,
         compute_metrics=model.metrics,
         callbacks=callbacks,
+        tuning=tuning,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
-    trainer.add_callback(StopAtNonsense)
-    checkpoints = Checkpoints()
-    trainer.add_callback(checkpoints)
-    checkpoint = newest_checkpoint(scratch)
-    if checkpoint:
-        step = int(checkpoint.name.split("-")[1])
-        log.info("resuming from step %d of %d, from %s", step, total_steps(len(train_set), optimisation), checkpoint)
-    with handling((signal.SIGTERM, signal.SIGUSR1), checkpoints.tell):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if checkpoints.told:
-        raise Unfinished(f"stopped by a signal after step {trainer.state.global_step}; run it again to go on")
+    asked = Checkpoints()
+    trainer.add_callback(asked)
+    found = broadcast_object_list([checkpoints.newest(scratch) if PartialState().is_main_process else None])[0]
+    if found and PartialState().is_main_process:
+        steps = total_steps(len(train_set), optimisation)
+        log.info("resuming from step %d of %d, from %s", checkpoints.step_of(found), steps, found)
+    if found and checkpoints.ended(found):
+        trainer.state = TrainerState(**checkpoints.state(found))
+    else:
+        try:
+            with handling((signal.SIGTERM, signal.SIGUSR1), asked.tell):
+                trainer.train(resume_from_checkpoint=str(found) if found else None)
+        except UnpicklingError as error:
+            raise UserError(
+                f"{found}: expected a checkpoint of tensors and numbers, found something else; it was not run, nor "
+                f"used: make clean-scratch ({str(error).splitlines()[0][:120]})"
+            ) from None
+    trainer.load_weights(scratch / f"checkpoint-{trainer.state.best_global_step}")
     return [
         {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}
         for row in trainer.state.log_history
+        if "train_loss" not in row  # of what was trained since the last interruption
     ]

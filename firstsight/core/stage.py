@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 from firstsight.core.errors import Unfinished, UserError
+from firstsight.core.launchers import end_with_launchers
 
 # With a handler of its own, because libraries set the root logger as they please.
 log = logging.getLogger("firstsight")
@@ -25,6 +26,7 @@ def main(run: Callable[[], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # An exit like any other, so that what is half done is cleared away.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    end_with_launchers()
     try:
         run()
     except UserError as error:

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, change, launch, run_stage
 
 from firstsight.core.errors import Unfinished, UserError
-from firstsight.core.files import fingerprint_files
+from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.distillation import checkpoints, trainer
 from firstsight.runs import scratch
 
@@ -286,3 +286,15 @@ class Interrupt(checkpoints.Checkpoints):
 trainer.Checkpoints = Interrupt
 main(distill.run)
 """
+
+
+def test_what_a_killed_process_left_of_an_output_is_removed_and_a_living_ones_stays(tmp_path):
+    output = tmp_path / "output"
+    left = tmp_path / ".output.killed.partial"
+    left.mkdir()
+    with whole_folder(output) as first:
+        assert not left.exists()
+        with whole_folder(output) as second:
+            assert first.exists()
+            (second / "made").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]

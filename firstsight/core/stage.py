@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 from firstsight.core.errors import Unfinished, UserError
+from firstsight.core.faults import in_words
 from firstsight.core.launchers import end_with_launchers
 
 # With a handler of its own, because libraries set the root logger as they please.
@@ -18,9 +19,10 @@ log.addHandler(logging.StreamHandler(sys.stderr))
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback.
+    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback, and
+    so is a fault of the machine (`faults.in_words`).
 
-    So does `Unfinished`, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
+    `Unfinished` too is one line, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
     """
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,3 +39,11 @@ def main(run: Callable[[], None]) -> None:
     except Unfinished as stopped:
         print(f"unfinished: {stopped}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        print("interrupted; run it again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (line := in_words(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)

@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel,
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 from firstsight.core.files import write_json
 from firstsight.core.params import Optimisation, Train
 from firstsight.core.stage import log
@@ -119,6 +120,8 @@ class DistillationModel(nn.Module):
 
 # Optimizer steps from one logged loss to the next.
 _LOGGING_STEPS = 10
+# How many times the first loss is no longer learning.
+_EXPLODED = 100
 # What a checkpoint holds besides what the Trainer keeps.
 _WEIGHTS, _METHOD = "trained.safetensors", "method.safetensors"
 
@@ -151,20 +154,29 @@ class DistillationTrainer(Trainer):
         self._check_finite("gradient norm", norm)  # before the optimizer's step: the weights are still good
         return norm
 
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        first = next((row["loss"] for row in self.state.log_history if "loss" in row), math.inf)
+        if logs.get("loss", 0.0) > _EXPLODED * max(1.0, first):
+            raise self._nonsense(f"loss near the first, {first:.3g}", logs["loss"])
+        super().log(logs, *arguments)
+
     def _check_finite(self, what: str, value: Tensor | float | None) -> None:
-        if value is None or math.isfinite(value):
-            return
-        state, dataset = self.state, self.train_dataset
+        if value is not None and not math.isfinite(value):
+            raise self._nonsense(f"finite {what}", float(value), coming=1)
+
+    def _nonsense(self, expected: str, found: float, coming: int = 0) -> UserError:
+        """In words, with the records of the last optimizer step, or of the one to come."""
+        dataset, step = self.train_dataset, self.state.global_step + coming
         samples = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        epoch, step = divmod(state.global_step, math.ceil(len(dataset) / samples))
+        epoch, place = divmod(step - 1, math.ceil(len(dataset) / samples))
         shuffle = self._get_train_sampler()
         shuffle.set_epoch(epoch)
-        indices = list(shuffle)[step * samples : (step + 1) * samples]
+        indices = list(shuffle)[place * samples : (place + 1) * samples]
         shown = [index for index in indices if index < len(dataset.split)]  # not what fills the last step up
         records = [record.id for index in shown for record in dataset.split[index].records]
-        raise UserError(
-            f"training: expected a finite {what}, found {float(value)} at step {state.global_step + 1} of "
-            f"{state.max_steps}; lower learning_rate, raise warmup_fraction, or look at the step's "
+        return UserError(
+            f"training: expected a {expected}, found {found:.3g} at step {step} of {self.state.max_steps}; lower "
+            "learning_rate, raise warmup_fraction, or look at the step's "
             f"{len(records)} records: {', '.join(records[:100])}"
         )
 
@@ -182,14 +194,16 @@ class DistillationTrainer(Trainer):
             save_file(self._tuning.state(), folder / _METHOD)
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        super()._save_checkpoint(model, trial)
         scratch = Path(self.args.output_dir)
         checkpoint = scratch / f"checkpoint-{self.state.global_step}"
         running = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
-        write_json(checkpoint / self._running, running)
+        with writing(checkpoint):
+            super()._save_checkpoint(model, trial)
+            write_json(checkpoint / self._running, running)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            checkpoints.seal(checkpoint)
+            with writing(checkpoint):
+                checkpoints.seal(checkpoint)
             checkpoints.prune(scratch)
         self.accelerator.wait_for_everyone()
 
@@ -280,6 +294,12 @@ class Progress(ProgressCallback):
             figures = [f"{name} {logs[f'eval_{name}']:.4f}" for name in parts if f"eval_{name}" in logs]
             self.training_bar.write(f"epoch {logs['epoch']:g}: validation {', '.join(figures)}")
 
+    def close(self) -> None:
+        """End the bars' line, for what is said of an interruption to have its own."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
 
 def train(
     model: DistillationModel,
@@ -303,19 +323,84 @@ def train(
     there are changes nothing but rounding. `tuning` is told of each optimizer step. Returns the history: one row a
     logged step, with training and validation figures, and no timings, so that equal runs have equal histories.
 
+    With `auto_batch`, where memory does not suffice, a single process goes on with micro-batches of half the size or
+    less, and as many more of them to a step.
+
     Raises:
         Unfinished: a signal ended the training before its end.
-        UserError: a loss or gradient is not finite, the batch cannot be shared out, or a checkpoint is not ours.
+        UserError: a loss or gradient is not finite or explodes, memory is spent, the batch cannot be shared out, or a
+            checkpoint is not ours.
     """
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
+    halving = optimisation.auto_batch and processes == 1
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
+    while True:
+        trainer = _trainer(
+            model,
+            train_set,
+            validation_set,
+            optimisation,
+            scratch,
+            micro_batch=batch_size,
+            accumulation=accumulation,
+            early_stopping_epochs=early_stopping_epochs,
+            tuning=tuning,
+            data_workers=data_workers,
+            device=device,
+        )
+        try:
+            _run(trainer, scratch)
+            break
+        except torch.OutOfMemoryError:
+            if not halving or batch_size == 1:
+                raise UserError(
+                    f"memory: expected enough for micro-batches of {batch_size}, found it spent; lower batch_size and "
+                    "raise gradient_accumulation_steps (auto_batch: true does so), or set gradient_checkpointing: "
+                    "true, method: lora, or a lower data.max_pixels"
+                ) from None
+        # Here, not above, where the error still holds what was computed.
+        del trainer
+        share = batch_size * accumulation
+        batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
+        accumulation = share // batch_size
+        log.warning("memory is spent: micro-batches of %d from now on, %d to a step", batch_size, accumulation)
+        model.zero_grad()
+        model.load_state_dict(start, strict=False)
+        if tuning is not None:
+            tuning.restore({})
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    trainer.load_weights(scratch / f"checkpoint-{trainer.state.best_global_step}")
+    return [
+        {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}
+        for row in trainer.state.log_history
+        if "train_loss" not in row  # of what was trained since the last interruption
+    ]
+
+
+def _trainer(
+    model: DistillationModel,
+    train_set: PackedDataset,
+    validation_set: PackedDataset,
+    optimisation: Optimisation,
+    scratch: Path,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    early_stopping_epochs: int | None,
+    tuning: Tuning | None,
+    data_workers: int,
+    device: str,
+) -> DistillationTrainer:
     arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=optimisation.epochs,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         learning_rate=optimisation.learning_rate,
         warmup_steps=optimisation.warmup_fraction,
@@ -338,6 +423,7 @@ def train(
         dataloader_num_workers=data_workers,
         report_to="none",
     )
+    together = PartialState().num_processes * micro_batch
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(early_stopping_epochs)] if early_stopping_epochs else []
     if arguments.n_gpu > 1:
         # One process drives one GPU; Trainer would spread the model over all it sees with DataParallel.
@@ -345,35 +431,36 @@ def train(
     trainer = DistillationTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_set.padded_to_multiple(processes * batch_size),
-        eval_dataset=validation_set.padded_to_multiple(processes * batch_size),
+        train_dataset=train_set.padded_to_multiple(together),
+        eval_dataset=validation_set.padded_to_multiple(together),
         data_collator=train_set.collate,
         compute_metrics=model.metrics,
         callbacks=callbacks,
         tuning=tuning,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
-    asked = Checkpoints()
+    return trainer
+
+
+def _run(trainer: DistillationTrainer, scratch: Path) -> None:
+    """Train from the last checkpoint that is whole, if there is one, to the end."""
+    asked, progress = Checkpoints(), Progress()
     trainer.add_callback(asked)
+    trainer.add_callback(progress)
     found = broadcast_object_list([checkpoints.newest(scratch) if PartialState().is_main_process else None])[0]
     if found and PartialState().is_main_process:
-        steps = total_steps(len(train_set), optimisation)
-        log.info("resuming from step %d of %d, from %s", checkpoints.step_of(found), steps, found)
+        state = checkpoints.state(found)
+        log.info("resuming from step %d of %d, from %s", state["global_step"], state["max_steps"], found)
     if found and checkpoints.ended(found):
         trainer.state = TrainerState(**checkpoints.state(found))
-    else:
-        try:
-            with handling((signal.SIGTERM, signal.SIGUSR1), asked.tell):
-                trainer.train(resume_from_checkpoint=str(found) if found else None)
-        except UnpicklingError as error:
-            raise UserError(
-                f"{found}: expected a checkpoint of tensors and numbers, found something else; it was not run, nor "
-                f"used: make clean-scratch ({str(error).splitlines()[0][:120]})"
-            ) from None
-    trainer.load_weights(scratch / f"checkpoint-{trainer.state.best_global_step}")
-    return [
-        {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}
-        for row in trainer.state.log_history
-        if "train_loss" not in row  # of what was trained since the last interruption
-    ]
+        return
+    try:
+        with handling((signal.SIGTERM, signal.SIGUSR1), asked.tell):
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+    except UnpicklingError as error:
+        raise UserError(
+            f"{found}: expected a checkpoint of tensors and numbers, found something else; it was not run, nor "
+            f"used: make clean-scratch ({str(error).splitlines()[0][:120]})"
+        ) from None
+    finally:
+        progress.close()

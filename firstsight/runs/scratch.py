@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint, fingerprint_files
 from firstsight.core.stage import log, main
 
@@ -48,7 +49,8 @@ def kept_folder(stage: str, made_from: dict[str, Any]) -> Iterator[Path]:
         _tell_of_others(stage, folder)
         folder.mkdir(exist_ok=True)
         try:
-            yield folder
+            with writing(folder):
+                yield folder
             shutil.rmtree(folder)
         finally:
             if not folder.exists() or not any(folder.iterdir()):

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint
 from firstsight.core.launchers import end_with
 from firstsight.core.params import Data
@@ -144,7 +145,8 @@ def _write(path: Path, media: list[Media | None], data: Data) -> None:
     """Decode a chunk and write it, whole or not at all."""
     table = pa.Table.from_pylist([_decode(one, data) for one in media], _SCHEMA)
     partial = path.with_suffix(".partial")
-    pq.write_table(table, partial, compression="none")
+    with writing(partial):
+        pq.write_table(table, partial, compression="none")
     partial.rename(path)
 
 

@@ -1,5 +1,6 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
 # make test    set up and run the tests
+# make torture   kill the pipeline at random moments, run it again each time, and compare with a run that nobody killed
 # make clean   remove the environment
 # make clean-scratch   remove what interrupted runs have kept to go on from
 #
@@ -13,7 +14,7 @@ TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-test
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test setup clean clean-scratch
+.PHONY: repro test setup clean clean-scratch torture
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
@@ -42,3 +43,6 @@ clean:
 
 clean-scratch: setup
 	@python -m firstsight.runs.scratch
+
+torture: setup
+	@python -m benchmarks.torture

@@ -1,6 +1,7 @@
 """Checkpoints of a training: each whole or not counted, few of them, and enough to go on as if nothing had happened."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -20,7 +21,8 @@ from firstsight.core.stage import log
 
 # SHA-256 of every other file of a checkpoint. Written last: a folder without it is one that was being written.
 _SEAL = "checkpoint.json"
-_SECONDS_BETWEEN = 600
+# Between two checkpoints of an epoch.
+_SECONDS = float(os.environ.get("FIRSTSIGHT_CHECKPOINT_SECONDS", 600))
 
 
 def seal(checkpoint: Path) -> None:
@@ -99,7 +101,7 @@ class Checkpoints(TrainerCallback):
         Unfinished: told to end, and the checkpoint is made.
     """
 
-    def __init__(self, seconds: float = _SECONDS_BETWEEN):
+    def __init__(self, seconds: float = _SECONDS):
         self._seconds, self._last, self._told = seconds, time.monotonic(), False
 
     def tell(self, *_signal: object) -> None:
@@ -109,7 +111,7 @@ class Checkpoints(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Where an epoch or the training ends, the checkpoint is made after the evaluation, or it would be left out.
         if not (control.should_training_stop or state.epoch.is_integer()):
-            due = self._told or time.monotonic() - self._last > self._seconds
+            due = self._told or time.monotonic() - self._last >= self._seconds
             control.should_save = _as_the_main_process(due)
 
     def on_epoch_end(self, args, state, control, **kwargs):

@@ -143,7 +143,7 @@ def at_work(words: str) -> bool:
 
 def leftovers(project: Path) -> list[str]:
     """What should not be there after a run has ended well."""
-    paths = [*project.rglob("*.partial"), *project.rglob(".*.partial"), *(project / ".scratch").glob("*")]
+    paths = [*project.rglob("*.partial"), *(project / ".scratch").glob("*")]
     return [*(str(path.relative_to(project)) for path in paths), *processes(project).values()]
 
 

@@ -152,7 +152,8 @@ may_mount = shutil.which("unshare") and not subprocess.run(
 @pytest.mark.parametrize(
     ("options", "place", "stage", "expected"),
     [
-        ("size=64k", ".scratch", "distill", "expected room on the file system {place}, found it full (0."),
+        ("size=64k", ".scratch", "distill", "expected room for 0.0 GB on the file system {place}"),
+        ("size=2M", ".scratch", "distill", "expected room on the file system {place}, found it full ("),
         ("size=64k", ".scratch", "cache_teacher_targets", "expected room"),
         ("size=256k", ".scratch", "build_egoqa_dataset", "expected room on the file system {place}, found it full (0."),
         ("size=8k", "evaluations", "evaluate student", "expected room on the file system {place}, found it full (0."),

@@ -29,6 +29,16 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def check_room(path: Path, needed: int) -> None:
+    """Raises UserError when the file system of `path` has no room for so many bytes."""
+    free = shutil.disk_usage(_file_system(path)).free
+    if needed > free:
+        raise UserError(
+            f"{path}: expected room for {needed / 1e9:.1f} GB on the file system {_file_system(path)}, found "
+            f"{free / 1e9:.1f} GB free; free some (dvc gc --workspace, make clean-scratch)"
+        )
+
+
 def in_words(error: Exception) -> str | None:
     """One line for a fault of the machine that reaches the end of a stage; None for anything else."""
     text = str(error)

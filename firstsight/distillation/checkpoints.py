@@ -43,7 +43,8 @@ def newest(scratch: Path) -> Path | None:
 
 
 def prune(scratch: Path) -> None:
-    """Keep the last two checkpoints, the second for when the last is damaged, and of each the best epoch's."""
+    """Keep the last two checkpoints, the second for when the last is damaged, and of each the best epoch's: three at
+    most, as two of different epochs have one between them."""
     kept = _in_order(scratch)[-2:]
     kept += [best(checkpoint) for checkpoint in kept]
     for checkpoint in set(_in_order(scratch)) - set(kept):

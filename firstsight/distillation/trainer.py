@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel,
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
 from firstsight.core.errors import UserError
-from firstsight.core.faults import writing
+from firstsight.core.faults import check_room, writing
 from firstsight.core.files import write_json
 from firstsight.core.params import Optimisation, Train
 from firstsight.core.stage import log
@@ -315,7 +315,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
-    Checkpoints are made in `scratch`, every epoch and every ten minutes, at most four being kept; where some are there
+    Checkpoints are made in `scratch`, every epoch and every ten minutes, at most three being kept; where some are there
     already, training goes on from the last that is whole, and ends as if it had never been interrupted. On SIGTERM and
     SIGUSR1 one more is made, after the step under way.
 
@@ -335,6 +335,8 @@ def train(
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
+    size = 12 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    check_room(scratch, 2 * size)  # the first checkpoint and the next: weights and two moments, in float32
     halving = optimisation.auto_batch and processes == 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}

@@ -1,6 +1,6 @@
 """Kill the pipeline at random moments, run it again each time, and compare the end with that of a run without kills.
 
-    python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, four minutes and more
+    python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, three minutes and more on an idle core
 
 Works on copies of the repository in a temporary folder, with the smoke preset, longer training, and checkpoints at
 every step. A kill is SIGKILL to the stage, to DVC or to all processes at once, or SIGTERM to DVC alone. Ends with

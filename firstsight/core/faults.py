@@ -34,8 +34,8 @@ def check_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(_file_system(path)).free
     if needed > free:
         raise UserError(
-            f"{path}: expected room for {needed / 1e9:.1f} GB on the file system {_file_system(path)}, found "
-            f"{free / 1e9:.1f} GB free; free some (dvc gc --workspace, make clean-scratch)"
+            f"{path}: expected room for {needed / 1e6:,.1f} MB on the file system {_file_system(path)}, found "
+            f"{free / 1e6:,.1f} MB free; free some (dvc gc --workspace, make clean-scratch)"
         )
 
 

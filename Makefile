@@ -1,7 +1,9 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
 # make test    set up and run the tests; as root on Debian, with the packages of it that some tests need
 # make publish REPO=owner/name   show what would be pushed to the hub; with PUSH=1 push it; VARIANT=student-distilled
+# make torture   kill the pipeline at random moments, run it again each time, and compare with a run that nobody killed
 # make clean   remove the environment
+# make clean-scratch   remove what interrupted runs have kept to go on from
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have.
 
@@ -14,7 +16,7 @@ TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test system-packages publish setup clean
+.PHONY: repro test system-packages publish setup clean clean-scratch torture
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
@@ -47,3 +49,9 @@ $(TEST_READY): requirements-test.txt | $(READY)
 
 clean:
 	rm -rf $(VENV)
+
+clean-scratch: setup
+	@python -m firstsight.runs.scratch
+
+torture: setup
+	@python -m benchmarks.torture

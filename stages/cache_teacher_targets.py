@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.core.files import fingerprint_files, link_folder, whole_folder
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -45,7 +45,7 @@ def run() -> None:
     made_from = {
         "kind": settings.kind,
         # Config, processor and chat template decide what the teacher says as its weights do.
-        "teacher": fingerprint_files(sorted(path for path in TEACHER.rglob("*") if path.is_file())),
+        "teacher": fingerprint_folder(TEACHER),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
         "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared),

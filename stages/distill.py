@@ -7,13 +7,14 @@ reads  models/student, data/teacher-targets and the train and validation splits,
 writes models/student-distilled, with its training history
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from firstsight.core import params
-from firstsight.core.files import fingerprint_files, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
@@ -30,7 +31,7 @@ from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.runs.processes import shared
-from firstsight.runs.scratch import scratch_folder
+from firstsight.runs.scratch import kept_folder
 
 STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
 OUTPUT = Path("models/student-distilled")
@@ -63,7 +64,15 @@ def run() -> None:
         shared_vocabulary=index.shared_vocabulary,
         regularisation=tuning.regularisation,
     )
-    with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("distill")) as scratch:
+    inputs = [STUDENT, TARGETS, *([TEACHER] if online else [])]
+    work = {
+        "settings": settings.model_dump(),
+        "inputs": {str(one): fingerprint_folder(one) for one in inputs},
+        "targets": asdict(index) | {"answers": read_answers(TARGETS)},
+        "device": device,
+        "processes": PartialState().num_processes,
+    }
+    with shared(kept_folder("distill", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
             model,
             train_set,
@@ -73,7 +82,7 @@ def run() -> None:
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
-            after_step=tuning.after_step,
+            tuning=tuning,
         )
         if PartialState().is_main_process:
             tuning.save_merged(folder)

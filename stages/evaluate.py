@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.core.files import fingerprint_files, read_json, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
 from firstsight.evaluation import profiling
@@ -66,7 +66,7 @@ def run() -> None:
             **profiling.environment(device),
         }
         work = {
-            "model": fingerprint_files(sorted(path for path in variant.model.rglob("*") if path.is_file())),
+            "model": fingerprint_folder(variant.model),
             "test": fingerprint_files([TEST]),
             "settings": settings.model_dump(),
             "device": device,

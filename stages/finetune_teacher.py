@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from firstsight.core import params
-from firstsight.core.files import link_folder, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -20,9 +20,10 @@ from firstsight.distillation.trainer import DistillationModel, total_steps, trai
 from firstsight.models.adapters import Tuning
 from firstsight.models.loading import load_processor, pick_device
 from firstsight.runs.processes import shared
-from firstsight.runs.scratch import scratch_folder
+from firstsight.runs.scratch import kept_folder
 
 TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
+SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
 
 
 def run() -> None:
@@ -37,12 +38,16 @@ def run() -> None:
         return
     device = pick_device(runtime.device)
     processor = load_processor(TEACHER)
-    train_set, validation_set = (
-        PackedDataset(Split(Path(f"data/egoqa/{split}.parquet")).answered({}), processor)
-        for split in ("train", "validation")
-    )
+    train_set, validation_set = (PackedDataset(Split(path).answered({}), processor) for path in SPLITS.values())
     tuning = Tuning(TEACHER, settings, device, total_steps(len(train_set), settings))
-    with shared(whole_folder(OUTPUT)) as folder, shared(scratch_folder("finetune-teacher")) as scratch:
+    work = {
+        "settings": settings.model_dump(),
+        "teacher": fingerprint_folder(TEACHER),
+        "data": fingerprint_files(list(SPLITS.values())),
+        "device": device,
+        "processes": PartialState().num_processes,
+    }
+    with shared(kept_folder("finetune-teacher", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
             DistillationModel(tuning.model, regularisation=tuning.regularisation),
             train_set,
@@ -51,7 +56,7 @@ def run() -> None:
             scratch,
             data_workers=runtime.data_workers,
             device=device,
-            after_step=tuning.after_step,
+            tuning=tuning,
         )
         if PartialState().is_main_process:
             tuning.save(folder)

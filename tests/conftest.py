@@ -74,6 +74,14 @@ def run_stage(folder: Path, module: str, *arguments: str) -> None:
         sys.argv = argv
 
 
+def launch(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess:
+    """Run a program, or `-m` and a module, in so many processes on the CPU."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *program]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
 def workspace(folder: Path, preset: str = "smoke") -> Path:
     """A folder in which stages run: the preset as params.yaml, and what else they read of the repository."""
     shutil.copytree(ROOT / "presets", folder / "presets")

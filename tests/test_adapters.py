@@ -37,7 +37,7 @@ def tuned(smoke, settings, sets, scratch: Path) -> tuple[Tuning, list[float]]:
     train_set, validation_set = sets
     tuning = Tuning(smoke / "models/student", settings, "cpu", total_steps(len(train_set), settings))
     model = DistillationModel(tuning.model, regularisation=tuning.regularisation)
-    history = train(model, train_set, validation_set, settings, scratch, device="cpu", after_step=tuning.after_step)
+    history = train(model, train_set, validation_set, settings, scratch, device="cpu", tuning=tuning)
     return tuning, [row["eval_objective"] for row in history if "eval_objective" in row]
 
 

@@ -1,26 +1,16 @@
 """Several processes train what one does: the same steps, the same losses, the same weights, to rounding."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, change, run_stage
+from conftest import change, launch, run_stage
 from safetensors.torch import load_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
 from firstsight.distillation.trainer import micro_batches
-
-
-def launch(folder, processes: int, stage: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", f"stages.{stage}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -32,7 +22,7 @@ def test_processes_agree(smoke_copy, processes):
     alone = load_file(folder / "model.safetensors")
     history = json.loads((folder / "history.json").read_text())
     shutil.rmtree(folder)
-    done = launch(smoke_copy, processes, "distill")
+    done = launch(smoke_copy, processes, "-m", "stages.distill")
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(weight, alone[name], atol=2e-5, rtol=1e-4)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import ROOT, command, stages_run
+from conftest import QUANTISATIONS, ROOT, command, stages_run
 
 from slurm.set_params import set_params
 
@@ -140,7 +140,7 @@ def test_a_sweep_runs_a_job_a_point_and_its_experiments_arrive_here(slurm, commi
     command(
         project, "git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qam", "this cluster"
     )
-    slurm.run("bash", "slurm/sweep.sh", "evaluate.seed=0", "quantize.method=int8,nf4", cwd=project)
+    slurm.run("bash", "slurm/sweep.sh", "evaluate.seed=0", "quantize.double_quantization=true,false", cwd=project)
     jobs = slurm.run("squeue", "--noheader", "--format=%i").split()
     assert len(jobs) == 2
     for job in jobs:
@@ -149,17 +149,17 @@ def test_a_sweep_runs_a_job_a_point_and_its_experiments_arrive_here(slurm, commi
         assert state["JobState"] == "COMPLETED", log
         # All else comes from the cache they share.
         ran = set(re.findall(r"Running stage '([^']+)'", log))
-        assert ran <= {"quantize-student", "evaluate@student-quantized", "report"}
+        assert ran <= QUANTISATIONS | {"evaluate@student-nf4", "report"}
     shown = subprocess.run(["dvc", "exp", "show", "--csv"], cwd=project, capture_output=True, text=True, check=True)
     rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(shown.stdout))}
-    for method in ("int8", "nf4"):
-        row = rows[f"evaluate.seed-0_quantize.method-{method}"]
-        assert row["quantize.method"] == method
-        assert float(row["student-quantized.exact_match"]) >= 0
-    command(project, "dvc", "exp", "apply", "evaluate.seed-0_quantize.method-int8")
+    for doubly in ("true", "false"):
+        row = rows[f"evaluate.seed-0_quantize.double_quantization-{doubly}"]
+        assert row["quantize.double_quantization"].lower() == doubly
+        assert float(row["student-nf4.exact_match"]) >= 0
+    command(project, "dvc", "exp", "apply", "evaluate.seed-0_quantize.double_quantization-false")
     assert stages_run(project, "repro") == set()
-    config = json.loads((project / "models/student-quantized/config.json").read_text())
-    assert config["quantization_config"]["load_in_8bit"]
+    config = json.loads((project / "models/student-nf4/config.json").read_text())
+    assert not config["quantization_config"]["bnb_4bit_use_double_quant"]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that are no defects: the user can mend it, or it is to be gone on with."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Stages print it alone and exit with status 1 (`firstsight.core.stage.main`); anything else keeps its traceback.
     """
+
+
+class Unfinished(Exception):  # noqa: N818, it is no error
+    """Stopped from outside after saving what was done. Stages then exit with status 75, "temporary failure"."""

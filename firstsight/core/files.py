@@ -1,16 +1,18 @@
 """Outputs that appear whole or not at all, and fingerprints of what went into them."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 
 
 @contextmanager
@@ -18,18 +20,33 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` when the block ends, or vanishes when it raises.
 
     It is made beside `path`, on the same file system, so that taking its place is a rename. An earlier `path` is
-    removed only then.
+    removed only then. What a killed process has left of such a folder is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(f".{path.name}.*.partial"):
+        with suppress(BlockingIOError), _locked(abandoned):
+            shutil.rmtree(abandoned, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        yield partial
+        with _locked(partial), writing(partial):
+            yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder as a living process's own. Raises BlockingIOError when it is another's."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
 
 
 def link_folder(source: Path, target: Path) -> None:
@@ -81,3 +98,8 @@ def fingerprint_files(paths: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """SHA-256 over the contents of all files of a folder, in the order of their paths."""
+    return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))

@@ -195,7 +195,8 @@ class Optimisation(Section):
     """AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
 
     A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions, whatever the number
-    of processes. `gradient_checkpointing` computes activations twice instead of keeping them.
+    of processes. `gradient_checkpointing` computes activations twice instead of keeping them. When memory is spent,
+    `auto_batch` makes micro-batches smaller, and more of them to a step.
 
     `method` says what is trained: all weights (full), or adapters over them (lora, adalora) or over their NF4 copy
     (qlora). Without `train_vision` the vision tower and its projector stay as they are.
@@ -209,6 +210,7 @@ class Optimisation(Section):
     batch_size: Count
     gradient_accumulation_steps: Count
     gradient_checkpointing: bool
+    auto_batch: bool
     learning_rate: Positive
     warmup_fraction: Fraction
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]

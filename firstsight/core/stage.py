@@ -7,7 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from firstsight.core.errors import UserError
+from firstsight.core.errors import Unfinished, UserError
+from firstsight.core.faults import in_words
+from firstsight.core.launchers import end_with_launchers
 
 # With a handler of its own, because libraries set the root logger as they please.
 log = logging.getLogger("firstsight")
@@ -17,15 +19,31 @@ log.addHandler(logging.StreamHandler(sys.stderr))
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback."""
+    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback, and
+    so is a fault of the machine (`faults.in_words`).
+
+    `Unfinished` too is one line, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
+    """
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # An exit like any other, so that what is half done is cleared away.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    end_with_launchers()
     try:
         run()
     except UserError as error:
         # A data worker's error arrives with its traceback before it.
         line = str(error).rsplit("UserError: ", 1)[-1]
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        sys.exit(1)
+    except Unfinished as stopped:
+        print(f"unfinished: {stopped}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        print("interrupted; run it again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (line := in_words(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(1)

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json, write_json
 from firstsight.data.records import Sample
 from firstsight.models.vocabulary import vocabulary_fingerprint
@@ -117,7 +118,8 @@ class SplitTargetsWriter:
         partial = path.with_suffix(".partial")
         tensors = {name: torch.cat([batch[name] for batch in self._pending]) for name in self._pending[0]}
         written = {"batches": self.batches, "error_sums": self._error_sums}
-        save_file(tensors, partial, metadata={"written": json.dumps(written)})
+        with writing(partial):
+            save_file(tensors, partial, metadata={"written": json.dumps(written)})
         partial.replace(path)
         self._shards += 1
         self._pending = []

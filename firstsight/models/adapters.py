@@ -26,6 +26,9 @@ from firstsight.models.loading import ADAPTER, language_model_name, load_model
 # How weights are loaded that are, or are not, trained.
 _PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
 
+# What AdaLoRA keeps of every weight of an adapter: sensitivity, its average, and the average of its changes.
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
 
 class Tuning:
     """A model made ready for training by one of the methods; `model` is what computes, adapters in place.
@@ -72,6 +75,27 @@ class Tuning:
         """To be called after each optimizer step, gradients still there: AdaLoRA then shares out its ranks."""
         if self._method == "adalora":
             self._peft.base_model.update_and_allocate(step)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a training that goes on later needs besides the trained weights: what AdaLoRA's ranks are chosen by."""
+        if self._method != "adalora":
+            return {}
+        allocator, pattern = self._peft.base_model.rankallocator, self._peft.peft_config["default"].rank_pattern
+        kept = {f"{kind}/{name}": one for kind in _IMPORTANCE for name, one in getattr(allocator, kind).items()}
+        return kept | {f"ranks/{name}": torch.tensor(ranks) for name, ranks in (pattern or {}).items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        if self._method != "adalora":
+            return
+        allocator, config = self._peft.base_model.rankallocator, self._peft.peft_config["default"]
+        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_IMPORTANCE, "ranks")}
+        for key, value in state.items():
+            kind, name = key.split("/", 1)
+            by_kind[kind][name] = value
+        config.rank_pattern = {name: ranks.tolist() for name, ranks in by_kind["ranks"].items()} or None
+        for kind in _IMPORTANCE:
+            setattr(allocator, kind, {name: value.to(self._device) for name, value in by_kind[kind].items()})
 
     def save(self, folder: Path) -> None:
         """The model as it was trained: its weights, or the untouched base, linked, with the adapter beside it."""

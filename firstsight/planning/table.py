@@ -154,8 +154,8 @@ def _cells(row: Row, operations: float) -> tuple[str, ...]:
 
 
 def _checkpoints(shape: Shape, settings: Optimisation) -> float:
-    """Best, last and the one being written: trained weights in float32 and AdamW's moments."""
-    return 3 * 12 * shape.trained(settings)
+    """The last two, the best, and the one being written: trained weights in float32 and AdamW's moments."""
+    return 4 * 12 * shape.trained(settings)
 
 
 def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:

@@ -1,9 +1,11 @@
-"""Folders for what a stage keeps while it works, outside its outputs: DVC deletes outputs before a rerun."""
+"""Folders for what a stage keeps while it works, outside its outputs: DVC deletes outputs before a rerun.
+
+python -m firstsight.runs.scratch       removes them
+"""
 
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,7 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint, fingerprint_files
+from firstsight.core.stage import log, main
+
+# Seconds to wait for another process at the same work: for one that was told to end, and saves what it has.
+_PATIENCE = 60
 
 
 def root() -> Path:
@@ -21,15 +28,8 @@ def root() -> Path:
 
     DVC runs queued experiments in a temporary copy, and says where the main repository is in `DVC_ROOT`.
     """
-    return Path(os.environ.get("FIRSTSIGHT_SCRATCH") or Path(os.environ.get("DVC_ROOT", ".")) / ".scratch")
-
-
-@contextmanager
-def scratch_folder(stage: str) -> Iterator[Path]:
-    """An empty folder, gone when the block ends."""
-    root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{stage}-", dir=root()) as folder:
-        yield Path(folder)
+    place = os.environ.get("FIRSTSIGHT_SCRATCH") or Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+    return Path(place).absolute()
 
 
 @contextmanager
@@ -44,20 +44,66 @@ def kept_folder(stage: str, made_from: dict[str, Any]) -> Iterator[Path]:
     """
     key = fingerprint({"from": made_from, "code": _code()})[:16]
     folder = root() / f"{stage}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{folder}.lock", timeout=0)
+    root().mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _tell_of_others(stage, folder)
+        folder.mkdir(exist_ok=True)
+        try:
+            with writing(folder):
+                yield folder
+            shutil.rmtree(folder)
+        finally:
+            if not folder.exists() or not any(folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+                _lock(folder).unlink()
+
+
+def clean() -> None:
+    """Remove every folder that no process is at work in."""
+    for folder in _folders(""):
+        try:
+            with FileLock(_lock(folder), timeout=0):
+                shutil.rmtree(folder)
+                _lock(folder).unlink()
+        except Timeout:
+            log.info("%s stays: a process is at work in it", folder)
+        else:
+            log.info("removed %s", folder)
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = FileLock(_lock(folder))
     try:
-        lock.acquire()
+        lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"{folder}: expected to be alone at this work, found another process at it; wait for it, or end it"
-        ) from None
+        log.info("another process is at this work, in %s; waiting %d s for it to end", folder, _PATIENCE)
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            raise UserError(
+                f"{folder}: expected to be alone at this work, found another process at it; wait for it, or end it"
+            ) from None
     try:
-        yield folder
-        shutil.rmtree(folder)
-        Path(lock.lock_file).unlink()
+        yield
     finally:
         lock.release()
+
+
+def _tell_of_others(stage: str, own: Path) -> None:
+    """Say what is kept of other runs of the stage: large, and of use only if its settings come back."""
+    others = [folder for folder in _folders(f"{stage}-") if folder != own]
+    size = sum(path.stat().st_size for folder in others for path in folder.rglob("*") if path.is_file())
+    if others:
+        log.info("%s keeps %d other unfinished runs, %.1f MB; make clean-scratch", root(), len(others), size / 1e6)
+
+
+def _folders(prefix: str) -> list[Path]:
+    return [path for path in sorted(root().glob(f"{prefix}*")) if path.is_dir()]
 
 
 def _code() -> dict[str, str]:
@@ -65,5 +111,9 @@ def _code() -> dict[str, str]:
     here = Path(__file__).parents[2]
     loaded = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     ours = [file for file in loaded for folder in ("firstsight", "stages") if file.is_relative_to(here / folder)]
-    versions = {name: version(name) for name in ("torch", "transformers")}
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
     return {"files": fingerprint_files(sorted(ours)), **versions}
+
+
+if __name__ == "__main__":
+    main(clean)

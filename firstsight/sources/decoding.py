@@ -22,7 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from firstsight.core.errors import UserError
+from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint
+from firstsight.core.launchers import end_with
 from firstsight.core.params import Data
 from firstsight.sources.assembly import Unit
 from firstsight.sources.problems import BadRecordError, Problems
@@ -116,7 +118,7 @@ class Decoder:
         # Forked from a process that has imported what they need, which they share, but has none of this one's threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "firstsight.sources.readers"])
-        with ProcessPoolExecutor(workers, context) as pool:
+        with ProcessPoolExecutor(workers, context, end_with, (os.getpid(),)) as pool:
             try:
                 yield from self._in_order(pool, deque(missing), 2 * workers)
             except BrokenProcessPool:
@@ -143,7 +145,8 @@ def _write(path: Path, media: list[Media | None], data: Data) -> None:
     """Decode a chunk and write it, whole or not at all."""
     table = pa.Table.from_pylist([_decode(one, data) for one in media], _SCHEMA)
     partial = path.with_suffix(".partial")
-    pq.write_table(table, partial, compression="none")
+    with writing(partial):
+        pq.write_table(table, partial, compression="none")
     partial.rename(path)
 
 

@@ -1,0 +1,216 @@
+"""Kill the pipeline at random moments, run it again each time, and compare the end with that of a run without kills.
+
+    python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, three minutes and more on an idle core
+
+Works on copies of the repository in a temporary folder, with the smoke preset, longer training, and checkpoints at
+every step. A kill is SIGKILL to the stage, to DVC or to all processes at once, or SIGTERM to DVC alone. Ends with
+status 1 unless weights, data, targets, predictions and metrics (but timings) are the same bytes, and no process, lock
+or partial output is left.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files
+from firstsight.core.stage import log, main
+
+ROOT = Path(__file__).parents[1]
+# Left out of a copy: what is made here, and what belongs to a checkout.
+_MADE = (".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache")
+_OUTPUTS = ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics")
+# Files that hold timings, and the pictures and pages made of them.
+_TIMED = re.compile(r"performance\.json|variants\.csv|report\.html|summary\.txt|.*\.png")
+_KILL, _TERM = signal.SIGKILL, signal.SIGTERM
+VICTIMS = {"the stage": _KILL, "everything": _KILL, "DVC alone": _KILL, "DVC alone, told to end": _TERM}
+
+
+def new_project(folder: Path, **training: float) -> Path:
+    """A copy of the repository before anything is run: the smoke preset, both trainings changed by `training`."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*_MADE))
+    for output in _OUTPUTS:
+        for path in (folder / output).rglob("*"):
+            if path.is_file() and path.name != ".gitignore":
+                path.unlink()
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load(folder / "presets/smoke.yaml")
+    for section in ("finetune_teacher", "train"):
+        values[section] |= training
+    yaml.dump(values, folder / "params.yaml")
+    subprocess.run(["dvc", "config", "--local", "core.no_scm", "true"], cwd=folder, check=True)
+    return folder
+
+
+def outcome(project: Path) -> dict[str, str]:
+    """SHA-256 of every output file, but of those with timings."""
+    files = [path for output in _OUTPUTS for path in sorted((project / output).rglob("*")) if path.is_file()]
+    kept = [path for path in files if not _TIMED.fullmatch(path.name) and path.name != ".gitignore"]
+    return {str(path.relative_to(project)): fingerprint_files([path]) for path in kept}
+
+
+@dataclass
+class Kill:
+    """Of whom, in which stage, after what part of the seconds that it took without."""
+
+    stage: str
+    part: float
+    victim: str
+
+
+class Repro:
+    """`dvc repro` in a project, in a session of its own; `stages` tells when each began."""
+
+    def __init__(self, project: Path):
+        self.project, self.stages, self.text = project, {}, ""
+        environment = os.environ | {"FIRSTSIGHT_CHECKPOINT_SECONDS": "0", "FIRSTSIGHT_SCRATCH": ""}
+        self.process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=project,
+            env=environment,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.text += line
+            if begun := re.match(r"Running stage '([^']+)'", line):
+                self.stages[begun[1]] = time.monotonic()
+
+    def wait(self) -> int:
+        """Its status, when all that it started has ended too."""
+        status = self.process.wait()
+        self._reader.join()  # the pipe is open as long as anyone has it
+        return status
+
+    def kill(self, kill: Kill, seconds: float) -> str | None:
+        """Wait for the moment and kill; which stage was killed then, or None when it ended before."""
+        moment = float("inf")
+        while time.monotonic() < moment:
+            if self.process.poll() is not None:
+                return None
+            if kill.stage in self.stages:
+                moment = self.stages[kill.stage] + kill.part * seconds
+            time.sleep(0.01)
+        if kill.victim.startswith("DVC"):
+            victims = [self.process.pid]
+        else:
+            found = processes(self.project)
+            victims = [one for one, words in found.items() if kill.victim == "everything" or at_work(words)]
+        for victim in victims:
+            try:
+                os.kill(victim, VICTIMS[kill.victim])
+            except ProcessLookupError:
+                continue  # it has just ended by itself
+        return list(self.stages)[-1]
+
+
+def processes(project: Path) -> dict[int, str]:
+    """The command lines of the processes at work in a project, by id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cwd").resolve() == project:
+                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue  # it has ended, or is another user's
+    return found
+
+
+def at_work(words: str) -> bool:
+    """Whether a command line is a stage's own, rather than of what launched it."""
+    return "stages." in words and "accelerate" not in words
+
+
+def leftovers(project: Path) -> list[str]:
+    """What should not be there after a run has ended well."""
+    paths = [*project.rglob("*.partial"), *(project / ".scratch").glob("*")]
+    return [*(str(path.relative_to(project)) for path in paths), *processes(project).values()]
+
+
+def durations(repro: Repro) -> dict[str, float]:
+    """Seconds that each stage took of a run that has just ended."""
+    moments = [*repro.stages.values(), time.monotonic()]
+    return {stage: moments[number + 1] - moments[number] for number, stage in enumerate(repro.stages)}
+
+
+def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> list[str]:
+    """Kill and run again, then run to the end; the stages that were killed, in order.
+
+    Raises:
+        UserError: a run ended otherwise than well, or left something behind.
+    """
+    killed = []
+    for kill in kills:
+        repro = Repro(project)
+        stage = repro.kill(kill, seconds[kill.stage])
+        status = repro.wait()
+        if stage is None:
+            if status:
+                raise UserError(f"{project}: expected dvc repro to go on, found status {status}: {repro.text[-3000:]}")
+            break
+        killed.append(stage)
+        log.info("kill %d: %s, in %s, %.0f%% through", len(killed), kill.victim, stage, 100 * kill.part)
+    last = Repro(project)
+    if last.wait():
+        raise UserError(f"{project}: expected dvc repro to end well after the kills, found: {last.text[-3000:]}")
+    if left := leftovers(project):
+        raise UserError(f"{project}: expected nothing to be left behind, found {', '.join(left)}")
+    return killed
+
+
+def compare(expected: dict[str, str], found: dict[str, str]) -> None:
+    """Raises UserError unless the outcomes are the same."""
+    if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        raise UserError(f"expected the outcome of a run that nobody killed, found others: {', '.join(different)}")
+
+
+def plan(stages: list[str], number: int, chance: random.Random) -> list[Kill]:
+    """Kills in the order of the stages, each stage having its share, at random moments."""
+    shares = sorted((stages * number)[:number], key=stages.index)
+    return [Kill(stage, chance.random(), chance.choice(list(VICTIMS))) for stage in shares]
+
+
+def run() -> None:
+    number, seed = [*map(int, sys.argv[1:]), *(24, 0)[len(sys.argv) - 1 :]]
+    chance = random.Random(seed)
+    total: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        whole = Repro(new_project(folder / "whole", epochs=4, batch_size=4))
+        if whole.wait():
+            raise UserError(f"dvc repro: expected it to end well, found: {whole.text[-3000:]}")
+        seconds, expected = durations(whole), outcome(whole.project)
+        log.info("without a kill: %.0f s, %d files to compare", sum(seconds.values()), len(expected))
+        for round_ in range(number):  # as often as it takes
+            if (left := number - total.total()) == 0:
+                break
+            project = new_project(folder / f"killed-{round_}", epochs=4, batch_size=4)
+            stages = list(seconds) if left >= len(seconds) else chance.sample(list(seconds), left)
+            total.update(campaign(project, plan(sorted(stages, key=list(seconds).index), left, chance), seconds))
+            compare(expected, outcome(project))
+            shutil.rmtree(project)
+    log.info("%d kills, and the outcome is the same each time: %s", total.total(), dict(total))
+
+
+if __name__ == "__main__":
+    main(run)

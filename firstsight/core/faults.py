@@ -1,0 +1,83 @@
+"""Faults of the machine in one line each: a disk that is full or cannot be written, memory that is spent, a killed
+worker."""
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from firstsight.core.errors import UserError
+
+# An error of writing, in the words of Python and of the libraries that write: safetensors, torch, pyarrow.
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b|PytorchStreamWriter failed")
+_KILLED_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
+_READ_ONLY = re.compile(r"Read-only file system|os error 30\b")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """In the block `path` is written. Raises UserError, naming its file system, when that is full or read-only."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if line := _unwritable(error, path):
+            raise UserError(line) from error
+        raise
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises UserError when the file system of `path` has no room for so many bytes."""
+    free = shutil.disk_usage(_file_system(path)).free
+    if needed > free:
+        raise UserError(
+            f"{path}: expected room for {needed / 1e6:,.1f} MB on the file system {_file_system(path)}, found "
+            f"{free / 1e6:,.1f} MB free; free some (dvc gc --workspace, make clean-scratch)"
+        )
+
+
+def in_words(error: Exception) -> str | None:
+    """One line for a fault of the machine that reaches the end of a stage; None for anything else."""
+    text = str(error)
+    if line := _unwritable(error, Path(getattr(error, "filename", None) or ".")):
+        return line
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        return "memory: expected enough for this stage, found it spent; lower the stage's batch_size, or free memory"
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which not every stage loads
+        return "GPU memory: expected enough for this stage, found it spent; lower the stage's batch_size in params.yaml"
+    if killed := _KILLED_WORKER.search(text):
+        return (
+            f"data worker: expected it to live, found: {killed[0]} (out of memory?); lower runtime.data_workers, and "
+            "run it again: what is done is kept"
+        )
+    return None
+
+
+def _unwritable(error: BaseException, path: Path) -> str | None:
+    while error is not None:
+        number, text = getattr(error, "errno", None), str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
+            system = _file_system(path)
+            free = shutil.disk_usage(system).free / 1e6
+            return (
+                f"{path}: expected room on the file system {system}, found it full ({free:.1f} MB free); free some "
+                "(dvc gc --workspace, make clean-scratch) and run it again: earlier outputs are as they were"
+            )
+        if number == errno.EROFS or _READ_ONLY.search(text):
+            return (
+                f"{path}: expected a file system that can be written, found {_file_system(path)} read-only; mount it "
+                "for writing, or work elsewhere (FIRSTSIGHT_SCRATCH for what is kept between runs)"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _file_system(path: Path) -> Path:
+    """Where the file system that holds a path, or will hold it, is mounted."""
+    place = path.absolute()
+    while not (place.exists() and place.is_mount()) and place != place.parent:
+        place = place.parent
+    return place

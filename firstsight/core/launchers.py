@@ -1,0 +1,81 @@
+"""A stage ends with what launched it. DVC and accelerate, when they are killed, leave behind what they started.
+
+On Linux; elsewhere nothing is watched.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+# Set by a launcher for what it starts: by DVC, by accelerate, and by the torchrun inside accelerate.
+_DVC = b"\0DVC_STAGE="
+_MARKS = (_DVC, b"\0ACCELERATE_", b"\0TORCHELASTIC_RUN_ID=")
+# Seconds from being told to end to being killed: enough for a checkpoint.
+_GRACE = 120
+
+
+def end_with_launchers() -> None:
+    """Have this process told to end (SIGTERM), and two minutes later killed, when a launcher above it has died."""
+    if sys.platform == "linux":
+        threading.Thread(target=_watch_launchers, daemon=True).start()
+
+
+def end_with(process: int) -> None:
+    """The same, when the given process has died."""
+    if sys.platform == "linux":
+        threading.Thread(target=_watch, args=([process],), daemon=True).start()
+
+
+def _watch_launchers() -> None:
+    try:
+        launchers = _launchers()
+    except (OSError, ProcessLookupError):  # one died as it was looked at
+        launchers = None
+    _watch(launchers)
+
+
+def _watch(processes: list[int] | None) -> None:
+    """Wait until one of the processes has died; None: one has."""
+    if processes == []:
+        return
+    poll = select.poll()
+    try:
+        for process in processes or ():
+            poll.register(os.pidfd_open(process), select.POLLIN)
+        if processes:
+            poll.poll()
+    except ProcessLookupError:
+        pass
+    print("what launched this process has died: ending", file=sys.stderr)
+    # To the main thread, which runs the handlers, and may be waiting.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    time.sleep(_GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _launchers() -> list[int] | None:
+    """The processes above this one, up to the first that no launcher started: accelerate, a shell, DVC.
+
+    None when one has died already, and its children have been adopted: DVC would be of its stage's session.
+    """
+    found, process = [], os.getpid()
+    while any(mark in (marks := _environment(process)) for mark in _MARKS):
+        above = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        adopted = os.getsid(above) != os.getsid(process) and _DVC in marks and _DVC not in _environment(above)
+        if above == 0 or adopted:
+            return None
+        found.append(above)
+        process = above
+    return found
+
+
+def _environment(process: int) -> bytes:
+    """The variables that a process was started with; none where they are another user's."""
+    try:
+        return b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+    except PermissionError:
+        return b""

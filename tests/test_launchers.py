@@ -1,0 +1,99 @@
+"""What launches a stage may be killed: the stage then ends too, saving what it has."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches through /proc and pidfd")
+
+# A stage that says its process id and works for a minute; told to end, it says so in a file.
+STAGE = """
+import pathlib, sys, time
+from firstsight.core.stage import main
+
+def run():
+    pathlib.Path("pid").write_text(str(__import__("os").getpid()))
+    try:
+        time.sleep(60)
+    except SystemExit:
+        pathlib.Path("told").touch()
+        raise
+
+main(run)
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "stage.py").write_text(STAGE)
+    command = f"{shlex.quote(sys.executable)} stage.py; true"  # the shell stays between
+    (tmp_path / "dvc.yaml").write_text(f'stages:\n  work:\n    cmd: "{command}"\n')
+    subprocess.run(["dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def start(project: Path, words: list[str]) -> tuple[subprocess.Popen, int]:
+    """A process, and the stage that it has launched."""
+    launcher = subprocess.Popen(words, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    pid = project / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text())
+    return launcher, int(pid.read_text())
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("deadly", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_ends_with_dvc(project, deadly):
+    dvc, stage = start(project, ["dvc", "repro"])
+    dvc.send_signal(deadly)
+    dvc.wait()
+    wait_until(lambda: not alive(stage), 10)
+    assert (project / "told").exists()
+
+
+def test_a_stage_ends_with_accelerate(project):
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "stage.py"]
+    accelerate, stage = start(project, words)
+    accelerate.kill()
+    accelerate.wait()
+    wait_until(lambda: not alive(stage), 10)
+    assert (project / "told").exists()
+
+
+def test_a_stage_outlives_the_shell_it_was_typed_in(project):
+    shell, stage = start(project, ["sh", "-c", f"{shlex.quote(sys.executable)} stage.py & wait"])
+    shell.kill()
+    shell.wait()
+    time.sleep(0.5)
+    assert alive(stage)
+    os.kill(stage, signal.SIGTERM)
+    wait_until(lambda: not alive(stage), 10)
+
+
+def test_a_stage_whose_launcher_died_before_it_began_ends(project):
+    """While it imports, it watches nothing yet."""
+    orphan = "subprocess.Popen([sys.executable, 'stage.py'], env=os.environ | {'DVC_STAGE': 'work'})"
+    words = [sys.executable, "-c", f"import os, subprocess, sys; {orphan}"]
+    subprocess.run(words, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True, check=True)
+    pid = project / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text())
+    wait_until(lambda: not alive(int(pid.read_text())), 10)

@@ -2,6 +2,7 @@
 # make test    set up and run the tests; as root on Debian, with the packages of it that some tests need
 # make publish REPO=owner/name   show what would be pushed to the hub; with PUSH=1 push it; VARIANT=student-distilled
 # make torture   kill the pipeline at random moments, run it again each time, and compare with a run that nobody killed
+# make audit   look up what is installed in a database of known vulnerabilities
 # make clean   remove the environment
 # make clean-scratch   remove what interrupted runs have kept to go on from
 #
@@ -16,7 +17,7 @@ TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test system-packages publish setup clean clean-scratch torture
+.PHONY: repro test system-packages publish audit setup clean clean-scratch torture
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.table
@@ -46,6 +47,11 @@ $(READY): requirements.txt
 $(TEST_READY): requirements-test.txt | $(READY)
 	$(INSTALL) requirements-test.txt
 	@touch $@
+
+audit: setup
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	@$(VENV)/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 clean:
 	rm -rf $(VENV)

@@ -8,19 +8,15 @@ and its workers, of proportional set sizes: what they share is counted once. Wri
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 from ruamel.yaml import YAML
 
-from benchmarks.measuring import environment, write
+from benchmarks.measuring import environment, process_tree, write
 from firstsight.core.stage import log, main
 
 PICTURES, QUESTIONS, SIDE = (1_250, 5_000, 20_000), 5, 224
@@ -48,41 +44,15 @@ def prepare(folder: Path, pictures: int) -> None:
                 file.write(json.dumps(line) + "\n")
 
 
-def measure(folder: Path) -> tuple[float, int]:
-    """Seconds of the stage, and its highest memory in bytes."""
-    started, most = time.perf_counter(), 0
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
-    words = [sys.executable, "-m", "stages.build_egoqa_dataset"]
-    process = psutil.Popen(words, cwd=folder, env=variables, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        most = max(most, sum(map(memory, [process, *children(process)])))
-        time.sleep(0.2)
-    if process.returncode:
-        raise RuntimeError(f"build-egoqa-dataset ended with {process.returncode}")
-    return time.perf_counter() - started, most
-
-
-def children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def memory(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
-        return 0
-
-
 def run() -> None:
     rows = []
     for pictures in PICTURES:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             prepare(folder, pictures)
-            seconds, most = measure(folder)
+            words = [sys.executable, "-m", "stages.build_egoqa_dataset"]
+            variables = {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
+            seconds, most = process_tree(words, folder, variables)
         first = rows[0] if rows else {"seconds": seconds}
         rows.append({
             "pictures": pictures,

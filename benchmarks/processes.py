@@ -1,0 +1,61 @@
+"""Distilling with 1, 2 and 4 processes: time, memory, and whether they learn the same.
+
+    python -m benchmarks.processes [EPOCHS]    after dvc repro; half an epoch unless you say more
+
+On the CPU, with gloo, the processes share the cores that one has to itself, so time says what sharing costs, not what
+more machines gain. Memory is the highest sum over all processes, what they share counted once. Writes
+benchmarks/processes.csv.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from benchmarks.measuring import environment, process_tree, write
+from firstsight.core.stage import log, main
+
+LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa", "data/teacher-targets")
+ROOT = Path.cwd()
+
+
+def run() -> None:
+    epochs = float(sys.argv[1]) if len(sys.argv) > 1 else 0.5
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load(ROOT / "params.yaml")
+    values["train"]["epochs"] = epochs
+    values["runtime"]["device"] = "cpu"
+    rows = []
+    for processes in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            for path in LINKED:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).symlink_to(ROOT / path)
+            yaml.dump(values, folder / "params.yaml")
+            launched = ["--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+            launched += ["--mixed_precision", "no", "--dynamo_backend", "no", "--quiet", "-m", "stages.distill"]
+            words = [sys.executable, "-m", "accelerate.commands.launch", *launched]
+            variables = {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
+            seconds, most = process_tree(words, folder, variables)
+            history = json.loads((folder / "models/student-distilled/history.json").read_text())
+        loss = [entry["eval_objective"] for entry in history if "eval_objective" in entry][-1]
+        first = rows[0] if rows else {"seconds": seconds, "memory_mb": most / 1e6}
+        rows.append({
+            "processes": processes,
+            "epochs": epochs,
+            "seconds": round(seconds, 1),
+            "memory_mb": round(most / 1e6),
+            "validation_loss": f"{loss:.5g}",
+            "time_ratio": round(seconds / first["seconds"], 2),
+            "memory_ratio": round(most / 1e6 / first["memory_mb"], 2),
+            **environment("cpu"),
+        })  # fmt: skip
+        log.info("%(processes)d processes: %(seconds)s s, %(memory_mb)d MB, loss %(validation_loss)s", rows[-1])
+    write("processes", rows)
+
+
+if __name__ == "__main__":
+    main(run)

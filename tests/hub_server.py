@@ -54,8 +54,9 @@ class Hub:
     """`with Hub() as hub:` serves `hub.repositories` at `hub.endpoint` and keeps what it was asked in `hub.requests`.
 
     `broken` says after how many bytes a transfer of a file breaks off, and how many transfers do; `wrong` names files
-    that arrive with other bytes of the same number; `refused` is a token that the hub does not know; `down` is the
-    number of requests that it will not serve.
+    that arrive with other bytes of the same number; `refused` is a token that the hub does not know; `forbidden` says
+    that nobody may read anything, `forbidden_files` that nobody may read files; `down` is the number of requests that
+    it will not serve; `answers` are what stands in the place of model `info` and of the `tree`.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -63,7 +64,10 @@ class Hub:
     broken: dict[str, tuple[int, int]] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     refused: str | None = None
+    forbidden: bool = False
+    forbidden_files: bool = False
     down: int = 0
+    answers: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> "Hub":
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -115,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(503, "", "Service unavailable")
         if self.hub.refused and token == f"Bearer {self.hub.refused}":
             return self.fail(401, "", "Invalid credentials in Authorization header")
+        if self.hub.forbidden or (self.hub.forbidden_files and "resolve" in parts):
+            return self.fail(403, "", "Forbidden")
         if parts[0] == "cdn":
             return self.send_file(self.hub.repositories["/".join(parts[1:3])], "/".join(parts[3:]))
         if parts[:2] == ["api", "models"]:
@@ -127,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Model info (nothing or `revision` and a revision after the name) or a listing (`tree` and a revision)."""
         if (repository := self.find(name, rest[1] if rest else "main")) is None:
             return None
+        if body := self.hub.answers.get("tree" if rest[:1] == ["tree"] else "info"):
+            return self.send_body(body)
         if rest[:1] != ["tree"]:
             return self.send_json({"id": name, "sha": repository.commit, "siblings": []})
         return self.send_json([self.entry(path, content) for path, content in repository.files.items()])
@@ -191,7 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def send_json(self, value) -> None:
-        body = json.dumps(value).encode()
+        self.send_body(json.dumps(value).encode())
+
+    def send_body(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

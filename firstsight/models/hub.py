@@ -93,7 +93,8 @@ def _fetch(repository: str, commit: str) -> Path:
     _check_sums(repository, commit)
     weights = checkpoint.check_texts(snapshot, names, repository)
     planned = snapshot_download(repository, revision=commit, allow_patterns=weights, dry_run=True)
-    _check_free(snapshot, sum(file.file_size or 0 for file in planned if file.will_download), repository)
+    needed = sum(file.file_size or 0 for file in planned if file.will_download)
+    _check_free(snapshot, needed, repository, "make room there, or point HF_HUB_CACHE to a larger disk")
     _snapshot(repository, commit, weights, None)
     _check_sums(repository, commit)
     return snapshot
@@ -145,13 +146,12 @@ def _place(source: Path, folder: Path, place: str, place_file: PlaceFile) -> Non
         checkpoint.complete_tokenizer(folder, place)
 
 
-def _check_free(folder: Path, needed: int, place: str) -> None:
+def _check_free(folder: Path, needed: int, place: str, remedy: str = "make room there") -> None:
     """Raise UserError unless the disk of `folder` has `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{place}: expected {needed / 1e9:.3g} GB free under {folder}, found {free / 1e9:.3g} GB; make room there, "
-            "or point HF_HUB_CACHE to a larger disk"
+            f"{place}: expected {needed / 1e9:.3g} GB free under {folder}, found {free / 1e9:.3g} GB; {remedy}"
         )
 
 

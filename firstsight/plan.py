@@ -36,9 +36,15 @@ def run() -> None:
     print(f"params  {path}\ndata    {work.source}\n\n{table.render(rows)}\n")
     for name, memory in gpus():
         print(table.verdict(rows, name, memory))
-    for model in (loaded.models.teacher, loaded.models.student):
-        if reads_text_alone(on_meta(model).config):
-            print(f"\n{model.source} reads text alone: for it media are not counted, and its stages refuse them")
+    teacher, student = (on_meta(model) for model in (loaded.models.teacher, loaded.models.student))
+    for source, built in ((loaded.models.teacher.source, teacher), (loaded.models.student.source, student)):
+        if reads_text_alone(built.config):
+            print(f"\n{source} reads text alone: for it media are not counted, and its stages refuse them")
+    if teacher.num_parameters() < student.num_parameters():
+        print("\nthe teacher has fewer parameters than the student: are models.teacher and models.student swapped?")
+    rows = min(model.config.get_text_config().vocab_size for model in (teacher, student))
+    if loaded.targets.kind == "topk" and loaded.targets.k > rows:
+        print(f"\ntargets.k is {loaded.targets.k:,}, more than there are tokens: all of at most {rows:,} are kept")
     print("\ntime is a stage's share of the arithmetic, not hours; for GPU memory see firstsight/planning/memory.py")
 
 

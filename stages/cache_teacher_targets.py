@@ -40,6 +40,8 @@ def run() -> None:
     settings = loaded.targets
     processor = load_processor(TEACHER)
     shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
+    if settings.kind == "topk" and settings.k > shared:
+        log.info("targets.k is %d: all %d tokens that both models have are kept", settings.k, shared)
     data = {split: Split(path) for split, path in SPLITS.items()}
     device = pick_device(loaded.runtime.device)
     made_from = {

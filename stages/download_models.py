@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 from firstsight.core import params
+from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.models import checkpoint, egogpt_conversion, hub
 from firstsight.models.initialise import initialise
+from firstsight.models.loading import stored_method
 
 
 def run() -> None:
@@ -25,7 +27,7 @@ def run() -> None:
         if model.source == "init":
             initialise(model.init, folder)
         elif Path(model.source).is_dir():
-            hub.link(Path(model.source), folder)
+            hub.copy(Path(model.source), folder)
         else:
             commit = hub.download(model.source, model.revision, folder)
             if model.revision != commit:
@@ -36,6 +38,11 @@ def run() -> None:
             log.info("converting EgoGPT's own layout")
             with whole_folder(folder) as converted:
                 egogpt_conversion.convert(folder, converted, model.source)
+        if role == "student" and (method := stored_method(folder)):
+            raise UserError(
+                f"models.student: expected weights that can be trained, found them quantised to {method} in "
+                f"{model.source}; take the model that it was quantised from"
+            )
         origin = {"source": model.source, "revision": model.revision, "commit": commit}
         write_json(folder / "source.json", origin | checkpoint.facts(folder))
     log.info("wrote models/%s from %s", role, model.source)

@@ -25,7 +25,7 @@ from firstsight.evaluation.answering import Question, answers
 from firstsight.evaluation.memory import PeakMemory
 from firstsight.evaluation.quality import summarise
 from firstsight.models.footprint import weights_bytes
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
 from firstsight.models.variants import LEFT_OUT, VARIANTS
 from firstsight.runs import scratch
 
@@ -50,7 +50,9 @@ def run() -> None:
         processor = load_processor(variant.model)
         memory = PeakMemory(device)
         started = time.perf_counter()
-        model = load_model(variant.model, variant.quantised_on_loading or settings.precision, device)
+        # What is stored quantised stays as it is.
+        precision = "auto" if stored_method(variant.model) else settings.precision
+        model = load_model(variant.model, variant.quantised_on_loading or precision, device)
         load_seconds = time.perf_counter() - started
         # Batch 1 first: the memory that larger batches leave in the process would count as its own.
         memory.reset()

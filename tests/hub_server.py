@@ -58,9 +58,11 @@ class Hub:
     """`with Hub() as hub:` serves `hub.repositories` at `hub.endpoint` and keeps what it was asked in `hub.requests`.
 
     `broken` says after how many bytes a transfer of a file breaks off, and how many transfers do; `wrong` names files
-    that arrive with other bytes of the same number; `refused` is a token that the hub does not know; `down` is the
-    number of requests that it will not serve. `statuses` answers what is written to a path that ends so with a failure,
-    0 by closing the connection. Repositories that are created get folders in `created`.
+    that arrive with other bytes of the same number; `refused` is a token that the hub does not know; `forbidden` says
+    that nobody may read anything, `forbidden_files` that nobody may read files; `down` is the number of requests that
+    it will not serve; `answers` are what stands in the place of model `info` and of the `tree`.
+    `statuses` answers what is written to a path that ends so with a failure, 0 by closing the connection. Repositories
+    that are created get folders in `created`.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -68,10 +70,13 @@ class Hub:
     broken: dict[str, tuple[int, int]] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     refused: str | None = None
+    forbidden: bool = False
+    forbidden_files: bool = False
     down: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     created: Path | None = None
     large: dict[str, bytes] = field(default_factory=dict)
+    answers: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> "Hub":
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -140,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(503, "", "Service unavailable")
         if self.hub.refused and token == f"Bearer {self.hub.refused}":
             return self.fail(401, "", "Invalid credentials in Authorization header")
+        if self.hub.forbidden or (self.hub.forbidden_files and "resolve" in parts):
+            return self.fail(403, "", "Forbidden")
         if parts[0] == "cdn":
             return self.send_file(self.hub.repositories["/".join(parts[1:3])], "/".join(parts[3:]))
         if parts[:2] == ["api", "models"]:
@@ -229,6 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Info (after the name nothing, or `revision` and a revision) or a listing (`tree`, a revision, a folder)."""
         if (repository := self.find(name, rest[1] if rest else "main")) is None:
             return None
+        if body := self.hub.answers.get("tree" if rest[:1] == ["tree"] else "info"):
+            return self.send_body(body)
         if rest[:1] != ["tree"]:
             return self.send_json({"id": name, "sha": repository.commit, "siblings": []})
         inside = "".join(f"{part}/" for part in rest[2:])
@@ -297,7 +306,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def send_json(self, value, status: int = 200) -> None:
-        body = json.dumps(value).encode()
+        self.send_body(json.dumps(value).encode(), status)
+
+    def send_body(self, body: bytes, status: int = 200) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -114,6 +114,26 @@ def test_a_target_that_is_no_layer_is_refused(smoke, settings):
         Tuning(smoke / "models/student", optimisation(settings, method="lora", adapter=adapter), "cpu", 10)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_trained_is_refused_before_training(smoke_copy, settings, method):
+    with pytest.raises(
+        UserError, match="student-nf4: expected weights that can be trained, found them quantised to nf4"
+    ):
+        Tuning(smoke_copy / "models/student-nf4", optimisation(settings, method=method), "cpu", 10)
+    student = smoke_copy / "models/student"
+    lora = Tuning(student, optimisation(settings, method="lora"), "cpu", 10)
+    (smoke_copy / "adapted").mkdir()
+    lora.save(smoke_copy / "adapted")
+    if method == "full":
+        assert Tuning(smoke_copy / "adapted", optimisation(settings, method=method), "cpu", 10).model
+        return
+    with pytest.raises(UserError, match=f"a model without an adapter of its own, because method is {method}, found"):
+        Tuning(smoke_copy / "adapted", optimisation(settings, method=method), "cpu", 10)
+    adapter = settings.train.adapter.model_copy(update={"rank": 4096})
+    with pytest.raises(UserError, match=r"expected adapter\.rank of at most 32, .*, found 4096"):
+        Tuning(student, optimisation(settings, method=method, adapter=adapter, train_vision=False), "cpu", 10)
+
+
 def test_an_adapted_teacher_and_student_go_through_the_stages(smoke_copy):
     change(smoke_copy, "finetune_teacher", method="lora", train_vision=False)
     change(smoke_copy, "train", method="qlora", train_vision=False)

@@ -9,7 +9,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import AFTER_DISTILL, EVALUATIONS, QUANTISATIONS, command, stages_run
+from conftest import (
+    AFTER_DISTILL,
+    EVALUATIONS,
+    QUANTISATIONS,
+    ROOT,
+    YAML_SAFE,
+    command,
+    new_project,
+    stages_run,
+    write_params,
+)
+
+from firstsight.models.initialise import initialise
 
 pytestmark = pytest.mark.slow
 
@@ -93,9 +105,50 @@ def test_what_one_clone_has_run_another_pulls(project, tmp_path):
     command(clone, "dvc", "remote", "add", "--default", "shared", remote)
     assert stages_run(clone, "repro", "--pull") == set()
     assert (clone / "models/student-distilled/model.safetensors").exists()
-    command(project, "dvc", "exp", "run", "-S", "quantize.method=int8")
+    command(project, "dvc", "exp", "run", "-S", "quantize.methods=[int8]")
     command(project, "dvc", "push", "--run-cache")
     shutil.copy(project / "params.yaml", clone / "params.yaml")
     assert stages_run(clone, "repro", "--pull") <= {"report"}
-    config = json.loads((clone / "models/student-quantized/config.json").read_text())
+    config = json.loads((clone / "models/student-int8/config.json").read_text())
     assert config["quantization_config"]["load_in_8bit"]
+
+
+def name_source(project: Path, role: str, source: str) -> None:
+    values = YAML_SAFE.load(project / "params.yaml")
+    values["models"][role] |= {"source": source, "init": None}
+    write_params(project, values)
+
+
+def test_a_model_of_the_users_where_a_stage_writes_is_refused_and_kept(tmp_path):
+    project = new_project(tmp_path / "project")
+    name_source(project, "teacher", "models/teacher")
+    command(project, "git", "init", "--quiet")
+    mine = project / "models/teacher/model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"months of work")
+    done = subprocess.run(
+        ["dvc", "repro", "download-models@teacher"], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "models.teacher: expected a source outside the pipeline's own outputs, found models/teacher" in done.stderr
+    assert mine.read_bytes() == b"months of work"
+
+
+def test_a_local_model_is_left_as_it_is_and_kept_once(settings, tmp_path, monkeypatch):
+    """The user's files stay theirs, writable; models/ and DVC's cache share one copy of them."""
+    monkeypatch.chdir(ROOT)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    initialise(settings.models.student.init, mine)
+    before = {path.name: (path.stat().st_mode, path.read_bytes()) for path in mine.iterdir()}
+    project = new_project(tmp_path / "project")
+    name_source(project, "student", str(mine))
+    command(project, "git", "init", "--quiet")
+    assert stages_run(project, "repro", "download-models@student") == {"download-models@student"}
+    weights = project / "models/student/model.safetensors"
+    cached = project / ".dvc/cache"
+    assert any(weights.samefile(path) for path in cached.rglob("*") if path.is_file())
+    (mine / "model.safetensors").write_bytes(b"trained on")
+    assert weights.read_bytes() == before["model.safetensors"][1]
+    (mine / "model.safetensors").write_bytes(before["model.safetensors"][1])
+    assert before == {path.name: (path.stat().st_mode, path.read_bytes()) for path in mine.iterdir()}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,8 @@ def test_one_file_in_bfloat16_and_a_grid_given_as_a_range_are_converted_alike(ch
         torch.testing.assert_close(model.state_dict()[name], value, atol=0.02, rtol=0.02)
     kept = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
     assert kept.lm_head.weight.dtype == torch.bfloat16
+    # What config.json says decides how it is planned, and in what it is saved after it has been trained.
+    assert read_json(folder / "config.json", "convert")["dtype"] == "bfloat16"
 
 
 def change_config(source, **values):
@@ -174,6 +177,36 @@ def refuse_missing_setting(source):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_theta"}))
     return r"config\.json: expected rope_theta, found none"
+
+
+def refuse_no_size(source):
+    change_config(source, hidden_size=None)
+    return r"config\.json: hidden_size: expected a whole number above 0, found None"
+
+
+def refuse_no_heads(source):
+    change_config(source, num_attention_heads=0)
+    return r"num_attention_heads: expected a whole number above 0, found 0"
+
+
+def refuse_heads_that_do_not_fit(source):
+    change_config(source, num_attention_heads=5)
+    return r"hidden_size: expected a multiple of 5 heads, found 64"
+
+
+def refuse_no_rate(source):
+    change_config(source, speech_encoder_ds_rate=0)
+    return r"speech_encoder_ds_rate: expected a whole number above 0, found 0"
+
+
+def refuse_a_grid_of_numbers(source):
+    change_config(source, image_grid_pinpoints=[1, 2])
+    return r"image_grid_pinpoints: expected a list of resolutions or a range of tiles, found \[1, 2\]"
+
+
+def refuse_other_positions(source):
+    change_config(source, rope_scaling={"type": "yarn", "factor": 4.0})
+    return r"rope_scaling: expected None, found \{'type': 'yarn', 'factor': 4\.0\}"
 
 
 def refuse_missing_weight(source):
@@ -218,6 +251,12 @@ def refuse_a_full_vocabulary(source):
         refuse_broken_file,
         refuse_no_tokenizer,
         refuse_missing_setting,
+        refuse_no_size,
+        refuse_no_heads,
+        refuse_heads_that_do_not_fit,
+        refuse_no_rate,
+        refuse_a_grid_of_numbers,
+        refuse_other_positions,
         refuse_missing_weight,
         refuse_missing_speech,
         refuse_unexpected_weight,
@@ -240,7 +279,9 @@ def test_a_checkpoint_that_is_not_egogpts_is_refused_before_anything_is_written(
 
 def test_the_stage_converts_what_is_original_and_nothing_else(checkpoints, tmp_path):
     folder = workspace(tmp_path / "workspace")
-    original = checkpoints / "original/grid"
+    original = Path(shutil.copytree(checkpoints / "original/grid", tmp_path / "original"))
+    (original / "README.md").write_text("---\nlicense: apache-2.0\n---\n# EgoGPT\n")
+    (original / "LICENSE").write_text("Apache License 2.0")
     before = sorted(path.name for path in original.iterdir())
     for source in (original, checkpoints / "grid"):
         document = YAML_SAFE.load(folder / "params.yaml")
@@ -249,7 +290,10 @@ def test_the_stage_converts_what_is_original_and_nothing_else(checkpoints, tmp_p
         run_stage(folder, "download_models", "teacher")
         assert is_original(source / "config.json") == (source == original)
         files = {path.name for path in (folder / "models/teacher").iterdir()}
-        assert files == {path.name for path in (checkpoints / "grid").iterdir()} | {"source.json"}
+        card = {"README.md", "LICENSE"} if source == original else set()
+        assert files == {path.name for path in (checkpoints / "grid").iterdir()} | card | {"source.json"}
+        origin = read_json(folder / "models/teacher/source.json", "download-models")
+        assert origin["licence"] == ("apache-2.0" if card else None)
         load_model(folder / "models/teacher", "float32", "cpu")
     assert sorted(path.name for path in original.iterdir()) == before
     assert [path.name for path in (folder / "models").iterdir()] == ["teacher"]

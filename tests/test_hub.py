@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, YAML_SAFE, change, command, new_project, run_stage, stages_run, workspace, write_params
 from hub_server import Hub, Repository, point_client_at
 from huggingface_hub import constants, file_download
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
@@ -243,6 +244,70 @@ def broken_index(folder):
     return "expected a weight_map in model.safetensors.index.json"
 
 
+def empty_index(folder):
+    edit(folder, checkpoint.INDEX, weight_map={})
+    return "expected model.safetensors.index.json to name *.safetensors beside it, found no shard"
+
+
+def pickle_in_the_index(folder):
+    edit(folder, checkpoint.INDEX, weight_map={"lm_head.weight": "pytorch_model.bin"})
+    return "expected model.safetensors.index.json to name *.safetensors beside it, found pytorch_model.bin"
+
+
+def code_in_the_index(folder):
+    edit(folder, checkpoint.INDEX, weight_map={"lm_head.weight": "modeling.py"})
+    return "found modeling.py; get"
+
+
+def several_kinds(folder):
+    edit(folder, "config.json", model_type=["qwen2_vl"])
+    return "found model_type ['qwen2_vl']"
+
+
+def quantised_by_awq(folder):
+    edit(folder, "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    return "expected weights as they are, or quantised by bitsandbytes, found them quantised by 'awq'"
+
+
+def quantised_by_nobody(folder):
+    edit(folder, "config.json", quantization_config=[4])
+    return "found them quantised by [4]"
+
+
+def adapter_in_its_folder(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return "found an adapter in its folder (adapter_config.json); merge it"
+
+
+def adapter_of_pickles(folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter/adapter_model.bin").write_bytes(b"a pickle")
+    return "expected adapter/adapter_model.safetensors beside adapter/adapter_config.json"
+
+
+def no_tokenizer(folder):
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return "get its tokenizer, processor and chat template, or name a complete checkpoint"
+
+
+def no_chat_template(folder):
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    return "get its tokenizer, processor and chat template, or name a complete checkpoint"
+
+
+def no_preprocessor(folder):
+    (folder / "preprocessor_config.json").unlink()
+    return "get its tokenizer, processor and chat template, or name a complete checkpoint"
+
+
+def impossible_config(folder):
+    edit(folder, "config.json", hidden_size="wide")
+    return "expected a config.json that can be read, found"
+
+
 def missing_shard(folder):
     min(folder.glob("model-*.safetensors")).unlink()
     return "shards that model.safetensors.index.json names, found no model-00001-of-"
@@ -255,6 +320,18 @@ EARLY = [
     no_config,
     broken_config,
     broken_index,
+    empty_index,
+    pickle_in_the_index,
+    code_in_the_index,
+    several_kinds,
+    quantised_by_awq,
+    quantised_by_nobody,
+    adapter_in_its_folder,
+    adapter_of_pickles,
+    no_tokenizer,
+    no_chat_template,
+    no_preprocessor,
+    impossible_config,
     missing_shard,
 ]
 
@@ -299,11 +376,6 @@ def untied_without_a_head(folder):
     return "found 1 that do not fit (lm_head.weight: missing)"
 
 
-def impossible_config(folder):
-    edit(folder, "config.json", hidden_size="wide")
-    return "expected the weights that config.json describes, found"
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -314,7 +386,6 @@ def impossible_config(folder):
         another_layer,
         other_vocabulary,
         untied_without_a_head,
-        impossible_config,
     ],
 )
 def test_an_unfit_folder_is_refused(published, tmp_path, damage):
@@ -322,7 +393,7 @@ def test_an_unfit_folder_is_refused(published, tmp_path, damage):
     expected = damage(folder)
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError) as error:
-        hub.link(folder, tmp_path / "model")
+        hub.copy(folder, tmp_path / "model")
     assert expected in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
@@ -338,9 +409,79 @@ def test_code_beside_an_architecture_that_transformers_knows_is_left_behind(publ
     folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
     edit(folder, "config.json", auto_map={"AutoModelForImageTextToText": "modeling.Own"})
     (tmp_path / "model").mkdir()
-    hub.link(folder, tmp_path / "model")
+    hub.copy(folder, tmp_path / "model")
     assert not {"modeling.py", "pytorch_model.bin", "onnx"} & {path.name for path in (tmp_path / "model").iterdir()}
     assert load_model(tmp_path / "model", "auto", "cpu")
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_is_completed(published, tmp_path):
+    """Stages depend on tokenizer.json."""
+    folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
+    expected = load_processor(folder).tokenizer
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "model").mkdir()
+    hub.copy(folder, tmp_path / "model")
+    assert not (folder / "tokenizer.json").exists()
+    assert read_json(tmp_path / "model/tokenizer.json", "download-models")["model"]["merges"]
+    text = "What is in the cup?<|im_end|>\n<|vision_start|>"
+    found = load_processor(tmp_path / "model").tokenizer
+    assert found(text)["input_ids"] == expected(text)["input_ids"]
+    assert found.get_vocab() == expected.get_vocab()
+
+
+def adapted(published: Path, folder: Path) -> None:
+    """The student, and an adapter in the folder of its own, which changes what the student says."""
+    shutil.copytree(published / "student", folder)
+    model = get_peft_model(load_model(folder, "float32", "cpu"), LoraConfig(target_modules=["q_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    model.save_pretrained(folder / "adapter")
+    (folder / "adapter/optimizer.pt").write_bytes(b"a pickle")
+
+
+def test_an_adapter_of_the_model_comes_with_it(served, published, tmp_path):
+    """From a folder and from the hub, without what else lies there."""
+    adapted(published, tmp_path / "mine")
+    shutil.copytree(tmp_path / "mine/adapter", served.repositories[NAME].folder / "adapter")
+    expected = load_model(tmp_path / "mine", "float32", "cpu").state_dict()
+    bare = load_model(published / "student", "float32", "cpu").state_dict()
+    (tmp_path / "copied").mkdir()
+    hub.copy(tmp_path / "mine", tmp_path / "copied")
+    download(tmp_path)
+    for folder in (tmp_path / "copied", tmp_path / "model"):
+        inside = {path.name for path in (folder / "adapter").iterdir()}
+        assert inside == {"adapter_config.json", "adapter_model.safetensors"}
+        found = load_model(folder, "float32", "cpu").state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(bare[name], expected[name]) for name in expected)
+
+
+def test_a_file_that_one_may_not_read_is_said(served, tmp_path):
+    served.forbidden = True
+    assert "expected permission to read it, found that the hub refuses it (403)" in refusal(tmp_path)
+    served.forbidden = False
+    served.forbidden_files = True
+    assert "expected permission to read it, found that the hub refuses it (403)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("info", b"<html>Sign in to the network</html>"),
+        ("info", b"{}"),
+        ("info", b'{"id": "tiny/qwen2-vl", "siblings": []}'),
+        ("tree", b"<html>Sign in to the network</html>"),
+        ("tree", b'[{"type": "file"}]'),
+        ("tree", b'[{"type": "file", "path": "config.json", "size": 3}]'),
+        ("tree", b"[]"),
+    ],
+)
+def test_what_is_no_hubs_answer_is_one_line(served, tmp_path, kind, answer):
+    served.answers[kind] = answer
+    line = refusal(tmp_path)
+    assert line.startswith(f"{NAME}: expected ")
+    assert "in its own protocol" in line or "that can be read, found [] at" in line
 
 
 def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
@@ -355,6 +496,13 @@ def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
     save_file({name: tensor.float() for name, tensor in load_file(shard).items()}, shard)
     assert sum(checkpoint.facts(folder)["dtypes"].values()) == found["parameters"]
     assert list(checkpoint.facts(folder)["dtypes"]) == ["BF16", "F32"]
+    embedding = next(
+        one for path in folder.glob("*.safetensors") for name, one in load_file(path).items() if "embed_t" in name
+    )
+    save_file(load_file(shard) | {"lm_head.weight": embedding}, shard)
+    assert checkpoint.facts(folder)["parameters"] == found["parameters"]  # the head is tied, and stored all the same
+    save_file(load_file(shard) | {"lm_head.weight": embedding + 1}, shard)
+    assert checkpoint.facts(folder)["parameters"] == found["parameters"] + embedding.numel()
     for card, licence in (
         ("---\nlicense: other\nlicense_name: qwen-research\n---\n", "qwen-research"),
         ("---\nlicense: [\n---\n", "LICENSE"),
@@ -366,9 +514,29 @@ def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
     assert checkpoint.facts(folder)["licence"] is None
 
 
-def test_a_quantised_folder_is_taken_as_it_is(smoke, tmp_path):
-    hub.link(smoke / "models/student-nf4", tmp_path)
-    assert "U8" in checkpoint.facts(tmp_path)["dtypes"]
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_a_quantised_folder_is_taken_as_it_is_and_compared_with_its_config(smoke, tmp_path, method):
+    folder = tmp_path / "mine"
+    load_model(smoke / "models/student", method, "cpu").save_pretrained(folder)
+    load_processor(smoke / "models/student").save_pretrained(folder)
+    (tmp_path / "model").mkdir()
+    hub.copy(folder, tmp_path / "model")
+    assert {"int8": "I8", "nf4": "U8"}[method] in checkpoint.facts(tmp_path / "model")["dtypes"]
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("intermediate_size", "vocab_size", "num_hidden_layers"):
+        edit(folder, "config.json", text_config=config["text_config"] | {key: config["text_config"][key] + 64})
+        with pytest.raises(UserError, match=r"expected the weights that config\.json describes, found"):
+            checkpoint.check_weights(folder, "mine")
+
+
+def test_a_quantised_student_is_refused_when_it_is_fetched(smoke, tmp_path):
+    folder = workspace(tmp_path / "project")
+    values = YAML_SAFE.load(folder / "params.yaml")
+    values["models"]["student"] |= {"source": str(smoke / "models/student-nf4"), "init": None}
+    write_params(folder, values)
+    with pytest.raises(UserError, match=r"models\.student: expected weights that can be trained, found .* to nf4 in"):
+        run_stage(folder, "download_models", "student")
+    assert not (folder / "models/student").exists()
 
 
 def name_models(folder: Path) -> None:
@@ -418,6 +586,15 @@ def test_dvc_repro_downloads_from_the_hub_and_distils(served, published, tmp_pat
         assert source["commit"] == served.repositories[f"tiny/{role}"].commit
     student = checkpoint.facts(project / "models/student-distilled")
     assert student["dtypes"] == source["dtypes"] == {"BF16": source["parameters"]}
+    for role, copies in (("teacher", ("teacher", "teacher-finetuned")), ("student", ("student",))):
+        shard = min(path.name for path in (project / "models" / role).glob("*.safetensors"))
+        name = f"models--tiny--{role}/snapshots/{served.repositories[f'tiny/{role}'].commit}/{shard}"
+        downloaded = tmp_path / "hf/hub" / name
+        everywhere = [project / "models" / copy / shard for copy in copies] + [
+            path for path in (project / ".dvc/cache").rglob("*") if path.is_file() and path.samefile(downloaded)
+        ]
+        assert len(everywhere) == len(copies) + 1  # DVC's is one of them
+        assert all(path.samefile(downloaded) for path in everywhere)
     requests = len(served.requests)
     assert stages_run(project, "repro", "distill", **hub_at) == set()
     assert len(served.requests) == requests

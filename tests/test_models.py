@@ -1,12 +1,14 @@
 """Model folders: plain Hugging Face, loaded whole or refused, quantised where they should be."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from conftest import make_sample
+from conftest import ROOT, make_sample
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -107,16 +109,18 @@ def test_a_broken_model_folder_is_named(smoke_copy, damage):
     assert "\n" not in str(error.value)
 
 
-def test_a_local_folder_is_linked_and_a_broken_one_refused(smoke_copy, tmp_path):
-    (tmp_path / "linked").mkdir()
-    hub.link(smoke_copy / "models/student", tmp_path / "linked")
-    weights = tmp_path / "linked/model.safetensors"
-    assert weights.samefile(smoke_copy / "models/student/model.safetensors")
-    assert load_model(tmp_path / "linked", "auto", "cpu")
+def test_a_local_folder_is_copied_and_a_broken_one_refused(smoke_copy, tmp_path):
+    (tmp_path / "copied").mkdir()
+    hub.copy(smoke_copy / "models/student", tmp_path / "copied")
+    weights = tmp_path / "copied/model.safetensors"
+    mine = smoke_copy / "models/student/model.safetensors"
+    assert fingerprint_files([weights]) == fingerprint_files([mine])
+    assert not weights.samefile(mine)  # DVC makes it read-only, and shares it with its cache
+    assert load_model(tmp_path / "copied", "auto", "cpu")
     weights.unlink()
     damage_truncated(smoke_copy / "models/student")
     with pytest.raises(UserError, match=r"model\.safetensors: expected safetensors, found a broken file"):
-        hub.link(smoke_copy / "models/student", tmp_path / "linked")
+        hub.copy(smoke_copy / "models/student", tmp_path / "copied")
 
 
 CALIBRATION = [(sample, sample.records[0]) for sample in [make_sample("image", "image", 1, [("Colour?", "red")])]]
@@ -143,6 +147,33 @@ def test_quantised_folders_answer_like_the_original(smoke, settings, tmp_path, m
         exact, approximate = original(input_ids=ids).logits, quantised(input_ids=ids).logits
     error = (approximate - exact).norm() / exact.norm()
     assert 0 < error < {"int8": 0.03, "nf4": 0.35}[method]
+
+
+def test_a_quantised_folder_is_loaded_as_it_is_and_not_by_another_method(smoke):
+    folder = smoke / "models/student-nf4"
+    for precision in ("auto", "nf4"):
+        assert check_quantised(load_model(folder, precision, "cpu"))["quantized_layers"]
+    for precision in ("int8", "float32", "bfloat16"):
+        with pytest.raises(
+            UserError, match=rf"weights that can be loaded as {precision}, found .* to nf4; set the .*auto"
+        ):
+            load_model(folder, precision, "cpu")
+
+
+def test_loading_says_nothing(smoke):
+    """No bars, and no tables of layers, from the libraries."""
+    lines = [
+        "from pathlib import Path",
+        "from firstsight.models import checkpoint",
+        "from firstsight.models.loading import load_model",
+        f"folder = Path({str(smoke / 'models/student')!r})",
+        "checkpoint.check_weights(folder, 'it')",
+        "[load_model(folder, precision, 'cpu') for precision in ('auto', 'int8', 'nf4')]",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""
 
 
 def test_the_error_of_a_layer_is_that_of_its_weights_on_its_own_inputs(smoke, settings, tmp_path):

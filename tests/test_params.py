@@ -36,7 +36,7 @@ def test_every_parameter_file_is_valid(path):
         (
             "evaluate.throughput_batch_sizes",
             [],
-            "evaluate.throughput_batch_sizes: expected at least 1 of them, found []",
+            "evaluate.throughput_batch_sizes: expected a list of at least 1, found []",
         ),
         ("data", None, "data: expected a section of keys, found None"),
         ("data.validation_fraction", 0.98, "data: expected validation_fraction + test_fraction below 1"),
@@ -46,6 +46,11 @@ def test_every_parameter_file_is_valid(path):
         ("train.weight_decay", float("inf"), "train.weight_decay: expected a finite number, found inf"),
         ("models.student.init.hidden_size", 100, "models.student.init: expected hidden_size to be a multiple of"),
         ("models.teacher.init", None, "models.teacher: expected sizes under init"),
+        ("train.batch_size", 10**30, "train.batch_size: expected at most 65536, found 1000"),
+        ("train.epochs", 1e308, "train.epochs: expected at most 10000, found 1e+308"),
+        ("models.student.init.hidden_size", 10**12, "models.student.init.hidden_size: expected at most 1e+09, found"),
+        ("models.teacher.source", "", "models.teacher.source: expected text, not nothing, found ''"),
+        ("train.adapter.targets", [], "train.adapter.targets: expected a list of at least 1, found []"),
         ("evaluate.seed", -1, "evaluate.seed: expected at least 0, found -1"),
     ],
 )
@@ -57,6 +62,22 @@ def test_a_wrong_value_is_one_line_that_names_it(tmp_path, key, value, line):
         section = section[parent]
     section[last] = value
     assert line in message(tmp_path, values)
+
+
+def test_a_stages_output_is_no_source_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
+    written = re.findall(r"models/([\w-]+|\$\{item\})['}:\]]", str([s.get("do", s)["outs"] for s in stages.values()]))
+    assert "teacher-finetuned" in written
+    assert set(params.MODEL_OUTPUTS) >= {name for name in written if "$" not in name}
+    for name in params.MODEL_OUTPUTS:
+        for source in (f"models/{name}", f"./models/../models/{name}/", str(tmp_path / "models" / name / "adapter")):
+            values = copy.deepcopy(DEFAULT)
+            values["models"]["teacher"]["source"] = source
+            assert f"models.teacher: expected a source outside the pipeline's own outputs, found {source}" in message(
+                tmp_path, values
+            )
+    params.Model(source="models/mine", revision=None, init=None)
 
 
 @pytest.mark.parametrize("section", DEFAULT)

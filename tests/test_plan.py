@@ -12,6 +12,7 @@ from conftest import ROOT, YAML_SAFE, make_sample, picture, run_stage, workspace
 from egogpt_checkpoint import save_original
 from families import SAVE, save_qwen2
 from peft import LoraConfig, get_peft_model
+from ruamel.yaml import YAML
 from transformers import AutoModelForImageTextToText, Qwen2VLConfig, WhisperConfig
 
 from firstsight import plan
@@ -146,7 +147,8 @@ def test_a_local_checkpoint_is_planned_by_what_it_has(checkpoint):
     work = workload(params.load(ROOT / "presets/qwen2-vl-7b.yaml").data, Path("elsewhere.yaml"))
     rows = table.rows(loaded, work)
     assert "evaluate student-nf4" in table.render(rows)
-    assert (rows[2].memory.activations > 0) and all(row.operations >= 0 for row in rows)
+    distill = next(row for row in rows if row.stage == "distill")
+    assert (distill.memory.activations > 0) and all(row.operations >= 0 for row in rows)
 
 
 def test_what_egogpt_leaves_behind_is_fetched_all_the_same():
@@ -176,12 +178,14 @@ def test_every_preset_has_a_table(path, in_root):
     assert ("finetune-teacher" in printed) == loaded.finetune_teacher.enabled
 
 
-@pytest.mark.parametrize(("name", "size"), [("egogpt-7b", 80), ("qwen2-vl-7b", 48), ("qwen2-vl-7b-24gb", 24)])
-def test_presets_fit_the_gpu_they_are_for(name, size, in_root):
-    """With the teacher fine-tuned too, as their comments promise."""
+@pytest.mark.parametrize(("name", "size"), [("egogpt-7b", 48), ("qwen2-vl-7b", 48), ("qwen2-vl-7b-24gb", 24)])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_presets_fit_the_gpu_they_are_for(name, size, method, in_root):
+    """With the teacher loaded in 16 bits and fine-tuned too, as their comments promise."""
     path = ROOT / "presets" / f"{name}.yaml"
     loaded = params.load(path)
-    loaded = but(loaded, finetune_teacher=but(loaded.finetune_teacher, enabled=True))
+    loaded = but(loaded, finetune_teacher=but(loaded.finetune_teacher, enabled=True, method=method))
+    loaded = but(loaded, targets=but(loaded.targets, precision="bfloat16"))
     rows = table.rows(loaded, workload(loaded.data, path))
     assert table.verdict(rows, "it", size * GIB).startswith("fits it with")
     assert table.verdict(rows, "it", 8 * GIB).startswith("does not fit it: ")
@@ -342,20 +346,102 @@ def test_activations_are_what_autograd_saves(method, processor, tmp_path):
     assert hidden.requires_grad
 
 
-def test_a_built_data_set_is_counted(tmp_path, monkeypatch, capsys):
+def test_a_built_data_set_is_counted_unless_its_settings_are_others(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(workspace(tmp_path))
     run_stage(tmp_path, "build_egoqa_dataset")
     monkeypatch.setattr(sys, "argv", ["plan"])
+    values = YAML_SAFE.load(tmp_path / "params.yaml")
+
+    def data_line(locked: dict | None) -> str:
+        if locked:
+            built = {"params": {"params.yaml": {"data": locked}}}
+            with (tmp_path / "dvc.lock").open("w") as file:
+                YAML().dump({"schema": "2.0", "stages": {"build-egoqa-dataset": built}}, file)
+        plan.run()
+        return capsys.readouterr().out.splitlines()[1]
+
+    counted = "questions about 48 media"
+    assert "data/egoqa" in data_line(None)
+    assert counted in data_line(None)
+    assert counted in data_line(values["data"])
+    for other in ({"max_pixels": 6272}, {"synthetic": values["data"]["synthetic"] | {"scenes": 9}}, {"seeds": 1}):
+        line = data_line(values["data"] | other)
+        assert counted not in line
+        assert line.endswith("48 rendered scenes; data/egoqa was built earlier, with other settings")
+    size = sum(path.stat().st_size for path in (tmp_path / "data/egoqa").iterdir())
+    assert workload(params.load(tmp_path / "params.yaml").data, Path("other.yaml")).disk == pytest.approx(size, rel=0.5)
+    data_line(values["data"])
+    assert workload(params.load(tmp_path / "params.yaml").data, params.PARAMS_FILE).disk == size
+
+
+def test_what_is_taken_of_the_data_is_what_is_planned(in_root):
+    loaded = params.load(ROOT / "presets/egogpt-7b.yaml")
+    work = workload(loaded.data, Path("other.yaml"))
+    assert (work.samples["train"], work.samples["validation"]) == (400, 100)
+    assert "400 to train, 100 to validate" in work.source
+    many = workload(but(loaded.data, train_samples=64_000), Path("other.yaml"))
+    assert many.samples["train"] == 64_000
+    assert many.samples["test"] == pytest.approx(20_000, rel=0.01)
+    assert arithmetic.caching(known(loaded.models.teacher.source), many) > 50 * arithmetic.caching(
+        known(loaded.models.teacher.source), work
+    )
+    rows = table.rows(loaded, many)
+    assert next(row for row in rows if row.stage == "build-egoqa-dataset").disk == many.disk > 50 * work.disk
+
+
+def test_original_egogpt_is_planned_as_it_will_be_converted(tmp_path):
+    save_original(tmp_path / "original")
+    (tmp_path / "converted").mkdir()
+    convert(tmp_path / "original", tmp_path / "converted")
+    planned, converted = planned_model(tmp_path / "original"), planned_model(tmp_path / "converted")
+    assert planned.config.to_dict() == converted.config.to_dict() | {"_name_or_path": planned.config.name_or_path}
+    assert planned.num_parameters() == converted.num_parameters()
+    assert Shape("it", planned).stored_bytes == Shape("it", converted).stored_bytes
+
+
+@pytest.mark.parametrize(
+    ("init", "line"),
+    [
+        ({"corpus": "/bin/true"}, r"init\.corpus: expected a text file to train the tokenizer on, found 'utf-8' codec"),
+        ({"vocabulary_rows": 300}, r"init\.vocabulary_rows: expected at least \d+, a row for every token, found 300"),
+    ],
+)
+def test_an_init_that_makes_no_model_is_one_line(init, line, in_root):
+    model = tiny().models.student
+    with pytest.raises(UserError, match=line):
+        on_meta(but(model, init=but(model.init, **init)))
+
+
+def test_a_rank_that_no_layer_has_is_one_line(student, preset):
+    settings = but(preset.train, adapter=but(preset.train.adapter, rank=100_000))
+    with pytest.raises(UserError, match=r"adapter\.rank: expected at most 1536, .*, found 100000"):
+        student.trained(settings)
+
+
+def test_more_logits_than_there_are_tokens_and_a_smaller_teacher_are_said(tmp_path, monkeypatch, capsys):
+    document = YAML_SAFE.load(ROOT / "params.yaml")
+    document["models"]["teacher"], document["models"]["student"] = (
+        document["models"][role] for role in ("student", "teacher")
+    )
+    document["targets"] |= {"kind": "topk", "k": 10**9}
+    monkeypatch.chdir(workspace(tmp_path))
+    write_params(tmp_path, document)
+    monkeypatch.setattr(sys, "argv", ["plan"])
     plan.run()
     printed = capsys.readouterr().out
-    assert "data/egoqa" in printed
-    assert "questions about 48 media" in printed
+    assert "the teacher has fewer parameters than the student" in printed
+    assert "targets.k is 1,000,000,000, more than there are tokens: all of at most 672 are kept" in printed
+    loaded = params.load(tmp_path / "params.yaml")
+    work = workload(loaded.data, Path("params.yaml"))
+    capped = but(loaded, targets=but(loaded.targets, k=672))
+    assert [row.disk for row in table.rows(loaded, work)] == [row.disk for row in table.rows(capped, work)]
 
 
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        ("no/such/folder/anywhere", "expected a local folder, or a model whose sizes are known"),
+        ("no/such/folder/anywhere", "or a hub repository as owner/name, found neither; correct models"),
+        ("/nonexistent", "or a hub repository as owner/name, found neither; correct models"),
         ("someone/some-model-never-downloaded", "hf download someone/some-model-never-downloaded config.json"),
     ],
 )

@@ -14,10 +14,13 @@ from ruamel.yaml.error import YAMLError
 from firstsight.core.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
+# Model folders that stages write, and therefore replace or remove.
+MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", "student-distilled", "student-int8", "student-nf4")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Batch = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["int8", "nf4"]
@@ -82,14 +85,21 @@ class Model(Section):
     `revision` is a branch, tag or commit of the hub repository; what it resolved to is recorded with the model.
     """
 
-    source: str
+    source: Annotated[str, Field(min_length=1)]
     revision: str | None
     init: Initialisation | None
 
     @model_validator(mode="after")
-    def _init_given(self) -> "Model":
+    def _source_usable(self) -> "Model":
         if self.source == "init" and self.init is None:
             raise ValueError("expected sizes under init, because source is 'init', found null")
+        outputs = [Path("models", name).resolve() for name in MODEL_OUTPUTS]
+        here = Path(self.source).resolve()
+        if any(output in (here, *here.parents) for output in outputs):
+            raise ValueError(
+                f"expected a source outside the pipeline's own outputs, found {self.source}, which a stage replaces; "
+                "move or copy the model to another folder and name that"
+            )
         return self
 
 
@@ -206,9 +216,9 @@ class Optimisation(Section):
     train_vision: bool
     adapter: Adapter
 
-    epochs: Positive
-    batch_size: Count
-    gradient_accumulation_steps: Count
+    epochs: Annotated[float, Field(gt=0, le=10_000)]
+    batch_size: Batch
+    gradient_accumulation_steps: Batch
     gradient_checkpointing: bool
     auto_batch: bool
     learning_rate: Positive
@@ -235,7 +245,7 @@ class Targets(Section):
     kind: Literal["hidden", "topk", "online"]
     k: Count
     precision: Precision
-    batch_size: Count
+    batch_size: Batch
     max_answer_tokens: Count
 
 
@@ -277,7 +287,7 @@ class Evaluate(Section):
 
     precision: Precision
     teacher_methods: Methods
-    batch_size: Count
+    batch_size: Batch
     max_new_tokens: Count
     bootstrap_samples: Annotated[int, Field(ge=100)]
     latency_runs: Count
@@ -367,7 +377,8 @@ _EXPECTED = {
     "string_type": "text",
     "list_type": "a list",
     "model_type": "a section of keys",
-    "too_short": "at least {min_length} of them",
+    "too_short": "a list of at least {min_length}",
+    "string_too_short": "text, not nothing",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",

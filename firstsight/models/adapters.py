@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import ADAPTER, language_model_name, load_model
+from firstsight.models.loading import ADAPTER, language_model_name, load_model, stored_method
 
 # How weights are loaded that are, or are not, trained.
 _PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
@@ -39,10 +39,21 @@ class Tuning:
         steps: optimizer steps that training will take; AdaLoRA plans its ranks over them.
 
     Raises:
-        UserError: no layer has one of the names in `adapter.targets`; and as `load_model`.
+        UserError: the folder's weights are quantised, or have an adapter already and are to get another; no layer has
+            one of the names in `adapter.targets`, or none is as wide as `adapter.rank`; and as `load_model`.
     """
 
     def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
+        if method := stored_method(folder):
+            raise UserError(
+                f"{folder}: expected weights that can be trained, found them quantised to {method}; take the model "
+                "that it was quantised from, with method: qlora where memory is short"
+            )
+        if settings.method != "full" and (folder / ADAPTER).is_dir():
+            raise UserError(
+                f"{folder}: expected a model without an adapter of its own, because method is {settings.method}, found "
+                f"{ADAPTER}/; set method to full, or take the model with the adapter merged (peft's merge_and_unload)"
+            )
         self._folder, self._method, self._device = folder, settings.method, device
         set_seed(settings.seed)  # of the adapters' first weights
         model = load_model(folder, _PRECISIONS[settings.method], device)
@@ -163,8 +174,8 @@ def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> st
     """A pattern of the layers to adapt: in the language model those named by `adapter.targets`, in the rest, if it is
     trained at all, every linear layer."""
     prefix = language_model_name(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    language = {name.rsplit(".", 1)[-1] for name in linear if name.startswith(prefix)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    language = {name.rsplit(".", 1)[-1] for name in layers if name.startswith(prefix)}
     for target in settings.adapter.targets:
         if target not in language:
             raise UserError(
@@ -173,5 +184,14 @@ def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> st
             )
     chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, settings.adapter.targets))})"]
     if settings.train_vision:
-        chosen += [re.escape(name) for name in linear if not name.startswith((prefix, "lm_head"))]
-    return "|".join(f"(?:{pattern})" for pattern in chosen)
+        chosen += [re.escape(name) for name in layers if not name.startswith((prefix, "lm_head"))]
+    pattern = "|".join(f"(?:{one})" for one in chosen)
+    widths = [
+        min(layers[name].in_features, layers[name].out_features) for name in layers if re.fullmatch(pattern, name)
+    ]
+    if settings.adapter.rank > max(widths):
+        raise UserError(
+            f"{folder}: expected adapter.rank of at most {max(widths)}, the smaller side of the largest layer that is "
+            f"adapted, found {settings.adapter.rank}; lower it, or set method to full"
+        )
+    return pattern

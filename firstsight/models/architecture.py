@@ -1,4 +1,6 @@
-"""Which of transformers' classes a checkpoint's `model_type` stands for."""
+"""Which of transformers' classes a checkpoint's `model_type` stands for, and what they say as they load."""
+
+import logging
 
 from transformers import (
     CONFIG_MAPPING,
@@ -7,8 +9,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from firstsight.models import egogpt  # noqa: F401 - makes the auto classes know it
+
+# A bar for each load and each save, which take seconds; a table of weights that do not fit, which we say in one line;
+# and layers that no one asked to be shared out.
+disable_progress_bar()
+for _name in ("modeling_utils", "distributed.tensor_parallel"):
+    logging.getLogger(f"transformers.{_name}").setLevel(logging.ERROR)
 
 
 def auto_class(model_type: str | None) -> type | None:

@@ -6,6 +6,7 @@ behind: what they make of it is kept instead (`firstsight.models.egogpt`).
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ IMAGE_SIDE = 384
 VISION_HEAD_DIM, SPEECH_HEAD_DIM = 72, 64
 MEL_FRAMES = 3000  # 30 s
 
-TEXT_FIELDS = (
+# Settings that are counted, of the language model and of speech, and all that the language model has.
+COUNTS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -48,9 +50,11 @@ TEXT_FIELDS = (
     "num_key_value_heads",
     "vocab_size",
     "max_position_embeddings",
-    "rms_norm_eps",
-    "hidden_act",
 )
+RATE = "speech_encoder_ds_rate"
+TEXT_FIELDS = (*COUNTS, "rms_norm_eps", "hidden_act")
+# What the files of weights call a precision, and torch.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # The authors' names as regular expressions, and ours. What is renamed to `speech.*` is not kept.
 RENAMES = (
@@ -118,22 +122,10 @@ def convert(source: Path, folder: Path, name: str = "") -> None:
             missing or broken, or the model has no rows for the three tokens that mark media.
     """
     name = name or str(source)
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{name}: expected weights in *.safetensors, found none; name a complete EgoGPT checkpoint")
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if absent := [key for key in (*TEXT_FIELDS, "rope_theta", "speech_encoder_ds_rate") if key not in settings]:
-        raise UserError(f"{name}: config.json: expected {absent[0]}, found none; download the checkpoint again")
-    try:
-        shapes = dict(_shapes(files))
-        tokenizer = _tokenizer(source)
-    except Exception as error:  # whatever libraries raise over a damaged file
-        raise UserError(
-            f"{name}: expected a complete EgoGPT checkpoint, found a broken file ({' '.join(str(error).split())}); "
-            "download it again"
-        ) from None
+    settings, tokenizer = check_texts(source, name)
+    files, shapes, dtype = _headers(source, name)
     processor = _processor(tokenizer, settings, shapes, name)
-    config = _config(settings, shapes, processor, name)
+    config = _config(settings, shapes, processor, dtype, name)
     with torch.device("meta"):
         model, speech = EgoGptForConditionalGeneration(config), _speech(settings, config, shapes, name)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "model.silence"}
@@ -147,6 +139,82 @@ def convert(source: Path, folder: Path, name: str = "") -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
+    for path in (*source.glob("README.md"), *source.glob("LICENSE*")):
+        shutil.copyfile(path, folder / path.name)
+
+
+def converted_config(source: Path, name: str) -> EgoGptConfig:
+    """The config that converting the checkpoint in `source` would give it. Raises UserError as `convert`."""
+    settings, tokenizer = check_texts(source, name)
+    _, shapes, dtype = _headers(source, name)
+    return _config(settings, shapes, _processor(tokenizer, settings, shapes, name), dtype, name)
+
+
+def check_texts(source: Path, name: str) -> tuple[dict[str, Any], Qwen2Tokenizer]:
+    """The settings in config.json and the tokenizer, with the tokens for media.
+
+    Raises:
+        UserError: a setting is missing, makes no model or is of a layout that is not known here, or the tokenizer
+            cannot be read.
+    """
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if absent := [key for key in (*TEXT_FIELDS, "rope_theta", RATE) if key not in settings]:
+        raise UserError(f"{name}: config.json: expected {absent[0]}, found none; download the checkpoint again")
+
+    def check(key: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise UserError(
+                f"{name}: config.json: {key}: expected {expected}, found {settings[key]!r}; "
+                "download the checkpoint again"
+            )
+
+    for key in (*COUNTS, RATE):
+        check(key, "a whole number above 0", type(settings[key]) is int and settings[key] > 0)
+    for key in ("rms_norm_eps", "rope_theta"):
+        check(key, "a number above 0", type(settings[key]) in (int, float) and settings[key] > 0)
+    check("hidden_act", "the name of an activation", isinstance(settings["hidden_act"], str))
+    heads = settings["num_attention_heads"]
+    check("hidden_size", f"a multiple of {heads} heads", settings["hidden_size"] % (2 * heads) == 0)
+    check("num_key_value_heads", f"a divisor of {heads} heads", heads % settings["num_key_value_heads"] == 0)
+    for key, default, known in (
+        ("rope_scaling", None, (None,)),
+        ("use_sliding_window", False, (False,)),
+        ("mm_patch_merge_type", "flat", ("spatial_unpad",)),
+        ("add_faster_video", False, (False,)),
+    ):
+        _setting(settings, key, default, known, name)
+    _pinpoints(settings, name)
+    try:
+        return settings, _tokenizer(source)
+    except Exception as error:  # whatever libraries raise over a damaged file
+        raise _broken(name, error) from None
+
+
+def _headers(source: Path, name: str) -> tuple[list[Path], Shapes, str]:
+    """The files of weights, our names and the shapes of what is in them, and the precision of the embedding."""
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name}: expected weights in *.safetensors, found none; name a complete EgoGPT checkpoint")
+    try:
+        stored = {key: (shape, dtype) for key, shape, dtype in _stored(files)}
+    except Exception as error:  # whatever libraries raise over a damaged file
+        raise _broken(name, error) from None
+    shapes = {key: shape for key, (shape, _) in stored.items()}
+    embedding = "model.language_model.embed_tokens.weight"
+    _shape(shapes, embedding, name)
+    dtype = stored[embedding][1]
+    if dtype not in DTYPES:
+        raise UserError(
+            f"{name}: expected weights in {', '.join(DTYPES)}, found {dtype}; name the checkpoint that it was made from"
+        )
+    return files, shapes, DTYPES[dtype]
+
+
+def _broken(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name}: expected a complete EgoGPT checkpoint, found a broken file ({' '.join(str(error).split())}); "
+        "download it again"
+    )
 
 
 def _rename(name: str) -> str:
@@ -155,12 +223,13 @@ def _rename(name: str) -> str:
     return name
 
 
-def _shapes(files: list[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Our name and the shape of every weight, read from the headers of the files."""
+def _stored(files: list[Path]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Our name, the shape and the dtype of every weight, read from the headers of the files."""
     for path in files:
         with safe_open(path, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
-                yield _rename(key), tuple(weights.get_slice(key).get_shape())
+                part = weights.get_slice(key)
+                yield _rename(key), tuple(part.get_shape()), part.get_dtype()
 
 
 def _shape(shapes: Shapes, weight: str, name: str) -> tuple[int, ...]:
@@ -197,7 +266,8 @@ def _pinpoints(settings: dict[str, Any], name: str) -> list[list[int]]:
             for width in range(left, right + 1)
             for height in range(top, bottom + 1)
         ]
-    if not isinstance(given, list):
+    pairs = isinstance(given, list) and all(isinstance(one, list) and len(one) == 2 for one in given)
+    if not (pairs and given and all(type(side) is int and side > 0 for one in given for side in one)):
         raise UserError(
             f"{name}: config.json: image_grid_pinpoints: expected a list of resolutions or a range of tiles, "
             f"found {given!r}; only checkpoints in EgoGPT's own layout can be converted"
@@ -220,7 +290,7 @@ def _processor(tokenizer: Qwen2Tokenizer, settings: dict[str, Any], shapes: Shap
 
 
 def _speech_tokens(settings: dict[str, Any], shapes: Shapes, name: str) -> int:
-    return _shape(shapes, "speech.encoder.embed_positions.weight", name)[0] // settings["speech_encoder_ds_rate"]
+    return _shape(shapes, "speech.encoder.embed_positions.weight", name)[0] // settings[RATE]
 
 
 def _tokenizer(source: Path) -> Qwen2Tokenizer:
@@ -230,9 +300,9 @@ def _tokenizer(source: Path) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _config(settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor, name: str) -> EgoGptConfig:
-    _setting(settings, "mm_patch_merge_type", "flat", ("spatial_unpad",), name)
-    _setting(settings, "add_faster_video", False, (False,), name)
+def _config(
+    settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor, dtype: str, name: str
+) -> EgoGptConfig:
     tokens = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN])
     if max(tokens) >= settings["vocab_size"]:
         raise UserError(
@@ -266,6 +336,7 @@ def _config(settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         vision_aspect_ratio=processor.vision_aspect_ratio,
         architectures=[EgoGptForConditionalGeneration.__name__],
+        dtype=dtype,
     )
 
 
@@ -300,7 +371,7 @@ def _speech(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name
         max_source_positions=_shape(shapes, "speech.encoder.embed_positions.weight", name)[0],
     )
     projected = _shape(shapes, "speech.projector.linear1.weight", name)[0]
-    return Speech(encoder, settings["speech_encoder_ds_rate"], projected, config.text_config.hidden_size)
+    return Speech(encoder, settings[RATE], projected, config.text_config.hidden_size)
 
 
 @torch.inference_mode()

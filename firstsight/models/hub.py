@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,10 +21,13 @@ from huggingface_hub.utils import filter_repo_objects
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_file
-from firstsight.models import checkpoint
+from firstsight.models import checkpoint, egogpt_conversion
+from firstsight.models.loading import ADAPTER
 
 # Folders inside a repository hold the same weights for other libraries.
 SUBFOLDERS = "*/*"
+
+PlaceFile = Callable[[Path, Path], object]
 
 
 def download(repository: str, revision: str | None, folder: Path) -> str:
@@ -47,17 +50,21 @@ def download(repository: str, revision: str | None, folder: Path) -> str:
         else:
             _confirm(repository, revision, commit)
             snapshot = _fetch(repository, commit)
-    _link(snapshot, folder, repository)
+    _place(snapshot, folder, repository, link_file)
     return commit
 
 
-def link(source: Path, folder: Path) -> None:
-    """Make the model in the local folder `source` appear in `folder`.
+def copy(source: Path, folder: Path) -> None:
+    """Copy the model in the local folder `source` to `folder`.
+
+    DVC makes what it keeps read-only, and shares it with its cache: a link would do so to the user's own files. Files
+    of EgoGPT's own layout are linked all the same, because none of them stays when they are converted.
 
     Raises:
-        UserError: the checkpoint is not fit to be used, or the disk too small for a copy where it cannot be linked.
+        UserError: the checkpoint is not fit to be used, or the disk too small for a copy.
     """
-    _link(source, folder, str(source))
+    converted = egogpt_conversion.is_original(source / checkpoint.CONFIG)
+    _place(source, folder, str(source), link_file if converted else shutil.copyfile)
 
 
 def checked_token() -> str | None:
@@ -82,16 +89,22 @@ def _confirm(repository: str, revision: str | None, commit: str) -> None:
 
 def _fetch(repository: str, commit: str) -> Path:
     """Download what is wanted of a commit, and compare it with the hub's checksums. Returns the cache's folder."""
-    listing = HfApi().list_repo_tree(repository, revision=commit)
-    names = [entry.path for entry in listing if isinstance(entry, RepoFile)]
+    listing = HfApi().list_repo_tree(repository, revision=commit, recursive=True)
+    files = [entry.path for entry in listing if isinstance(entry, RepoFile)]
+    names = [path for path in files if "/" not in path or path.startswith(f"{ADAPTER}/")]
+    if checkpoint.CONFIG not in names and checkpoint.ADAPTER_CONFIG not in names:
+        raise UserError(
+            f"{repository}: expected a {checkpoint.CONFIG} that can be read, found {names[:8]} at {commit}; name a "
+            "repository of a model in transformers' layout"
+        )
     # The small files first: a checkpoint that is refused costs no gigabytes.
     snapshot = _snapshot(repository, commit, checkpoint.TEXT)
     _check_sums(repository, commit)
-    checkpoint.check_config(snapshot, repository)
-    weights = checkpoint.weight_files(snapshot, names, repository)
+    weights = checkpoint.check_texts(snapshot, names, repository)
     planned = snapshot_download(repository, revision=commit, allow_patterns=weights, dry_run=True)
-    _check_free(snapshot, sum(file.file_size or 0 for file in planned if file.will_download), repository)
-    _snapshot(repository, commit, weights)
+    needed = sum(file.file_size or 0 for file in planned if file.will_download)
+    _check_free(snapshot, needed, repository, "make room there, or point HF_HUB_CACHE to a larger disk")
+    _snapshot(repository, commit, weights, None)
     _check_sums(repository, commit)
     return snapshot
 
@@ -99,15 +112,13 @@ def _fetch(repository: str, commit: str) -> Path:
 def _cached(repository: str, commit: str) -> Path:
     """The cache's folder of a commit, with all that is wanted of it; there is nothing to compare checksums with."""
     snapshot = _snapshot(repository, commit, checkpoint.TEXT)
-    names = [path.name for path in snapshot.iterdir()]
-    return _snapshot(repository, commit, checkpoint.weight_files(snapshot, names, repository))
+    weights = checkpoint.check_texts(snapshot, checkpoint.names(snapshot), repository)
+    return _snapshot(repository, commit, weights, None)
 
 
-def _snapshot(repository: str, commit: str, patterns: Iterable[str]) -> Path:
-    """The cache's folder of a commit, after downloading the files that match and are not there yet."""
-    return Path(
-        snapshot_download(repository, revision=commit, allow_patterns=list(patterns), ignore_patterns=SUBFOLDERS)
-    )
+def _snapshot(repository: str, commit: str, patterns: Iterable[str], but: str | None = SUBFOLDERS) -> Path:
+    """The cache's folder of a commit, after downloading the files that match, `but` these, and are not there yet."""
+    return Path(snapshot_download(repository, revision=commit, allow_patterns=list(patterns), ignore_patterns=but))
 
 
 def _check_sums(repository: str, commit: str) -> None:
@@ -128,31 +139,28 @@ def _check_sums(repository: str, commit: str) -> None:
         )
 
 
-def _link(source: Path, folder: Path, place: str) -> None:
-    """Check the checkpoint in `source`, and link what is wanted of it into `folder`."""
-    checkpoint.check_config(source, place)
+def _place(source: Path, folder: Path, place: str, place_file: PlaceFile) -> None:
+    """Check the checkpoint in `source`, and link or copy what is wanted of it into `folder`."""
+    present = checkpoint.names(source)
+    large = checkpoint.check_texts(source, present, place)
     checkpoint.check_weights(source, place)
-    names = [path.name for path in source.iterdir() if path.is_file()]
-    wanted = [
-        source / name
-        for name in (
-            *filter_repo_objects(names, allow_patterns=list(checkpoint.TEXT)),
-            *checkpoint.weight_files(source, names, place),
-        )
-    ]
-    if source.stat().st_dev != folder.stat().st_dev:
-        _check_free(folder, sum(path.stat().st_size for path in wanted), place)
-    for path in wanted:
-        link_file(path, folder / path.name)
+    texts = filter_repo_objects(present, allow_patterns=list(checkpoint.TEXT), ignore_patterns=SUBFOLDERS)
+    wanted = [*texts, *large]
+    if place_file is not link_file or source.stat().st_dev != folder.stat().st_dev:
+        _check_free(folder, sum((source / name).stat().st_size for name in wanted), place)
+    for name in wanted:
+        (folder / name).parent.mkdir(exist_ok=True)
+        place_file(source / name, folder / name)
+    if not egogpt_conversion.is_original(source / checkpoint.CONFIG):
+        checkpoint.complete_tokenizer(folder, place)
 
 
-def _check_free(folder: Path, needed: int, place: str) -> None:
+def _check_free(folder: Path, needed: int, place: str, remedy: str = "make room there") -> None:
     """Raise UserError unless the disk of `folder` has `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{place}: expected {needed / 1e9:.3g} GB free under {folder}, found {free / 1e9:.3g} GB; make room there, "
-            "or point HF_HUB_CACHE to a larger disk"
+            f"{place}: expected {needed / 1e9:.3g} GB free under {folder}, found {free / 1e9:.3g} GB; {remedy}"
         )
 
 
@@ -173,6 +181,10 @@ def _one_line(repository: str, revision: str | None) -> Iterator[None]:
         remedy = "expected a local folder, or a hub repository as owner/name, found neither; correct models.*.source"
     except (HTTPError, RevisionResolutionError, OSError) as error:
         remedy = _unreached(error, revision)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        # What the client raises over an answer that is not the hub's.
+        remedy = f"expected the hub to answer in its own protocol, found {_first_line(error)}; look for a sign-in page "
+        remedy += "or proxy between here and the hub, and at HF_ENDPOINT"
     else:
         return
     raise UserError(f"{repository}: {remedy}") from None
@@ -185,12 +197,32 @@ def _unreached(error: Exception, revision: str | None) -> str:
             f"expected {revision or 'main'} in the hub's cache, because HF_HUB_OFFLINE is set, found it missing or "
             "incomplete; run it once with a network, or name a local folder under models.*.source"
         )
-    found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+    found = _first_line(error)
+    status = _status(error)
+    if status == 401:
         return f"expected a token that the hub accepts, found {found}; correct HF_TOKEN, or log in again"
+    if status == 403:
+        return (
+            "expected permission to read it, found that the hub refuses it (403); ask its owner for access, or set "
+            "HF_TOKEN to a token that may read it"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"expected room in the hub's cache, found {found}; make some, or point HF_HUB_CACHE to a larger disk"
     return (
         f"expected an answer from the hub, found {found}; check the network and run it again, which keeps the files "
         "that have come, or name a local folder under models.*.source"
     )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error: of what the client could not get, it says first that the cache has it not."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return error.response.status_code
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip()
+    return words.splitlines()[0] if words and not isinstance(error, KeyError) else repr(error)

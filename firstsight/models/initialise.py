@@ -72,6 +72,14 @@ def initialise(init: Initialisation, folder: Path) -> None:
     Raises:
         UserError: the corpus is missing, or the tokenizer has more tokens than the model has rows for them.
     """
+    tokenizer = fresh_tokenizer(init)
+    torch.manual_seed(init.seed)
+    build_model(init, tokenizer).save_pretrained(folder)
+    build_processor(tokenizer, init.max_pixels).save_pretrained(folder)
+
+
+def fresh_tokenizer(init: Initialisation) -> Qwen2Tokenizer:
+    """The tokenizer that `init` describes. Raises UserError as `initialise`."""
     try:
         corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -84,9 +92,7 @@ def initialise(init: Initialisation, folder: Path) -> None:
             f"models: init.vocabulary_rows: expected at least {len(tokenizer)}, a row for every token, "
             f"found {init.vocabulary_rows}; raise it, or lower init.words"
         )
-    torch.manual_seed(init.seed)
-    build_model(init, tokenizer).save_pretrained(folder)
-    build_processor(tokenizer, init.max_pixels).save_pretrained(folder)
+    return tokenizer
 
 
 def train_tokenizer(corpus: list[str], words: int) -> Qwen2Tokenizer:

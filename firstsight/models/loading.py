@@ -1,5 +1,6 @@
 """Loading models and processors from Hugging Face folders: the one place that decides device and precision."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -31,6 +32,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 KEPT_IN_HIGH_PRECISION = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The folder of an adapter that belongs to the model it lies in.
 ADAPTER = "adapter"
+
+MAKE_AGAIN = "make it again (dvc repro) or restore it (dvc checkout)"
 
 _SENTENCE = "What is in the cup?"
 
@@ -86,8 +89,12 @@ class TextProcessor:
         return "".join(part["text"] for part in content)
 
 
-def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
-    """The folder's processor: tokenizer, image and video processor, chat template."""
+def load_processor(folder: Path, place: str = "", remedy: str = MAKE_AGAIN) -> ProcessorMixin | TextProcessor:
+    """The folder's processor: tokenizer, image and video processor, chat template.
+
+    Raises UserError, which calls the folder `place` (its path if empty) and ends with `remedy`, when it cannot be used.
+    """
+    place = place or str(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(processor, PreTrainedTokenizerBase):
@@ -96,14 +103,15 @@ def load_processor(folder: Path) -> ProcessorMixin | TextProcessor:
         turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
         rendered = processor.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # whatever libraries raise over a damaged file
-        raise _broken(folder, error) from None
+        raise _broken(place, error, remedy) from None
     # Without its vocabulary a tokenizer still loads, and reads nothing.
     if read_back != _SENTENCE:
-        raise _broken(folder, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}")
+        raise _broken(place, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}", remedy)
     # An answer is taught as its text and this token; another would never end it.
     end = processor.tokenizer.eos_token
     if f"{_SENTENCE}{end}" not in rendered:
-        raise _broken(folder, f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}")
+        found = f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}"
+        raise _broken(place, found, remedy)
     videos = getattr(processor, "video_processor", None)
     if getattr(videos, "cap_pixels_per_frame", False) is None:
         # Frames have their size since the data set was built; left open, transformers warns in every process.
@@ -124,23 +132,28 @@ def load_model(
 
     Args:
         precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantises the language model on loading, and
-            nothing else; "auto" is bfloat16 on CUDA and float32 on the CPU, and what a folder of a quantised model
-            says it is.
+            nothing else; "auto" is bfloat16 on CUDA and float32 on the CPU, and of a quantised folder all is
+            as it is stored.
         double_quantization: of "nf4": its scales are quantised too.
         compute_dtype: of "nf4": what its products are computed in; "auto" is what the other weights are in.
 
     Raises:
-        UserError: the folder lacks files, a file is broken, weights are missing or of another shape, or transformers
-            does not know the architecture.
+        UserError: the folder lacks files, a file is broken, weights are missing or of another shape, transformers
+            does not know the architecture, or the folder is quantised and `precision` says otherwise.
         RuntimeError: a layer that should keep its precision was quantised, or none was; never expected.
     """
-    quantised = precision in ("int8", "nf4")
+    if (stored := stored_method(folder)) and precision not in ("auto", stored):
+        raise UserError(
+            f"{folder}: expected weights that can be loaded as {precision}, found them quantised to {stored}; set the "
+            "precision to auto, leave this method out, or take the model that it was quantised from"
+        )
+    quantising = precision in ("int8", "nf4") and not stored
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
         # Left out where there is none: None would undo the quantisation that a quantised folder declares.
         quantization = {}
-        if quantised:
+        if quantising:
             computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
             quantization["quantization_config"] = quantization_config(precision, computed, double_quantization)
         model, info = auto_class(config.model_type).from_pretrained(
@@ -159,11 +172,22 @@ def load_model(
         raise _broken(folder, error) from None
     if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise _broken(folder, f"no fitting weight for {absent[0]} and {len(absent) - 1} more")
-    if quantised:
+    if quantising:
         check_quantised(model)
     if (folder / ADAPTER).is_dir():
-        model = _with_adapter(model, folder / ADAPTER, merge=not quantised)
+        model = _with_adapter(model, folder / ADAPTER, merge=not (quantising or stored))
     return model.eval()
+
+
+def stored_method(folder: Path) -> str | None:
+    """How bitsandbytes quantised the weights stored in `folder`: "int8", "nf4" or "fp4"; None if it did not."""
+    try:
+        quantised = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with it is said when it is loaded
+    if not quantised:
+        return None
+    return "int8" if quantised.get("load_in_8bit") else quantised.get("bnb_4bit_quant_type", "fp4")
 
 
 def language_model_name(model: PreTrainedModel) -> str:
@@ -222,9 +246,6 @@ def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrain
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
-def _broken(folder: Path, found: Any) -> UserError:
+def _broken(folder: Path | str, found: Any, remedy: str = MAKE_AGAIN) -> UserError:
     first_line = " ".join(str(found).split())[:200]
-    return UserError(
-        f"{folder}: expected a complete Hugging Face model folder, found {first_line}; "
-        "make it again (dvc repro) or restore it (dvc checkout)"
-    )
+    return UserError(f"{folder}: expected a complete Hugging Face model folder, found {first_line}; {remedy}")

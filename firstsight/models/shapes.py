@@ -12,10 +12,11 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Qwen2VLConfig
 
 from firstsight.core.errors import UserError
-from firstsight.core.params import Initialisation, Model
+from firstsight.core.params import Model
+from firstsight.models import egogpt_conversion
 from firstsight.models.architecture import auto_class
 from firstsight.models.egogpt import EgoGptConfig
-from firstsight.models.initialise import build_model, train_tokenizer
+from firstsight.models.initialise import build_model, fresh_tokenizer
 
 # The language models of Qwen2-VL. EgoGPT's is the 7B one: both come from Qwen2-7B.
 QWEN2_VL_7B = {
@@ -91,7 +92,8 @@ def on_meta(model: Model) -> PreTrainedModel:
         UserError: nothing here says what its sizes are, or transformers has no model of them that answers in text.
     """
     if model.source == "init":
-        return _initialised(model.init)
+        with torch.device("meta"):
+            return build_model(model.init, fresh_tokenizer(model.init))
     config = KNOWN[model.source]() if model.source in KNOWN else _config(model)
     if (builder := auto_class(config.model_type)) is None:
         raise UserError(
@@ -102,29 +104,25 @@ def on_meta(model: Model) -> PreTrainedModel:
         return builder.from_config(config, dtype=config.dtype or torch.float32)
 
 
-def _initialised(init: Initialisation) -> PreTrainedModel:
-    try:
-        corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"models: init.corpus: expected a text file, found {error}; correct the path") from None
-    with torch.device("meta"):
-        return build_model(init, train_tokenizer(corpus, init.words))
-
-
 def _config(model: Model) -> PretrainedConfig:
     """The config.json of a local folder, or of a hub repository that has been downloaded before."""
     path = Path(model.source) / "config.json"
     if not path.is_file():
         try:
             cached = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
-        except HFValidationError:  # no hub id either
-            cached = None
+        except HFValidationError:
+            raise UserError(
+                f"{model.source}: expected a local folder with a config.json, or a hub repository as owner/name, found "
+                "neither; correct models.*.source"
+            ) from None
         if not isinstance(cached, str):
             raise UserError(
                 f"{model.source}: expected a local folder, or a model whose sizes are known before it is downloaded, "
                 f"found neither; fetch its sizes with: hf download {model.source} config.json"
             )
         path = Path(cached)
+    if egogpt_conversion.is_original(path):
+        return egogpt_conversion.converted_config(path.parent, model.source)
     try:
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:

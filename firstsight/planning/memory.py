@@ -103,7 +103,7 @@ class Shape:
         """Parameters that `settings` train.
 
         Raises:
-            UserError: an adapter's target is no linear layer of the language model.
+            UserError: an adapter's target is no linear layer of the language model, or its rank is above its layers'.
         """
         if settings.method == "full":
             return self.parameters if settings.train_vision else self.language
@@ -116,6 +116,11 @@ class Shape:
         adapted = [module for name, module in self.language_linears.items() if last[name] in targets]
         if settings.train_vision:
             adapted += self.vision_linears
+        if settings.adapter.rank > (most := max(min(m.in_features, m.out_features) for m in adapted)):
+            raise UserError(
+                f"adapter.rank: expected at most {most}, the smaller side of the largest layer of {self.name} that is "
+                f"adapted, found {settings.adapter.rank}; lower it"
+            )
         if settings.method == "adalora":
             rank = math.ceil(1.5 * settings.adapter.rank)
             return sum(rank * (m.in_features + m.out_features + 1) for m in adapted)

@@ -34,6 +34,8 @@ def rows(params: Params, work: Workload) -> list[Row]:
         Row("download-models", f"{_count(shape.parameters)} {role}", disk=_downloaded(shape))
         for role, shape in (("teacher", teacher), ("student", student))
     ]
+    media = sum(work.samples.values())
+    found.append(Row("build-egoqa-dataset", f"{_count(media)} media", disk=work.disk))
     if params.finetune_teacher.enabled:
         found.append(_finetune_teacher(teacher, params.finetune_teacher, work))
     if params.targets.kind != "online":
@@ -164,7 +166,7 @@ def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
     tokens = questions * work.typical.answer_tokens
     if params.targets.kind == "hidden":
         return tokens * (4 + 2 * teacher.hidden) + memory.head_bytes(student, teacher)
-    return tokens * (4 + 8 * params.targets.k + 4)
+    return tokens * (4 + 8 * min(params.targets.k, student.rows, teacher.rows) + 4)
 
 
 def _training(shape: Shape, settings: Optimisation) -> str:
@@ -183,7 +185,7 @@ def _count(parameters: float) -> str:
     for divisor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if parameters >= divisor:
             return f"{parameters / divisor:.3g} {prefix}"
-    return str(parameters)
+    return f"{parameters:.0f}"
 
 
 def _memory(count: float) -> str:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
@@ -20,7 +23,7 @@ from firstsight.core.params import PARAMS_FILE, Data
 from firstsight.data.records import SPLITS, Sample, Split
 from firstsight.planning import preview
 
-DATA = Path("data/egoqa")
+DATA, LOCK = Path("data/egoqa"), Path("dvc.lock")
 
 # System prompt and turns, around media and question; and what a question of its own adds to a packed sequence.
 _TEMPLATE, _TURN = 24, 6
@@ -28,6 +31,9 @@ _CHARACTERS = 4
 # Where there is no data yet: samples in all, each a video of the most frames and pixels with one question.
 _SAMPLES, _QUESTION, _ANSWER = 1000, 32, 16
 _PLANNED = "Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision or EgoGPT"
+# Of a JPEG of a camera's picture at quality 90.
+_PIXEL_BYTES = 0.4
+_USES = {"train": "train", "validation": "validate", "test": "test"}
 # Of a split, to take the mean and the largest of.
 _LOOKED_AT = 200
 
@@ -50,35 +56,60 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """A data set: samples and questions of each split, a typical sample (for time) and the largest (for memory)."""
+    """A data set: samples and questions of each split, a typical sample (for time) and the largest (for memory).
+
+    `source` says where that is known from, and `disk` is what the data set takes, in bytes.
+    """
 
     source: str
     samples: dict[str, float]
     questions: dict[str, float]
     typical: Sizes
     largest: Sizes
+    disk: float
 
 
 def workload(data: Data, path: Path) -> Workload:
     """Of data/egoqa, where it was built and `path` is params.yaml, which it was built from; else of the settings."""
-    card = DATA / "card.json"
-    if path == PARAMS_FILE and card.is_file() and read_json(card, "build-egoqa-dataset")["source"] == data.source:
-        return _built(read_json(card, "build-egoqa-dataset"))
+    card, earlier = DATA / "card.json", ""
+    if path == PARAMS_FILE and card.is_file():
+        if _built_from(data, read_json(card, "build-egoqa-dataset")):
+            return _built(read_json(card, "build-egoqa-dataset"))
+        earlier = f"; {DATA} was built earlier, with other settings"
+    held_out = {"validation": data.validation_fraction, "test": data.test_fraction}
+    shares = {"train": 1 - sum(held_out.values()), **held_out}
+    wanted = {split: getattr(data, f"{split}_samples") for split in shares}
     if data.source == "synthetic":
-        samples, typical, largest = data.synthetic.scenes, *_sizes(preview.samples(data, 32))
+        shown = list(preview.samples(data, 32))
+        samples, (typical, largest) = data.synthetic.scenes, _sizes(shown)
         source = f"{samples:,} rendered scenes"
+        frame_bytes = sum(len(frame) for one in shown for frame in one.frames) / len(shown)
     else:
-        samples = _SAMPLES
         typical = largest = Sizes("video", data.max_frames, data.max_pixels, 1, _QUESTION, _ANSWER)
+        # Enough for what is to be taken of them.
+        samples = max(_SAMPLES, *(math.ceil((wanted[split] or 0) / share) for split, share in shares.items() if share))
         source = (
             f"not built yet; assumed {samples:,} videos of {data.max_frames} frames of {data.max_pixels:,} pixels, "
             "a question each"
         )
-    held_out = {"validation": data.validation_fraction, "test": data.test_fraction}
-    shares = {"train": 1 - sum(held_out.values()), **held_out}
-    counts = {split: samples * share for split, share in shares.items()}
-    questions = {split: count * typical.questions for split, count in counts.items()}
-    return Workload(source, counts, questions, typical, largest)
+        frame_bytes = _PIXEL_BYTES * data.max_frames * data.max_pixels
+    questions = {split: samples * share * typical.questions for split, share in shares.items()}
+    questions = {split: min(count, wanted[split] or count) for split, count in questions.items()}
+    counts = {split: count / typical.questions for split, count in questions.items()}
+    taken = ", ".join(f"{wanted[split]:,} to {use}" for split, use in _USES.items() if wanted[split])
+    source += f"; {taken}" if taken else ""
+    return Workload(source + earlier, counts, questions, typical, largest, sum(counts.values()) * frame_bytes)
+
+
+def _built_from(data: Data, card: dict) -> bool:
+    """Whether the data set is of these settings, as far as its card and dvc.lock say."""
+    try:
+        stages = YAML(typ="safe", pure=True).load(LOCK)["stages"]
+        return Data.model_validate(stages["build-egoqa-dataset"]["params"]["params.yaml"]["data"]) == data
+    except (OSError, YAMLError, KeyError, TypeError):  # built without DVC
+        return card["source"] == data.source
+    except ValidationError:  # of another version
+        return False
 
 
 def _built(card: dict) -> Workload:
@@ -87,7 +118,8 @@ def _built(card: dict) -> Workload:
     step = max(1, len(split) // _LOOKED_AT)
     typical, largest = _sizes(split[index] for index in range(0, len(split), step))
     source = f"{DATA}, {sum(questions.values()):,} questions about {sum(samples.values()):,} media"
-    return Workload(source, samples, questions, typical, largest)
+    disk = sum(path.stat().st_size for path in DATA.iterdir())
+    return Workload(source, samples, questions, typical, largest, disk)
 
 
 def _sizes(samples: Iterable[Sample]) -> tuple[Sizes, Sizes]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -15,15 +16,29 @@ from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
 
-def write_video(path, frames=40, rate=10, size=(160, 120)):
-    """Frame n is grey of brightness 5 n."""
+def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0):
+    """Frame n is grey of brightness 5 n.
+
+    Args:
+        start: seconds at which the first frame is shown.
+        sound: seconds of it, from 0.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        silence = container.add_stream("aac", rate=16000) if sound else None
         for number in range(frames):
             grey = np.full((size[1], size[0], 3), 5 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+            frame = av.VideoFrame.from_ndarray(grey)
+            frame.pts, frame.time_base = number + start * rate, Fraction(1, rate)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        for number in range(int(sound * 16000 / 1024)):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 1024 * number, Fraction(1, 16000)
+            container.mux(silence.encode(frame))
+        if silence:
+            container.mux(silence.encode())
 
 
 def brightness(jpeg: bytes) -> float:
@@ -215,6 +230,38 @@ def test_video_frames_are_those_on_show_at_even_times(folder, settings, start, e
     frames, rate = read_video(folder / "clip.mp4", data, start, end)
     assert [brightness(frame) for frame in frames] == pytest.approx(expected, abs=1)
     assert rate == pytest.approx(len(frames) / ((end or 4.0) - start))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "wmv", "ts"])
+def test_a_video_ends_with_its_pictures_and_begins_with_them(tmp_path, settings, suffix):
+    """Whatever the sound does, and whatever the file says of its length."""
+    path = tmp_path / f"late.{suffix}"
+    write_video(path, start=5, sound=12)
+    data = settings.data.model_copy(update={"fps": 1.0})
+    frames, rate = read_video(path, data, 0.0, None)
+    assert [brightness(frame) for frame in frames] == pytest.approx([5, 15, 25, 35], abs=1)
+    assert rate == pytest.approx(1, abs=0.05)
+    with pytest.raises(BadRecordError, match=r"expected a window within the (4\.0|3\.9).* s of"):
+        read_video(path, data, 4.2, None)
+
+
+@pytest.mark.parametrize(("turn", "corner"), [(0, (0, 0)), (-90, (1, 0)), (90, (0, 1)), (180, (1, 1))])
+def test_videos_are_turned_upright(tmp_path, settings, turn, corner):
+    """The bright corner of the stored pictures, the upper left, is where a player shows it."""
+    stored = np.full((56, 112, 3), 40, np.uint8)
+    stored[:28, :56] = 220
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
+        stream.set_display_rotation(turn)
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
+        container.mux(stream.encode())
+    frames, _ = read_video(tmp_path / "phone.mp4", settings.data, 0.0, None)
+    shown = Image.open(io.BytesIO(frames[0])).convert("L")
+    assert shown.size == ((112, 56) if turn % 180 == 0 else (56, 112))
+    quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
 
 
 def test_media_is_resized_within_the_budget_to_whole_visual_tokens(tmp_path, settings):

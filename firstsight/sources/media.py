@@ -139,7 +139,7 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            length = _duration(container, stream)
+            length = _length(container, stream)
             if not 0 <= start < min(end or length, length):
                 raise BadRecordError(
                     f"expected a window within the {length:.2f} s of {path}, "
@@ -166,17 +166,19 @@ def frame_rate(path: Path) -> float:
         raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
 
 
-def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Length in seconds: as the stream says, else the container, else (a recording cut short) its packets."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / av.time_base
-    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
-    container.seek(0)
-    if not ends:
-        raise av.error.InvalidDataError(0, "there is no timed frame in it")
-    return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
+def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Seconds from the first picture to the end of the last, by the packets after the last key frame, or by all.
+
+    What a file says of itself is no help: Matroska has no length of a stream, and the container's is the longest
+    stream's, of sound that goes on, and counts from where the sound begins.
+    """
+    start, said = stream.start_time or 0, container.duration or 0
+    for place in (start + int(said / av.time_base / stream.time_base), start):
+        container.seek(place, stream=stream)
+        packets = (one for one in container.demux(stream) if one.pts is not None and not one.is_discard)
+        if ends := [one.pts + (one.duration or 0) for one in packets]:
+            return float((max(ends) - start) * stream.time_base)
+    raise av.error.InvalidDataError(0, "there is no timed frame in it")
 
 
 def _frames_at(
@@ -189,11 +191,17 @@ def _frames_at(
     for frame in container.decode(stream):
         while wanted and shown is not None and frame.time - origin > wanted[0]:
             wanted.pop(0)
-            yield shown.to_image()
+            yield _upright(shown)
         if not wanted:
             return
         shown = frame
     if shown is None:
         raise av.error.InvalidDataError(0, "no frame could be decoded")
     for _ in wanted:
-        yield shown.to_image()
+        yield _upright(shown)
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """The frame as players show it: cameras that are held upright store a turn beside the pictures."""
+    turns = round(frame.rotation / 90) % 4  # anticlockwise
+    return frame.to_image().rotate(90 * turns, expand=True)

@@ -52,6 +52,13 @@ def image(**options) -> bytes:
     return buffer.getvalue()
 
 
+def floats(*row: float) -> bytes:
+    """A TIFF of these rows of floating point pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.repeat(np.float32([row]), 56, 1).repeat(56, 0)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says it is huge, as decompression bombs do."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -119,6 +126,12 @@ def absolute_outside(folder):
     return line(media=str(outside))
 
 
+def badly_named(folder):
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(picture(9))
+    (folder / "link.jpg").symlink_to(os.fsdecode(b"\xff.jpg"))
+    return line(media="link.jpg")
+
+
 def fifo(folder):
     os.mkfifo(folder / "pipe.jpg")
     return line(media="pipe.jpg")
@@ -180,6 +193,9 @@ BAD = {
     "number as media": (given(media=3), "media: expected a path"),
     "no frames": (given(media=[]), "expected media, found an empty list"),
     "a missing frame": (given(media=["train.jpg", "gone.jpg"]), "expected a media file, found no"),
+    "an address": (given(media="https://host/a.jpg"), "found the address 'https://host/a.jpg'; media are not fetched"),
+    "a lone surrogate in a path": (given(media="\udc80.jpg"), "expected a media file, found '\\udc80.jpg'"),
+    "a name that is no UTF-8": (badly_named, "expected a media file, found 'link.jpg'"),
     "nul in the path": (given(media="a\0b.jpg"), "expected a media file"),
     "too long a path": (given(media="x" * 5000 + ".jpg"), "expected a media file"),
     "path traversal": (given(media="../../../../../../etc/passwd"), "expected media below"),
@@ -199,13 +215,17 @@ BAD = {
     "sides of zero": (media("a.png", png_header(0, 10)), "expected a readable image"),
     "too long and thin": (media("a.png", image(format="PNG", size=(2000, 4))), "expected a readable image"),
     "svg": (media("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected a readable image"),
+    "pixels beyond white": (media("a.tif", floats(0, 300)), "with pixels from 0 to 300, where 0 to 1 or"),
+    "pixels that are no number": (media("a.tif", floats(0, np.nan)), "expected a readable image"),
     "window of an image": (given(media="train.jpg", start=1), "expected start and end with a video"),
+    "a video by another suffix": (media("a.ogv", b"OggS"), "a video's name ends in .3gp, .avi"),
+    "window of what is no video by name": (media("a.ogv", b"OggS", start=1), "a video's name ends in .3gp, .avi"),
     # videos
     "zero bytes of video": (clip(lambda content: b""), "expected a readable video"),
     "text as video": (clip(lambda content: b"not a video" * 100), "expected a readable video"),
     "truncated video": (clip(lambda content: content[: len(content) // 2]), "expected a readable video"),
     "an image named as a video": (clip(lambda content: image(format="PNG")[:40]), "expected a readable video"),
-    "video without frames": (audio_only, "expected a readable video"),
+    "video without frames": (audio_only, "(there is no video in it)"),
     "window beyond the end": (clip(bytes, start=9), "expected a window within the 4.00 s"),
     "window that ends before it starts": (clip(bytes, start=3, end=2), "expected a window within"),
     "window of no length": (clip(bytes, start=2, end=2), "expected a window within"),
@@ -273,6 +293,7 @@ FINE = {
     "16 bits": ("I;16", "PNG"),
     "black and white": ("1", "PNG"),
     "floating point": ("F", "TIFF"),
+    "floating point to 1": ("F", "TIFF"),
     "animated": ("P", "GIF"),
 }
 
@@ -287,7 +308,7 @@ def test_unusual_images_are_read_as_they_look(folder, case):
     if mode == "I;16":
         made = Image.fromarray(grey.astype(np.uint16) * 257)
     elif mode == "F":
-        made = Image.fromarray(grey.astype(np.float32))
+        made = Image.fromarray(grey.astype(np.float32) / (255 if case.endswith("to 1") else 1))
     elif mode == "CMYK":
         made = made.convert("RGB").convert("CMYK")
     elif mode == "1":

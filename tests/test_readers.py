@@ -569,8 +569,9 @@ def test_an_image_that_cannot_be_read_is_named(settings, folder):
         pa.table({"q": ["What?"], "photo": [{"bytes": b"\xff\xd8 no image", "path": None}]}), folder / "train.parquet"
     )
     (asked,) = from_hub(settings, folder, {"question": "q", "image": "photo"})
-    with pytest.raises(BadRecordError, match=r"expected a readable image, found train\[0\]\.photo"):
+    with pytest.raises(BadRecordError, match=r"expected a readable image, found train\[0\]\.photo") as error:
         asked.media.load(settings.data)
+    assert " at 0x" not in str(error.value)  # it is in the card, which is the same every time
 
 
 def test_media_of_a_data_set_are_found_by_path(settings, folder, tmp_path):

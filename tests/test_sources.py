@@ -11,7 +11,7 @@ from conftest import picture
 from PIL import Image
 
 from firstsight.core.errors import UserError
-from firstsight.sources.media import files, first_there, frame_rate, read_image, read_video
+from firstsight.sources.media import VIDEO_SUFFIXES, Files, files, first_there, frame_rate, read_image, read_video
 from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
@@ -185,6 +185,55 @@ def test_unreadable_media_is_named(folder, settings, name, kind):
 def test_a_window_beyond_the_video_is_named(folder, settings):
     with pytest.raises(BadRecordError, match=r"expected a window within the 4\.00 s"):
         files(folder, "clip.mp4", 9.0).load(settings.data)
+
+
+def test_one_file_is_one_media_whatever_it_is_called(folder):
+    (folder / "link").symlink_to(folder)
+    (folder / "other.mp4").symlink_to("clip.mp4")
+    names = ["clip.mp4", "./clip.mp4", "link/clip.mp4", "other.mp4", str(folder / "clip.mp4")]
+    # The parent of where a link leads to, not of the link.
+    (folder / "deep/er").mkdir(parents=True)
+    (folder / "deep/clip.mp4").write_bytes(b"another")
+    (folder / "far").symlink_to(folder / "deep/er")
+    found = [files(folder, name) for name in [*names, "far/../clip.mp4"]]
+    assert [media.names for media in found] == [("clip.mp4",)] * 5 + [("deep/clip.mp4",)]
+    assert len({media.key() for media in found}) == 2
+
+
+def test_a_way_out_through_a_link_is_not_taken(tmp_path, settings):
+    """What is checked is what is read: `..` leads out of the folder that a link leads to."""
+    root = tmp_path / "root"
+    (root / "deep/er/est").mkdir(parents=True)
+    (root / "link").symlink_to(root / "deep/er/est")
+    (root / "deep/secret.png").write_bytes(picture(1))
+    (tmp_path / "secret.png").write_bytes(picture(2))
+    media = files(root, "link/../../secret.png")
+    assert media.names == ("deep/secret.png",)
+    (root / "deep/secret.png").unlink()
+    with pytest.raises(BadRecordError, match="expected a media file, found no"):
+        files(root, "link/../../secret.png")
+
+
+def test_what_differs_has_another_key(tmp_path):
+    shown = [
+        Files("video", tmp_path, ("a.mp4",), 1234567.1, None),
+        Files("video", tmp_path, ("a.mp4",), 1234567.2, None),
+        Files("video", tmp_path, ("a.mp4",), 0.0, 1234567.2),
+        Files("frames", tmp_path, ("a.jpg", "b.jpg")),
+        Files("frames", tmp_path, ("a.jpg|b.jpg",)),
+        Files("image", tmp_path, ("a.mp4#0-",)),
+        Files("video", tmp_path, ("a.mp4",)),
+    ]
+    assert len({media.key() for media in shown}) == len(shown)
+
+
+@pytest.mark.parametrize("suffix", sorted(VIDEO_SUFFIXES))
+def test_every_suffix_of_a_video_is_read(tmp_path, settings, suffix):
+    """By content: what a suffix is usually the form of is not asked."""
+    write_video(tmp_path / "clip.mp4")
+    (tmp_path / "clip.mp4").rename(tmp_path / f"clip{suffix.upper()}")
+    media = files(tmp_path, f"clip{suffix.upper()}", 1.0, 3.0)
+    assert [brightness(frame) for frame in media.load(settings.data).frames] == pytest.approx([15, 25], abs=1)
 
 
 def test_the_first_file_that_is_there_is_taken(folder):

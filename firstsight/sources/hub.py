@@ -61,6 +61,9 @@ class Embedded:
     def group(self) -> tuple[str, ...]:
         return self.digests
 
+    def origins(self) -> tuple[str, ...]:
+        return self.group()
+
     def stamp(self) -> object:
         return None  # the key is of the content
 

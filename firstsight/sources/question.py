@@ -36,6 +36,9 @@ class Media(Protocol):
     def group(self) -> tuple[str, ...]:
         """What this media shows a part of: videos, episodes, images. Media that share one of them share a split."""
 
+    def origins(self) -> tuple[str, ...]:
+        """The same, under names that mean the same in every source."""
+
     def stamp(self) -> object:
         """As JSON, what tells that the pictures have changed under the same key."""
 

@@ -36,6 +36,9 @@ class Rendered:
     def group(self) -> tuple[str, ...]:
         return (self.key(),)
 
+    def origins(self) -> tuple[str, ...]:
+        return self.group()
+
     def stamp(self) -> object:
         return [self.seed, self.clip_fraction, self.max_clip_frames]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import struct
 import zlib
@@ -184,7 +185,6 @@ BAD = {
     "empty id": (given(id=""), "expected text for 'id'"),
     "number as id": (given(id=7), "id: input should be a valid string"),
     "unknown split": (given(split="dev"), "split: input should be 'train', 'validation' or 'test'"),
-    "split against its group": (given(media="test.jpg"), "expected the same split for the same group"),
     "group against its media": (given(media="train.jpg", group="x"), "expected the same group for"),
     # media, by name
     "missing media": (given(media="gone.jpg"), "expected a media file, found no"),
@@ -393,11 +393,55 @@ def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
     assert card["splits"]["train"]["records"] == 1
 
 
+def test_windows_of_a_copy_are_left_out_with_it(folder):
+    """And other media of a group that has one; what looks like nothing in the test split, on its own."""
+    write_video(folder / "t.mp4")
+    for name in ("copy.mp4", "x.mp4"):
+        (folder / name).write_bytes((folder / "t.mp4").read_bytes())
+    (folder / "other.jpg").write_bytes(picture(50))
+    lines = [
+        line(media="t.mp4", split="test"),
+        line(media="copy.mp4"),
+        line(media="copy.mp4", start=1, end=2),
+        line(media="x.mp4", group="home"),
+        line(media="other.jpg", group="home", split="train"),
+    ]
+    card = build(folder, *lines)
+    assert card["dropped"] == {"media of another split": 4}
+    assert {split: card["splits"][split]["records"] for split in SPLITS} == {"train": 1, "validation": 1, "test": 2}
+
+
+def test_a_question_in_two_splits_stays_in_the_one_that_is_held_back(folder):
+    """Text alone, which no looks tell."""
+    text = {"question": "What is a cup for?", "answer": "drinking"}
+    lines = [text | {"split": split, "group": split, "id": split} for split in SPLITS]
+    assert build(folder, *lines)["dropped"] == {"duplicate": 2}
+    (alone,) = [sample for sample in Split(folder / "data/egoqa/test.parquet") if not sample.frames]
+    assert alone.records[0].id == "test"
+
+
+def test_a_split_left_empty_says_what_was_left_out(folder):
+    with pytest.raises(UserError, match=r"none in train \(of .*; left out: 1 group of another split$"):
+        build(folder, good=[GOOD[0] | {"media": "test.jpg"}, *GOOD[1:]])
+
+
+def test_fewer_records_than_asked_for_are_told(folder, caplog):
+    change(folder, "data", on_error="skip", train_samples=3, test_samples=1)
+    (folder / "broken.jpg").write_bytes(b"broken")
+    (folder / "a.jpg").write_bytes(picture(60))
+    logging.getLogger("firstsight").addHandler(caplog.handler)
+    card = build(folder, line(media="broken.jpg"), line(media="a.jpg"))
+    logging.getLogger("firstsight").removeHandler(caplog.handler)
+    assert "data.train_samples: 3 records were asked for, and 2 are there" in caplog.text
+    assert "data.test_samples" not in caplog.text
+    assert [card["splits"][split].get("asked_for") for split in SPLITS] == [3, None, 1]
+
+
 def test_a_question_about_the_same_frames_is_asked_once_whatever_their_name(folder):
     (folder / "again.jpg").write_bytes((folder / "train.jpg").read_bytes())
     text = {"question": "What is a cup for?", "answer": "drinking", "split": "train"}
     card = build(folder, line(media="again.jpg", question="What?"), line(media="again.jpg"), text, text)
-    assert card["dropped"] == {"duplicate": 2}
+    assert card["dropped"] == {"another answer to the same question": 1, "duplicate": 1}
     assert card["splits"]["train"]["records"] == 3
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import pickle
 from pathlib import Path
 
@@ -85,7 +84,7 @@ QUESTION = turns("<image>\n<speech>\n\nWhat do I hold?\nA. a cup\nB. a ball", "A
 IMAGES = ["HoloAssist/image/R015-7July-Switch_short_42.jpg", "HoloAssist/image/R015-7July-Switch_short_43.jpg"]
 
 
-def test_egoit_is_read(settings, egoit, caplog):
+def test_egoit_is_read(settings, egoit):
     records = [
         {
             "id": "7",
@@ -99,11 +98,9 @@ def test_egoit_is_read(settings, egoit, caplog):
         {"id": "9", "image": IMAGES[:1], "conversations": QUESTION},
         {"id": "10", "conversations": turns("Hello?", "Hello.")},
     ]
-    caplog.set_level(logging.INFO)
-    logging.getLogger("firstsight").addHandler(caplog.handler)
-    found = read("llava", settings, egoit / "EgoIT.json", records)
-    logging.getLogger("firstsight").removeHandler(caplog.handler)
-    assert "1 records have audio" in caplog.text
+    problems = Problems("stop")
+    found = read("llava", settings, egoit / "EgoIT.json", records, problems)
+    assert problems.left_out == {"audio track": 1}
     assert [one.question.id for one in found] == ["7", "7-1", "7-record-2", "8", "EgoIT-4", "9", "10"]
     assert found[0].question.question == "What do I hold?\nA. a cup\nB. a ball"
     assert (found[0].question.accepted(), found[0].question.options) == (("A",), ())
@@ -198,11 +195,10 @@ def egoschema(tmp_path):
     return tmp_path
 
 
-def test_egoschema_is_read(settings, egoschema, caplog):
-    logging.getLogger("firstsight").addHandler(caplog.handler)
-    first, last = read("egoschema", settings, egoschema / "questions.json")
-    logging.getLogger("firstsight").removeHandler(caplog.handler)
-    assert "2 of 3 questions have a public answer" in caplog.text
+def test_egoschema_is_read(settings, egoschema):
+    problems = Problems("stop")
+    first, last = read("egoschema", settings, egoschema / "questions.json", problems=problems)
+    assert problems.left_out == {"question without a public answer": 1}
     assert (first.question.id, first.question.question) == (Q_UIDS[0], "What does C do in 0?")
     assert first.question.options == tuple(f"C does {n}." for n in range(5))
     assert (first.question.accepted(), last.question.accepted()) == (("D",), ("A",))

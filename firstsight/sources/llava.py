@@ -6,7 +6,7 @@
 `image` is a path or a list of them, `video` a path. Each human turn with the answer after it is a question about the
 media; options in its text stay text. `start_frame` and `end_frame` are a window, counted in the video's own frames,
 and a `current_observation_frame` after it widens it: as EgoGPT's training reads them, which reads no `start_time`,
-`end_time` or `fps`. Audio is not read; the log says how many records have some.
+`end_time` or `fps`. Audio is not read; the card says how many records have some.
 
 Source: the data set card of lmms-lab/EgoIT-99K, and EgoGPT/egogpt/train/train_audio.py of EvolvingLMMs-Lab/EgoLife.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from firstsight.core.params import Data
-from firstsight.core.stage import log
 from firstsight.sources.media import Files, files, frame_rate
 from firstsight.sources.overlap import video_ids
 from firstsight.sources.problems import BadRecordError, Problems
@@ -36,7 +35,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
         UserError: the file is missing, or holds no records.
     """
     path, root, rate = Path(data.path), media_root(data), functools.cache(frame_rate)
-    ids, audio = set(), 0
+    ids = set()
     for place, raw in read_records(path, "LLaVA's conversations"):
         with problems.at(place):
             record = {key: value for key, value in as_object(raw).items() if value is not None}
@@ -46,10 +45,9 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             name = f"{name}-record-{place.rsplit(' ', 1)[1]}" if name in ids else name
             ids.add(name)
             asked = _questions(place, name, record, media)
-            audio += "audio" in record
+            if "audio" in record:
+                problems.left_out["audio track"] += 1
             yield from asked
-    if audio:
-        log.info("%s: %d records have audio, which is not read", path, audio)
 
 
 def _questions(place: str, name: str, record: dict[str, Any], media: Files | None) -> list[Asked]:

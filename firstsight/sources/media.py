@@ -18,7 +18,9 @@ from firstsight.data.records import MediaKind
 from firstsight.sources.problems import BadRecordError
 from firstsight.sources.question import Pictures
 
-VIDEO_SUFFIXES = frozenset(f".{name}" for name in "mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts 3gp wmv flv".split())
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"}
+)
 _VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
@@ -73,7 +75,8 @@ def files(root: Path, media: str | Sequence[str], start: float | None = None, en
         kind = "video" if Path(media).suffix.lower() in VIDEO_SUFFIXES else "image"
     if kind != "video" and (start or end):
         raise BadRecordError(
-            f"expected start and end with a video alone, found them with media {str(media)[:80]!r}; remove them ({_VIDEOS})"
+            f"expected start and end with a video alone, found them with media {str(media)[:80]!r}; "
+            f"remove them ({_VIDEOS})"
         )
     return Files(kind, root, inside, start or 0.0, end)
 

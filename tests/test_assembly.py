@@ -31,6 +31,9 @@ class Shown:
     def group(self):
         return self.names
 
+    def titles(self):
+        return self.names
+
     def origins(self):
         return tuple(f"/{self.root}/{name}" for name in self.names)
 

@@ -16,6 +16,7 @@ from test_sources import write_video
 from firstsight.core.errors import UserError
 from firstsight.data.records import SPLITS, Split
 from firstsight.sources import hub
+from firstsight.sources.problems import BadRecordError
 
 GOOD = [
     {"id": f"good-{split}", "media": f"{split}.jpg", "question": "What?", "answer": "a cup", "split": split}
@@ -149,12 +150,13 @@ BAD = {
     "no object": (text('["What?", "so"]'), "expected a JSON object"),
     "a bare number": (text("42"), "expected a JSON object"),
     "trailing comma": (text('{"question": "What?", "answer": "so",}'), "expected a JSON object"),
+    "an object on several lines": (text('{"question": "What?",'), "write one object a line"),
     "single quotes": (text("{'question': 'What?', 'answer': 'so'}"), "expected a JSON object"),
     "two objects": (text("{} {}"), "expected a JSON object"),
     "NaN": (text('{"question": "What?", "answer": "so", "start": NaN}'), "NaN is no JSON"),
     "infinity": (text('{"question": "What?", "answer": "so", "end": Infinity}'), "Infinity is no JSON"),
     "deep nesting": (text("[" * 100_000), "expected a JSON object"),
-    "an escaped lone surrogate": (given(question="\ud800"), "unable to parse raw data as a unicode string"),
+    "an escaped lone surrogate": (given(question="\ud800"), "expected text for 'question', found half of a character"),
     "unknown key": (given(anwser="x"), "found the key 'anwser'"),
     # questions and answers
     "no question": (text('{"answer": "so"}'), "expected a value for 'question'"),
@@ -162,15 +164,17 @@ BAD = {
     "empty question": (given(question=" "), "expected text for 'question', found an empty one"),
     "empty answer": (given(answer=""), "expected text for 'answer', found an empty one"),
     "null question": (given(question=None), "expected a value for 'question'"),
-    "number as answer": (given(answer=3), "answer: input should be a valid string"),
-    "list as answer": (given(answer=["a", "b"]), "answer: input should be a valid string"),
-    "object as question": (given(question={"text": "What?"}), "question: input should be a valid"),
+    "number as answer": (given(answer=3), "expected text for 'answer'"),
+    "list as answer": (given(answer=["a", "b"]), "expected text for 'answer'"),
+    "object as question": (given(question={"text": "What?"}), "expected text for 'question', found"),
     "enormous question": (given(question="x" * 30_000), "at most 20000 characters"),
     "enormous answer": (given(answer="x" * 30_000), "at most 20000 characters"),
     "special token": (given(question="<|im_end|>"), "found the special token '<|im_end|>'"),
+    "where an image goes": (given(question="<image>\nWhat?"), "found the special token '<image>'"),
+    "where speech goes, in an answer": (given(answer="<speech>"), "found the special token '<speech>'"),
     "special token in an option": (given(options=["a ball", "<|image_pad|>"]), "the special token"),
     "empty accepted answer": (given(answers=["x", ""]), "expected text for 'answers.1'"),
-    "answers as text": (given(answers="x"), "answers: input should be a valid tuple"),
+    "answers as text": (given(answers="x"), "expected a list for 'answers'"),
     # options
     "answer not among options": (given(options=["a cup", "a pan"]), "expected the answer to be a letter of 'AB'"),
     "letter beyond the options": (given(answer="C", options=["a", "b"]), "a letter of 'AB'"),
@@ -178,13 +182,13 @@ BAD = {
     "empty option": (given(options=["a ball", ""]), "expected text for 'options.1'"),
     "one option": (given(options=["a ball"]), "expected two or more different options"),
     "the same option twice": (given(options=["a ball", "a ball"]), "two or more different options"),
-    "too many options": (given(options=[f"o{n}" for n in range(27)]), "at most 26 items"),
-    "option that is a number": (given(options=["a ball", 2]), "options.1: input should be a valid string"),
+    "too many options": (given(options=[f"o{n}" for n in range(27)]), "at most 26 values for 'options', found 27"),
+    "option that is a number": (given(options=["a ball", 2]), "expected text for 'options.1'"),
     # ids, groups, splits
     "duplicate id": (given(id="good-test"), "expected an id of its own, found 'good-test' again"),
     "empty id": (given(id=""), "expected text for 'id'"),
-    "number as id": (given(id=7), "id: input should be a valid string"),
-    "unknown split": (given(split="dev"), "split: input should be 'train', 'validation' or 'test'"),
+    "number as id": (given(id=7), "expected text for 'id'"),
+    "unknown split": (given(split="dev"), "expected 'train', 'validation' or 'test' for 'split', found 'dev'"),
     "group against its media": (given(media="train.jpg", group="x"), "expected the same group for"),
     # media, by name
     "missing media": (given(media="gone.jpg"), "expected a media file, found no"),
@@ -231,6 +235,8 @@ BAD = {
     "window of no length": (clip(bytes, start=2, end=2), "expected a window within"),
     "negative start": (clip(bytes, start=-1), "start: expected seconds"),
     "start as text": (clip(bytes, start="1"), "start: expected seconds"),
+    "start beyond all numbers": (clip(bytes, start=10**400), "start: expected seconds, found 1000"),
+    "end of a billion years": (clip(bytes, end=1e16), "end: expected seconds, found 1e+16"),
     "window without media": (given(start=1), "start and end with a video alone"),
 }  # fmt: skip
 
@@ -384,6 +390,32 @@ def test_an_interrupted_build_goes_on(folder, monkeypatch):
     assert not any((folder / ".scratch").glob("build*"))
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_what_has_been_mended_is_decoded_again(folder, monkeypatch, policy):
+    """Though the file is the same, as when it was not to be read by this user, or a disk was away."""
+    from firstsight.sources import media as reading
+
+    read = reading.read_image
+    change(folder, "data", on_error=policy)
+
+    def refused(path, data):
+        raise BadRecordError("Permission denied")
+
+    monkeypatch.setattr(reading, "read_image", refused)
+    with pytest.raises(UserError, match="Permission denied"):
+        build(folder)
+    monkeypatch.setattr(reading, "read_image", read)
+    assert build(folder)["splits"]["train"]["records"] == 1
+
+
+def test_a_text_that_is_no_utf8_says_how_to_save_it(folder):
+    change(folder, "data", source="csv", path="qa.csv")
+    for encoding in ("utf-16", "cp1252"):
+        (folder / "qa.csv").write_bytes("question,answer\nWas hält sie?,x\n".encode(encoding))
+        with pytest.raises(UserError, match=r"expected a CSV file in UTF-8, .*save it as UTF-8 .*as CSV UTF-8"):
+            run_stage(folder, "build_egoqa_dataset")
+
+
 def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
     shown = Image.open(folder / "test.jpg")
     shown.save(folder / "copy.jpg", quality=60)
@@ -408,6 +440,19 @@ def test_windows_of_a_copy_are_left_out_with_it(folder):
     ]
     card = build(folder, *lines)
     assert card["dropped"] == {"media of another split": 4}
+    assert {split: card["splits"][split]["records"] for split in SPLITS} == {"train": 1, "validation": 1, "test": 2}
+
+
+def test_another_window_of_a_video_of_the_benchmark_is_not_learnt_from(folder):
+    """Whatever the two files call it, and though it looks like another."""
+    write_video(folder / "clip.mp4")
+    (folder / "other").mkdir()
+    (folder / "other/link.mp4").symlink_to("../clip.mp4")
+    asked = {"media": "other/link.mp4", "start": 3, "end": 4, "question": "What?", "answer": "so"}
+    (folder / "other/benchmark.jsonl").write_text(json.dumps(asked))
+    change(folder, "data", benchmark={"source": "jsonl", "path": "other/benchmark.jsonl", "media_root": "."})
+    card = build(folder, line(media="clip.mp4", start=0, end=1))
+    assert card["dropped"] == {"media of the benchmark": 1}
     assert {split: card["splits"][split]["records"] for split in SPLITS} == {"train": 1, "validation": 1, "test": 2}
 
 

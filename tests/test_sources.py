@@ -86,7 +86,7 @@ def test_a_line_is_a_question_about_media(folder, settings):
         ({"media": "a.jpg", "question": "What?", "answer": " "}, "line 1: expected text for 'answer', found an empty"),
         ({"media": "gone.jpg", "question": "What?", "answer": "x"}, "line 1: expected a media file, found no"),
         ({"question": "What?", "answer": "x", "anwser": "y"}, "found the key 'anwser'"),
-        ({"question": "What?", "answer": 3}, "line 1: answer: input should be a valid string, found '3'"),
+        ({"question": "What?", "answer": 3}, "line 1: expected text for 'answer', found '3'"),
         ({"question": "What?", "answer": "C", "options": ["x", "y"]}, "line 1: expected the answer to be a letter of"),
         ({"media": "a.jpg", "question": "What?", "end": 1}, "expected start and end with a video alone"),
         ({"media": "clip.mp4", "question": "What?", "start": 2, "end": 2}, "within the video, found 2 to 2 s"),
@@ -148,6 +148,11 @@ def test_a_row_is_what_the_line_is(folder, settings, row, expected):
         (["question,answer", "What?"], "line 2: expected 2 cells, found 1"),
         (["question,answer", "", '"What?" she said,so'], "line 3: expected a row of CSV, found ',' expected after"),
         (["question,answer", "What?,so", '"What?,so', "Who?,me"], "line 3: expected a row of CSV, found unexpected"),
+        (
+            ["question,answer", '"What?,so', "Who?,me", '"Where?",here'],
+            "line 2: expected a row of CSV, found ',' expected",
+        ),
+        (["question,", "What?,so"], "line 2: expected a name in line 1 for the column of 'so', found none"),
         (["question,start", "What?,nan"], "line 2: start: expected seconds, found nan"),
         (["question,end", "What?,soon"], "line 2: end: expected seconds, found 'soon'"),
         (["question,options", "What?,a|"], "line 2: expected text for 'options.1'"),
@@ -159,6 +164,17 @@ def test_a_wrong_row_is_named(folder, settings, lines, message):
         read(folder, settings, *lines, source="csv")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_quote_that_swallows_rows_is_never_skipped(folder, settings):
+    rows = ("What?,so", '"Who?,me', "Where?,here", "When?,now")
+    with pytest.raises(UserError, match=r"line 3: .* unexpected end of data, reading up to line 5; close the quote"):
+        read(folder, settings, "question,answer", *rows, source="csv", problems=Problems("skip"))
+
+
+def test_what_spreadsheets_leave_behind_is_no_record(folder, settings):
+    (asked,) = read(folder, settings, "question,answer,,", "What?,so,,", ",,,", " ,,,", source="csv")
+    assert (asked.question.question, asked.question.answer) == ("What?", "so")
 
 
 def test_rows_after_a_wrong_one_are_read(folder, settings):

@@ -172,7 +172,7 @@ def _without_overlap(units: list[Unit], dropped: Counter[str]) -> list[Unit]:
 
 def _about(unit: Unit) -> set[tuple[str, str]]:
     """What tells that units of two sources are about the same: files, named groups, ids of videos; or text alone."""
-    names = (unit.group, *(unit.media.group() if unit.media else ()), *(one.id for one in unit.questions))
+    names = (unit.group, *(unit.media.titles() if unit.media else ()), *(one.id for one in unit.questions))
     found = {("video", name) for name in video_ids(names)}
     found |= {("group", one.group) for one in unit.questions if one.group}
     if unit.media:

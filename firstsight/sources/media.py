@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 class Files:
     """An image, a video (with a window in seconds; `end` None is its end), or frames in order, below `root`.
 
-    `names` are paths from the root to the files themselves, without links, so that a file has one name.
+    `names` are paths from the root to the files themselves, without links, so that a file has one name; `called` is
+    what the source calls them.
     """
 
     kind: MediaKind
@@ -37,6 +38,7 @@ class Files:
     names: tuple[str, ...]
     start: float = 0.0
     end: float | None = None
+    called: tuple[str, ...] = field(default=(), compare=False)
 
     def key(self) -> str:
         window = (self.start, self.end) if self.kind == "video" else ()
@@ -44,6 +46,9 @@ class Files:
 
     def group(self) -> tuple[str, ...]:
         return self.names
+
+    def titles(self) -> tuple[str, ...]:
+        return (*self.names, *self.called)
 
     def origins(self) -> tuple[str, ...]:
         return tuple(str(self.root.resolve() / name) for name in self.names)
@@ -78,7 +83,7 @@ def files(root: Path, media: str | Sequence[str], start: float | None = None, en
             f"expected start and end with a video alone, found them with media {str(media)[:80]!r}; "
             f"remove them ({_VIDEOS})"
         )
-    return Files(kind, root, inside, start or 0.0, end)
+    return Files(kind, root, inside, start or 0.0, end, tuple(names))
 
 
 def _inside(root: Path, name: str) -> str:

@@ -36,6 +36,9 @@ class Rendered:
     def group(self) -> tuple[str, ...]:
         return (self.key(),)
 
+    def titles(self) -> tuple[str, ...]:
+        return ()
+
     def origins(self) -> tuple[str, ...]:
         return self.group()
 

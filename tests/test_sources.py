@@ -11,7 +11,7 @@ from conftest import picture
 from PIL import Image
 
 from firstsight.core.errors import UserError
-from firstsight.sources.media import VIDEO_SUFFIXES, Files, files, first_there, frame_rate, read_image, read_video
+from firstsight.sources.media import Files, files, first_there, frame_rate, read_image, read_video
 from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
@@ -243,8 +243,8 @@ def test_what_differs_has_another_key(tmp_path):
     assert len({media.key() for media in shown}) == len(shown)
 
 
-@pytest.mark.parametrize("suffix", sorted(VIDEO_SUFFIXES))
-def test_every_suffix_of_a_video_is_read(tmp_path, settings, suffix):
+@pytest.mark.parametrize("suffix", [".mp4", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"])
+def test_a_video_is_told_by_its_suffix(tmp_path, settings, suffix):
     """By content: what a suffix is usually the form of is not asked."""
     write_video(tmp_path / "clip.mp4")
     (tmp_path / "clip.mp4").rename(tmp_path / f"clip{suffix.upper()}")

@@ -162,6 +162,8 @@ def _without_overlap(units: list[Unit], dropped: Counter[str]) -> list[Unit]:
     """The units, but for groups to learn from that show, in one unit or more, what another source is tested on."""
     first = units[0].source if units else ""
     tested = {what for unit in units if unit.source != first for what in _about(unit)}
+    if not tested:
+        return units
     learnt = [unit for unit in units if unit.source == first and unit.split != "test"]
     groups = {unit.group for unit in learnt if _about(unit) & tested}
     leaks = {unit.key: len(unit.questions) for unit in learnt if unit.group in groups}

@@ -108,6 +108,7 @@ class Decoder:
         missing = [number for number, path in enumerate(self._paths) if not _whole(path)]
         workers = len(os.sched_getaffinity(0))
         if workers == 1 or len(missing) * CHUNK <= _ALONE:
+            missing = set(missing)
             for number, path in enumerate(self._paths):
                 if number in missing:
                     _write(path, [unit.media for unit in self._chunks[number]], self._data)

@@ -31,7 +31,8 @@ OUTPUT = Path("data/egoqa")
 
 def run() -> None:
     data = params.load().data
-    problems, dropped = Problems(data.on_error), Counter()
+    problems = Problems(data.on_error)
+    dropped = problems.left_out
     units = assemble(sources(data, problems), data, problems, dropped)
     check_splits(
         {split: sum(len(unit.questions) for unit in units if unit.split == split) for split in SPLITS}, problems
@@ -45,7 +46,7 @@ def run() -> None:
             write(folder, decoder, written)
             commit = hub.commit(data.hub) if data.source == "hub" else None
             write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
-    tell(counts, dropped, problems)
+    tell(data, counts, problems)
 
 
 def sources(data: params.Data, problems: Problems) -> Iterator[tuple[str, Iterator[Asked]]]:
@@ -83,21 +84,29 @@ def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]]) -
 
 def check_splits(counts: dict[str, int], problems: Problems) -> None:
     if empty := [split for split in SPLITS if not counts[split]]:
+        left_out = f"; left out: {listed(problems.left_out)}" if problems.left_out else ""
         skipped = (
             f"; {problems.count:,} records could not be used, first: {problems.first[0]}" if problems.count else ""
         )
         raise UserError(
             f"data: expected records in every split, found none in {', '.join(empty)} (of {counts}); "
-            f"add records, change data.*_fraction, or give records a split of their own{skipped}"
+            f"add records, change data.*_fraction, or give records a split of their own{left_out}{skipped}"
         )
 
 
-def tell(counts: dict[str, int], dropped: Counter[str], problems: Problems) -> None:
+def tell(data: params.Data, counts: dict[str, int], problems: Problems) -> None:
     log.info("wrote %s: %s", OUTPUT, ", ".join(f"{split} {count:,} records" for split, count in counts.items()))
-    if dropped:
-        log.info("left out: %s", ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())))
+    for split, count in counts.items():
+        if (asked_for := getattr(data, f"{split}_samples") or 0) > count:
+            log.warning("data.%s_samples: %d records were asked for, and %d are there", split, asked_for, count)
+    if problems.left_out:
+        log.info("left out: %s", listed(problems.left_out))
     if problems.count:
         log.warning("skipped %d records that cannot be used, first: %s", problems.count, problems.first[0])
+
+
+def listed(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
 
 
 if __name__ == "__main__":

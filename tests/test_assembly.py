@@ -23,6 +23,7 @@ class Shown:
 
     names: tuple[str, ...]
     kind: str = "frames"
+    root: str = "media"
 
     def key(self):
         return "|".join(self.names)
@@ -30,10 +31,16 @@ class Shown:
     def group(self):
         return self.names
 
+    def titles(self):
+        return self.names
 
-def ask(number, names=(), **values):
+    def origins(self):
+        return tuple(f"/{self.root}/{name}" for name in self.names)
+
+
+def ask(number, names=(), root="media", **values):
     given = {"id": f"q{number}", "question": f"Question {number}?", "answer": "so"} | values
-    return Asked(question(f"line {number}", **given), Shown(tuple(names)) if names else None)
+    return Asked(question(f"line {number}", **given), Shown(tuple(names), root=root) if names else None)
 
 
 def units(settings, asked, dropped=None, policy="stop", **data):
@@ -130,16 +137,46 @@ def test_what_the_benchmark_shows_is_not_learnt_from(settings):
     dropped = Counter()
     found = units(settings, {"source": source, "benchmark": benchmark}, dropped)
     assert [unit.questions[0].id for unit in found] == ["q1", "q2", "q3"]
-    assert dropped == {"video of the benchmark": 1}
+    assert dropped == {"media of the benchmark": 1}
+
+
+@pytest.mark.parametrize(
+    ("learnt", "tested"),
+    [
+        (ask(0, ["a.mp4"], split="train"), ask(9, ["a.mp4"], split="test")),
+        (ask(0, ["a.mp4"], split="validation", group="home"), ask(9, ["a.mp4"], split="test")),
+        (ask(0, ["a.mp4"], split="train", group="home"), ask(9, ["b.mp4"], split="test", group="home")),
+        (ask(0, question="Why?", split="train"), ask(9, question="Why?", split="test")),
+    ],
+)
+def test_a_file_a_group_or_a_text_of_the_benchmark_is_not_learnt_from(settings, learnt, tested):
+    """Nor is anything else of a group that has some of them."""
+    others = [
+        ask(1, ["c.mp4"], split=learnt.question.split, group=learnt.question.group or "other"),
+        ask(2, ["e.mp4"], split="train", group="yet another"),
+        ask(3, ["d.mp4"], split="test", group="d"),
+    ]
+    dropped = Counter()
+    found = units(settings, {"source": [learnt, *others], "benchmark": [tested]}, dropped)
+    lost = ["q0", "q1"] if learnt.question.group else ["q0"]
+    assert [one.id for unit in found for one in unit.questions] == [
+        name for name in ("q0", "q1", "q2", "q3", "q9") if name not in lost
+    ]
+    assert dropped == {"media of the benchmark": len(lost)}
+
+
+def test_a_file_of_the_same_name_elsewhere_is_another(settings):
+    source = [ask(0, ["a.mp4"], split="train"), ask(1, ["a.mp4", "b.mp4"], split="train")]
+    benchmark = [ask(9, ["a.mp4"], root="elsewhere", split="test"), ask(8, ["c.mp4"], root="elsewhere", split="test")]
+    found = units(settings, {"source": source, "benchmark": benchmark})
+    assert [unit.split for unit in found] == ["train", "train", "test", "test"]
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ([{"id": "x"}, {"id": "x"}], "line 1: expected an id of its own, found 'x' again, as at line 0"),
+        ([{"id": "x"}, {"id": "x"}], "line 1: .* found 'x' again, as at line 0; rename one .a record without"),
         ([{"answer": None}], "line 0: expected an answer, found none"),
-        ([{"group": "g", "split": "train"}, {"group": "g", "split": "test"}], "line 1: expected the same split for"),
-        ([{"group": "g", "split": "train"}, {"group": "g"}], "line 1: expected the same split for"),
         ([{"group": "g"}, {"group": "h"}], "line 1: expected the same group for the same media as at line 0"),
     ],
 )
@@ -149,6 +186,51 @@ def test_records_that_disagree_are_refused_or_skipped(settings, asked, message):
         units(settings, asked)
     found = units(settings, asked, policy="skip")
     assert sum(len(unit.questions) for unit in found) == len(asked) - 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("splits", "kept"),
+    [
+        (["train", "test"], ["test"]),
+        (["train", "validation", "test"], ["test"]),
+        (["train", "validation"], ["validation"]),
+        ([None, "train"], ["train", "train"]),
+        ([None, "test"], ["test", "test"]),
+        ([None, "train", "validation"], ["validation", "validation"]),
+    ],
+)
+def test_a_group_is_in_the_most_held_back_split_that_is_named(settings, splits, kept, order):
+    dropped = Counter()
+    asked = [ask(n, ["a.jpg"], split=split) for n, split in enumerate(splits)][::order]
+    found = units(settings, asked, dropped, validation_fraction=0.01, test_fraction=0.01)
+    assert [unit.split for unit in found for _ in unit.questions] == kept
+    assert dropped == ({"group of another split": len(splits) - len(kept)} if len(splits) > len(kept) else {})
+
+
+def test_of_a_question_asked_twice_the_answered_stays_and_another_answer_is_told(settings):
+    dropped = Counter()
+    asked = [
+        ask(0, ["a.jpg"], question="What?", answer=None),
+        ask(1, ["a.jpg"], question="What?", answer="a cup", answers=["cup"]),
+        ask(2, ["a.jpg"], question="What?", answer="cup"),
+        ask(3, ["a.jpg"], question="What?", answer="a mug"),
+    ]
+    (unit,) = units(settings, asked, dropped, unanswered="teacher")
+    assert [one.id for one in unit.questions] == ["q1"]
+    assert dropped == {"duplicate": 2, "another answer to the same question": 1}
+
+
+def test_a_question_with_accepted_answers_alone_is_answered(settings):
+    asked = [ask(0, ["a.jpg"], answer=None, answers=["so", "thus"], split="test")]
+    (unit,) = units(settings, asked)
+    assert unit.records()[0].answer == "so"
+
+
+def test_a_number_asked_for_that_is_there_leaves_nothing_out(settings):
+    dropped = Counter()
+    units(settings, [ask(0, ["a.jpg"], split="train")], dropped, train_samples=1)
+    assert dropped == {}
 
 
 def test_unanswered_questions_are_for_the_teacher_and_not_tested(settings):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import struct
 import zlib
@@ -15,6 +16,7 @@ from test_sources import write_video
 from firstsight.core.errors import UserError
 from firstsight.data.records import SPLITS, Split
 from firstsight.sources import hub
+from firstsight.sources.problems import BadRecordError
 
 GOOD = [
     {"id": f"good-{split}", "media": f"{split}.jpg", "question": "What?", "answer": "a cup", "split": split}
@@ -49,6 +51,13 @@ def media(name: str, content: bytes, **values):
 def image(**options) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", options.pop("size", (64, 64)), "red").save(buffer, **{"format": "JPEG"} | options)
+    return buffer.getvalue()
+
+
+def floats(*row: float) -> bytes:
+    """A TIFF of these rows of floating point pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.repeat(np.float32([row]), 56, 1).repeat(56, 0)).save(buffer, "TIFF")
     return buffer.getvalue()
 
 
@@ -119,6 +128,12 @@ def absolute_outside(folder):
     return line(media=str(outside))
 
 
+def badly_named(folder):
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(picture(9))
+    (folder / "link.jpg").symlink_to(os.fsdecode(b"\xff.jpg"))
+    return line(media="link.jpg")
+
+
 def fifo(folder):
     os.mkfifo(folder / "pipe.jpg")
     return line(media="pipe.jpg")
@@ -135,12 +150,13 @@ BAD = {
     "no object": (text('["What?", "so"]'), "expected a JSON object"),
     "a bare number": (text("42"), "expected a JSON object"),
     "trailing comma": (text('{"question": "What?", "answer": "so",}'), "expected a JSON object"),
+    "an object on several lines": (text('{"question": "What?",'), "write one object a line"),
     "single quotes": (text("{'question': 'What?', 'answer': 'so'}"), "expected a JSON object"),
     "two objects": (text("{} {}"), "expected a JSON object"),
     "NaN": (text('{"question": "What?", "answer": "so", "start": NaN}'), "NaN is no JSON"),
     "infinity": (text('{"question": "What?", "answer": "so", "end": Infinity}'), "Infinity is no JSON"),
     "deep nesting": (text("[" * 100_000), "expected a JSON object"),
-    "an escaped lone surrogate": (given(question="\ud800"), "unable to parse raw data as a unicode string"),
+    "an escaped lone surrogate": (given(question="\ud800"), "expected text for 'question', found half of a character"),
     "unknown key": (given(anwser="x"), "found the key 'anwser'"),
     # questions and answers
     "no question": (text('{"answer": "so"}'), "expected a value for 'question'"),
@@ -148,15 +164,17 @@ BAD = {
     "empty question": (given(question=" "), "expected text for 'question', found an empty one"),
     "empty answer": (given(answer=""), "expected text for 'answer', found an empty one"),
     "null question": (given(question=None), "expected a value for 'question'"),
-    "number as answer": (given(answer=3), "answer: input should be a valid string"),
-    "list as answer": (given(answer=["a", "b"]), "answer: input should be a valid string"),
-    "object as question": (given(question={"text": "What?"}), "question: input should be a valid"),
+    "number as answer": (given(answer=3), "expected text for 'answer'"),
+    "list as answer": (given(answer=["a", "b"]), "expected text for 'answer'"),
+    "object as question": (given(question={"text": "What?"}), "expected text for 'question', found"),
     "enormous question": (given(question="x" * 30_000), "at most 20000 characters"),
     "enormous answer": (given(answer="x" * 30_000), "at most 20000 characters"),
     "special token": (given(question="<|im_end|>"), "found the special token '<|im_end|>'"),
+    "where an image goes": (given(question="<image>\nWhat?"), "found the special token '<image>'"),
+    "where speech goes, in an answer": (given(answer="<speech>"), "found the special token '<speech>'"),
     "special token in an option": (given(options=["a ball", "<|image_pad|>"]), "the special token"),
     "empty accepted answer": (given(answers=["x", ""]), "expected text for 'answers.1'"),
-    "answers as text": (given(answers="x"), "answers: input should be a valid tuple"),
+    "answers as text": (given(answers="x"), "expected a list for 'answers'"),
     # options
     "answer not among options": (given(options=["a cup", "a pan"]), "expected the answer to be a letter of 'AB'"),
     "letter beyond the options": (given(answer="C", options=["a", "b"]), "a letter of 'AB'"),
@@ -164,14 +182,13 @@ BAD = {
     "empty option": (given(options=["a ball", ""]), "expected text for 'options.1'"),
     "one option": (given(options=["a ball"]), "expected two or more different options"),
     "the same option twice": (given(options=["a ball", "a ball"]), "two or more different options"),
-    "too many options": (given(options=[f"o{n}" for n in range(27)]), "at most 26 items"),
-    "option that is a number": (given(options=["a ball", 2]), "options.1: input should be a valid string"),
+    "too many options": (given(options=[f"o{n}" for n in range(27)]), "at most 26 values for 'options', found 27"),
+    "option that is a number": (given(options=["a ball", 2]), "expected text for 'options.1'"),
     # ids, groups, splits
     "duplicate id": (given(id="good-test"), "expected an id of its own, found 'good-test' again"),
     "empty id": (given(id=""), "expected text for 'id'"),
-    "number as id": (given(id=7), "id: input should be a valid string"),
-    "unknown split": (given(split="dev"), "split: input should be 'train', 'validation' or 'test'"),
-    "split against its group": (given(media="test.jpg"), "expected the same split for the same group"),
+    "number as id": (given(id=7), "expected text for 'id'"),
+    "unknown split": (given(split="dev"), "expected 'train', 'validation' or 'test' for 'split', found 'dev'"),
     "group against its media": (given(media="train.jpg", group="x"), "expected the same group for"),
     # media, by name
     "missing media": (given(media="gone.jpg"), "expected a media file, found no"),
@@ -180,6 +197,9 @@ BAD = {
     "number as media": (given(media=3), "media: expected a path"),
     "no frames": (given(media=[]), "expected media, found an empty list"),
     "a missing frame": (given(media=["train.jpg", "gone.jpg"]), "expected a media file, found no"),
+    "an address": (given(media="https://host/a.jpg"), "found the address 'https://host/a.jpg'; media are not fetched"),
+    "a lone surrogate in a path": (given(media="\udc80.jpg"), "expected a media file, found '\\udc80.jpg'"),
+    "a name that is no UTF-8": (badly_named, "expected a media file, found 'link.jpg'"),
     "nul in the path": (given(media="a\0b.jpg"), "expected a media file"),
     "too long a path": (given(media="x" * 5000 + ".jpg"), "expected a media file"),
     "path traversal": (given(media="../../../../../../etc/passwd"), "expected media below"),
@@ -199,18 +219,24 @@ BAD = {
     "sides of zero": (media("a.png", png_header(0, 10)), "expected a readable image"),
     "too long and thin": (media("a.png", image(format="PNG", size=(2000, 4))), "expected a readable image"),
     "svg": (media("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected a readable image"),
+    "pixels beyond white": (media("a.tif", floats(0, 300)), "with pixels from 0 to 300, where 0 to 1 or"),
+    "pixels that are no number": (media("a.tif", floats(0, np.nan)), "expected a readable image"),
     "window of an image": (given(media="train.jpg", start=1), "expected start and end with a video"),
+    "a video by another suffix": (media("a.ogv", b"OggS"), "a video's name ends in .3gp, .avi"),
+    "window of what is no video by name": (media("a.ogv", b"OggS", start=1), "a video's name ends in .3gp, .avi"),
     # videos
     "zero bytes of video": (clip(lambda content: b""), "expected a readable video"),
     "text as video": (clip(lambda content: b"not a video" * 100), "expected a readable video"),
     "truncated video": (clip(lambda content: content[: len(content) // 2]), "expected a readable video"),
     "an image named as a video": (clip(lambda content: image(format="PNG")[:40]), "expected a readable video"),
-    "video without frames": (audio_only, "expected a readable video"),
+    "video without frames": (audio_only, "(there is no video in it)"),
     "window beyond the end": (clip(bytes, start=9), "expected a window within the 4.00 s"),
     "window that ends before it starts": (clip(bytes, start=3, end=2), "expected a window within"),
     "window of no length": (clip(bytes, start=2, end=2), "expected a window within"),
     "negative start": (clip(bytes, start=-1), "start: expected seconds"),
     "start as text": (clip(bytes, start="1"), "start: expected seconds"),
+    "start beyond all numbers": (clip(bytes, start=10**400), "start: expected seconds, found 1000"),
+    "end of a billion years": (clip(bytes, end=1e16), "end: expected seconds, found 1e+16"),
     "window without media": (given(start=1), "start and end with a video alone"),
 }  # fmt: skip
 
@@ -273,6 +299,7 @@ FINE = {
     "16 bits": ("I;16", "PNG"),
     "black and white": ("1", "PNG"),
     "floating point": ("F", "TIFF"),
+    "floating point to 1": ("F", "TIFF"),
     "animated": ("P", "GIF"),
 }
 
@@ -287,7 +314,7 @@ def test_unusual_images_are_read_as_they_look(folder, case):
     if mode == "I;16":
         made = Image.fromarray(grey.astype(np.uint16) * 257)
     elif mode == "F":
-        made = Image.fromarray(grey.astype(np.float32))
+        made = Image.fromarray(grey.astype(np.float32) / (255 if case.endswith("to 1") else 1))
     elif mode == "CMYK":
         made = made.convert("RGB").convert("CMYK")
     elif mode == "1":
@@ -363,6 +390,32 @@ def test_an_interrupted_build_goes_on(folder, monkeypatch):
     assert not any((folder / ".scratch").glob("build*"))
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_what_has_been_mended_is_decoded_again(folder, monkeypatch, policy):
+    """Though the file is the same, as when it was not to be read by this user, or a disk was away."""
+    from firstsight.sources import media as reading
+
+    read = reading.read_image
+    change(folder, "data", on_error=policy)
+
+    def refused(path, data):
+        raise BadRecordError("Permission denied")
+
+    monkeypatch.setattr(reading, "read_image", refused)
+    with pytest.raises(UserError, match="Permission denied"):
+        build(folder)
+    monkeypatch.setattr(reading, "read_image", read)
+    assert build(folder)["splits"]["train"]["records"] == 1
+
+
+def test_a_text_that_is_no_utf8_says_how_to_save_it(folder):
+    change(folder, "data", source="csv", path="qa.csv")
+    for encoding in ("utf-16", "cp1252"):
+        (folder / "qa.csv").write_bytes("question,answer\nWas hält sie?,x\n".encode(encoding))
+        with pytest.raises(UserError, match=r"expected a CSV file in UTF-8, .*save it as UTF-8 .*as CSV UTF-8"):
+            run_stage(folder, "build_egoqa_dataset")
+
+
 def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
     shown = Image.open(folder / "test.jpg")
     shown.save(folder / "copy.jpg", quality=60)
@@ -372,11 +425,68 @@ def test_the_same_picture_in_train_and_test_is_left_out_of_train(folder):
     assert card["splits"]["train"]["records"] == 1
 
 
+def test_windows_of_a_copy_are_left_out_with_it(folder):
+    """And other media of a group that has one; what looks like nothing in the test split, on its own."""
+    write_video(folder / "t.mp4")
+    for name in ("copy.mp4", "x.mp4"):
+        (folder / name).write_bytes((folder / "t.mp4").read_bytes())
+    (folder / "other.jpg").write_bytes(picture(50))
+    lines = [
+        line(media="t.mp4", split="test"),
+        line(media="copy.mp4"),
+        line(media="copy.mp4", start=1, end=2),
+        line(media="x.mp4", group="home"),
+        line(media="other.jpg", group="home", split="train"),
+    ]
+    card = build(folder, *lines)
+    assert card["dropped"] == {"media of another split": 4}
+    assert {split: card["splits"][split]["records"] for split in SPLITS} == {"train": 1, "validation": 1, "test": 2}
+
+
+def test_another_window_of_a_video_of_the_benchmark_is_not_learnt_from(folder):
+    """Whatever the two files call it, and though it looks like another."""
+    write_video(folder / "clip.mp4")
+    (folder / "other").mkdir()
+    (folder / "other/link.mp4").symlink_to("../clip.mp4")
+    asked = {"media": "other/link.mp4", "start": 3, "end": 4, "question": "What?", "answer": "so"}
+    (folder / "other/benchmark.jsonl").write_text(json.dumps(asked))
+    change(folder, "data", benchmark={"source": "jsonl", "path": "other/benchmark.jsonl", "media_root": "."})
+    card = build(folder, line(media="clip.mp4", start=0, end=1))
+    assert card["dropped"] == {"media of the benchmark": 1}
+    assert {split: card["splits"][split]["records"] for split in SPLITS} == {"train": 1, "validation": 1, "test": 2}
+
+
+def test_a_question_in_two_splits_stays_in_the_one_that_is_held_back(folder):
+    """Text alone, which no looks tell."""
+    text = {"question": "What is a cup for?", "answer": "drinking"}
+    lines = [text | {"split": split, "group": split, "id": split} for split in SPLITS]
+    assert build(folder, *lines)["dropped"] == {"duplicate": 2}
+    (alone,) = [sample for sample in Split(folder / "data/egoqa/test.parquet") if not sample.frames]
+    assert alone.records[0].id == "test"
+
+
+def test_a_split_left_empty_says_what_was_left_out(folder):
+    with pytest.raises(UserError, match=r"none in train \(of .*; left out: 1 group of another split$"):
+        build(folder, good=[GOOD[0] | {"media": "test.jpg"}, *GOOD[1:]])
+
+
+def test_fewer_records_than_asked_for_are_told(folder, caplog):
+    change(folder, "data", on_error="skip", train_samples=3, test_samples=1)
+    (folder / "broken.jpg").write_bytes(b"broken")
+    (folder / "a.jpg").write_bytes(picture(60))
+    logging.getLogger("firstsight").addHandler(caplog.handler)
+    card = build(folder, line(media="broken.jpg"), line(media="a.jpg"))
+    logging.getLogger("firstsight").removeHandler(caplog.handler)
+    assert "data.train_samples: 3 records were asked for, and 2 are there" in caplog.text
+    assert "data.test_samples" not in caplog.text
+    assert [card["splits"][split].get("asked_for") for split in SPLITS] == [3, None, 1]
+
+
 def test_a_question_about_the_same_frames_is_asked_once_whatever_their_name(folder):
     (folder / "again.jpg").write_bytes((folder / "train.jpg").read_bytes())
     text = {"question": "What is a cup for?", "answer": "drinking", "split": "train"}
     card = build(folder, line(media="again.jpg", question="What?"), line(media="again.jpg"), text, text)
-    assert card["dropped"] == {"duplicate": 2}
+    assert card["dropped"] == {"another answer to the same question": 1, "duplicate": 1}
     assert card["splits"]["train"]["records"] == 3
 
 

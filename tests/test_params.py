@@ -40,6 +40,14 @@ def test_every_parameter_file_is_valid(path):
         ),
         ("data", None, "data: expected a section of keys, found None"),
         ("data.validation_fraction", 0.98, "data: expected validation_fraction + test_fraction below 1"),
+        (
+            "data.source",
+            "json",
+            "data.source: expected one of 'synthetic', 'hub', 'jsonl', 'csv', 'llava', 'egoschema', 'openeqa' or "
+            "'egotempo', found 'json'",
+        ),
+        ("data.benchmark.source", "hub", "data.benchmark.source: expected one of 'none', 'jsonl', 'csv', "),
+        ("targets.precision", "int4", "expected one of 'auto', 'float32', 'bfloat16', 'float16', 'int8' or 'nf4', fou"),
         ("data.path", None, "data.path: expected text, found None"),
         ("data.max_pixels", 3000, "data.max_pixels: expected at least 3136, found 3000"),
         ("train.temperature", 1e200, "train.temperature: expected at most 1000, found 1e+200"),
@@ -61,7 +69,9 @@ def test_a_wrong_value_is_one_line_that_names_it(tmp_path, key, value, line):
     for parent in parents:
         section = section[parent]
     section[last] = value
-    assert line in message(tmp_path, values)
+    said = message(tmp_path, values)
+    assert line in said
+    assert "more)" not in said
 
 
 def test_a_stages_output_is_no_source_of_a_model(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -10,20 +11,34 @@ from conftest import picture
 from PIL import Image
 
 from firstsight.core.errors import UserError
-from firstsight.sources.media import files, first_there, frame_rate, read_image, read_video
+from firstsight.sources.media import Files, files, first_there, frame_rate, read_image, read_video
 from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.readers import READERS
 
 
-def write_video(path, frames=40, rate=10, size=(160, 120)):
-    """Frame n is grey of brightness 5 n."""
+def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0):
+    """Frame n is grey of brightness 5 n.
+
+    Args:
+        start: seconds at which the first frame is shown.
+        sound: seconds of it, from 0.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        silence = container.add_stream("aac", rate=16000) if sound else None
         for number in range(frames):
             grey = np.full((size[1], size[0], 3), 5 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+            frame = av.VideoFrame.from_ndarray(grey)
+            frame.pts, frame.time_base = number + start * rate, Fraction(1, rate)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        for number in range(int(sound * 16000 / 1024)):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 1024 * number, Fraction(1, 16000)
+            container.mux(silence.encode(frame))
+        if silence:
+            container.mux(silence.encode())
 
 
 def brightness(jpeg: bytes) -> float:
@@ -71,7 +86,7 @@ def test_a_line_is_a_question_about_media(folder, settings):
         ({"media": "a.jpg", "question": "What?", "answer": " "}, "line 1: expected text for 'answer', found an empty"),
         ({"media": "gone.jpg", "question": "What?", "answer": "x"}, "line 1: expected a media file, found no"),
         ({"question": "What?", "answer": "x", "anwser": "y"}, "found the key 'anwser'"),
-        ({"question": "What?", "answer": 3}, "line 1: answer: input should be a valid string, found '3'"),
+        ({"question": "What?", "answer": 3}, "line 1: expected text for 'answer', found '3'"),
         ({"question": "What?", "answer": "C", "options": ["x", "y"]}, "line 1: expected the answer to be a letter of"),
         ({"media": "a.jpg", "question": "What?", "end": 1}, "expected start and end with a video alone"),
         ({"media": "clip.mp4", "question": "What?", "start": 2, "end": 2}, "within the video, found 2 to 2 s"),
@@ -133,6 +148,11 @@ def test_a_row_is_what_the_line_is(folder, settings, row, expected):
         (["question,answer", "What?"], "line 2: expected 2 cells, found 1"),
         (["question,answer", "", '"What?" she said,so'], "line 3: expected a row of CSV, found ',' expected after"),
         (["question,answer", "What?,so", '"What?,so', "Who?,me"], "line 3: expected a row of CSV, found unexpected"),
+        (
+            ["question,answer", '"What?,so', "Who?,me", '"Where?",here'],
+            "line 2: expected a row of CSV, found ',' expected",
+        ),
+        (["question,", "What?,so"], "line 2: expected a name in line 1 for the column of 'so', found none"),
         (["question,start", "What?,nan"], "line 2: start: expected seconds, found nan"),
         (["question,end", "What?,soon"], "line 2: end: expected seconds, found 'soon'"),
         (["question,options", "What?,a|"], "line 2: expected text for 'options.1'"),
@@ -144,6 +164,17 @@ def test_a_wrong_row_is_named(folder, settings, lines, message):
         read(folder, settings, *lines, source="csv")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_quote_that_swallows_rows_is_never_skipped(folder, settings):
+    rows = ("What?,so", '"Who?,me', "Where?,here", "When?,now")
+    with pytest.raises(UserError, match=r"line 3: .* unexpected end of data, reading up to line 5; close the quote"):
+        read(folder, settings, "question,answer", *rows, source="csv", problems=Problems("skip"))
+
+
+def test_what_spreadsheets_leave_behind_is_no_record(folder, settings):
+    (asked,) = read(folder, settings, "question,answer,,", "What?,so,,", ",,,", " ,,,", source="csv")
+    assert (asked.question.question, asked.question.answer) == ("What?", "so")
 
 
 def test_rows_after_a_wrong_one_are_read(folder, settings):
@@ -170,6 +201,55 @@ def test_unreadable_media_is_named(folder, settings, name, kind):
 def test_a_window_beyond_the_video_is_named(folder, settings):
     with pytest.raises(BadRecordError, match=r"expected a window within the 4\.00 s"):
         files(folder, "clip.mp4", 9.0).load(settings.data)
+
+
+def test_one_file_is_one_media_whatever_it_is_called(folder):
+    (folder / "link").symlink_to(folder)
+    (folder / "other.mp4").symlink_to("clip.mp4")
+    names = ["clip.mp4", "./clip.mp4", "link/clip.mp4", "other.mp4", str(folder / "clip.mp4")]
+    # The parent of where a link leads to, not of the link.
+    (folder / "deep/er").mkdir(parents=True)
+    (folder / "deep/clip.mp4").write_bytes(b"another")
+    (folder / "far").symlink_to(folder / "deep/er")
+    found = [files(folder, name) for name in [*names, "far/../clip.mp4"]]
+    assert [media.names for media in found] == [("clip.mp4",)] * 5 + [("deep/clip.mp4",)]
+    assert len({media.key() for media in found}) == 2
+
+
+def test_a_way_out_through_a_link_is_not_taken(tmp_path, settings):
+    """What is checked is what is read: `..` leads out of the folder that a link leads to."""
+    root = tmp_path / "root"
+    (root / "deep/er/est").mkdir(parents=True)
+    (root / "link").symlink_to(root / "deep/er/est")
+    (root / "deep/secret.png").write_bytes(picture(1))
+    (tmp_path / "secret.png").write_bytes(picture(2))
+    media = files(root, "link/../../secret.png")
+    assert media.names == ("deep/secret.png",)
+    (root / "deep/secret.png").unlink()
+    with pytest.raises(BadRecordError, match="expected a media file, found no"):
+        files(root, "link/../../secret.png")
+
+
+def test_what_differs_has_another_key(tmp_path):
+    shown = [
+        Files("video", tmp_path, ("a.mp4",), 1234567.1, None),
+        Files("video", tmp_path, ("a.mp4",), 1234567.2, None),
+        Files("video", tmp_path, ("a.mp4",), 0.0, 1234567.2),
+        Files("frames", tmp_path, ("a.jpg", "b.jpg")),
+        Files("frames", tmp_path, ("a.jpg|b.jpg",)),
+        Files("image", tmp_path, ("a.mp4#0-",)),
+        Files("video", tmp_path, ("a.mp4",)),
+    ]
+    assert len({media.key() for media in shown}) == len(shown)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"])
+def test_a_video_is_told_by_its_suffix(tmp_path, settings, suffix):
+    """By content: what a suffix is usually the form of is not asked."""
+    write_video(tmp_path / "clip.mp4")
+    (tmp_path / "clip.mp4").rename(tmp_path / f"clip{suffix.upper()}")
+    media = files(tmp_path, f"clip{suffix.upper()}", 1.0, 3.0)
+    assert [brightness(frame) for frame in media.load(settings.data).frames] == pytest.approx([15, 25], abs=1)
 
 
 def test_the_first_file_that_is_there_is_taken(folder):
@@ -215,6 +295,38 @@ def test_video_frames_are_those_on_show_at_even_times(folder, settings, start, e
     frames, rate = read_video(folder / "clip.mp4", data, start, end)
     assert [brightness(frame) for frame in frames] == pytest.approx(expected, abs=1)
     assert rate == pytest.approx(len(frames) / ((end or 4.0) - start))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "wmv", "ts"])
+def test_a_video_ends_with_its_pictures_and_begins_with_them(tmp_path, settings, suffix):
+    """Whatever the sound does, and whatever the file says of its length."""
+    path = tmp_path / f"late.{suffix}"
+    write_video(path, start=5, sound=12)
+    data = settings.data.model_copy(update={"fps": 1.0})
+    frames, rate = read_video(path, data, 0.0, None)
+    assert [brightness(frame) for frame in frames] == pytest.approx([5, 15, 25, 35], abs=1)
+    assert rate == pytest.approx(1, abs=0.05)
+    with pytest.raises(BadRecordError, match=r"expected a window within the (4\.0|3\.9).* s of"):
+        read_video(path, data, 4.2, None)
+
+
+@pytest.mark.parametrize(("turn", "corner"), [(0, (0, 0)), (-90, (1, 0)), (90, (0, 1)), (180, (1, 1))])
+def test_videos_are_turned_upright(tmp_path, settings, turn, corner):
+    """The bright corner of the stored pictures, the upper left, is where a player shows it."""
+    stored = np.full((56, 112, 3), 40, np.uint8)
+    stored[:28, :56] = 220
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
+        stream.set_display_rotation(turn)
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
+        container.mux(stream.encode())
+    frames, _ = read_video(tmp_path / "phone.mp4", settings.data, 0.0, None)
+    shown = Image.open(io.BytesIO(frames[0])).convert("L")
+    assert shown.size == ((112, 56) if turn % 180 == 0 else (56, 112))
+    quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
 
 
 def test_media_is_resized_within_the_budget_to_whole_visual_tokens(tmp_path, settings):

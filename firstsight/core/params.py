@@ -24,7 +24,7 @@ Batch = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["int8", "nf4"]
-Precision = Dtype | Method
+Precision = Literal[Dtype, Method]
 
 
 def _distinct(values: list) -> list:
@@ -139,9 +139,9 @@ class Hub(Section):
 
 
 class Benchmark(Section):
-    """Records of another file, all for the test split; what is trained on shares no video with them."""
+    """Records of another file, all for the test split; what is trained on shares no media with them."""
 
-    source: Literal["none"] | FileSource
+    source: Literal["none", FileSource]
     path: Annotated[str, Field(min_length=1)]
     media_root: str | None
 
@@ -160,7 +160,7 @@ class Data(Section):
     from. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels` each.
     """
 
-    source: Literal["synthetic", "hub"] | FileSource
+    source: Literal["synthetic", "hub", FileSource]
     path: Annotated[str, Field(min_length=1)]
     media_root: str | None
     hub: Hub | None

@@ -29,11 +29,15 @@ def data_card(
     `commit` is that of a data set of the hub. Token counts depend on a tokenizer, and so are not the data's own: the
     targets' index has them.
     """
-    splits = {split: [one for one in written if one[0].split == split] for split in SPLITS}
+    splits = {}
+    for split in SPLITS:
+        splits[split] = _split([one for one in written if one[0].split == split])
+        if limit := getattr(data, f"{split}_samples"):
+            splits[split]["asked_for"] = limit
     return {
         "source": data.source,
         "commit": commit,
-        "splits": {split: _split(found) for split, found in splits.items()},
+        "splits": splits,
         "dropped": dict(sorted(dropped.items())),
         "problems": problems.card(),
     }
@@ -48,7 +52,7 @@ def _split(found: Sequence[tuple[Unit, Decoded]]) -> dict[str, Any]:
         "records": len(questions),
         "groups": len({unit.group for unit, _ in found}),
         "multiple_choice": sum(bool(one.options) for one in questions),
-        "unanswered": sum(one.answer is None for one in questions),
+        "unanswered": sum(not one.accepted() for one in questions),
         "sources": _counts(unit.source for unit, _ in found for _ in unit.questions),
         "media_kinds": _counts(unit.media.kind if unit.media else "none" for unit, _ in found),
         "question_types": _counts(one.question_type for one in questions),

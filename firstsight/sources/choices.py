@@ -35,6 +35,6 @@ def chosen(answer: Any, options: Sequence[Any]) -> Any:
         return answer
     if not 0 <= index < len(plain):
         raise BadRecordError(
-            f"expected the answer to be an index of {len(plain)} options, from 0, found {answer!r}; correct it"
+            f"expected the answer to be an index of {len(plain)} options, from 0, found {repr(answer)[:60]}; correct it"
         )
     return plain[index]

@@ -1,7 +1,7 @@
 """Decode the media of a data set: in parallel, a chunk of them at a time, each chunk kept until the data set is whole.
 
 A chunk is a parquet file in a folder that outlives an interrupted build, named by what it is made from; a rerun decodes
-only the chunks that are not there.
+only the chunks that are not there, or in which something could not be decoded: it may have been mended.
 """
 
 import hashlib
@@ -107,12 +107,13 @@ class Decoder:
 
     def _written(self) -> Iterator[Path]:
         """The chunks' files, in order, each when it is there."""
-        missing = [number for number, path in enumerate(self._paths) if not path.exists()]
+        missing = [number for number, path in enumerate(self._paths) if not _whole(path)]
         workers = len(os.sched_getaffinity(0))
         if workers == 1 or len(missing) * CHUNK <= _ALONE:
-            for chunk, path in zip(self._chunks, self._paths, strict=True):
-                if not path.exists():
-                    _write(path, [unit.media for unit in chunk], self._data)
+            missing = set(missing)
+            for number, path in enumerate(self._paths):
+                if number in missing:
+                    _write(path, [unit.media for unit in self._chunks[number]], self._data)
                 yield path
             return
         # Forked from a process that has imported what they need, which they share, but has none of this one's threads.
@@ -139,6 +140,11 @@ class Decoder:
             if number in waiting:
                 waiting.pop(number).result()
             yield path
+
+
+def _whole(path: Path) -> bool:
+    """Whether the chunk is there, and all of it could be decoded."""
+    return path.exists() and not any(pq.read_table(path, columns=["problem"]).column(0).to_pylist())
 
 
 def _write(path: Path, media: list[Media | None], data: Data) -> None:

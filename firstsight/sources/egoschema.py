@@ -15,7 +15,6 @@ from typing import Any
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
-from firstsight.core.stage import log
 from firstsight.sources.choices import chosen, plain_options
 from firstsight.sources.media import files, first_there
 from firstsight.sources.problems import BadRecordError, Problems
@@ -31,20 +30,16 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     """
     path, root = Path(data.path), media_root(data)
     answers, videos = (_beside(path, name) for name in ("subset_answers.json", "uid_to_ego4d.json"))
-    questions = without = 0
     for place, raw in read_records(path, "EgoSchema's questions"):
-        questions += 1
         with problems.at(place):
             record = as_object(raw)
             uid = record.get("q_uid", record.get("video_idx"))
             if not isinstance(uid, str):
                 raise BadRecordError(f"expected text for 'q_uid', found {uid!r}; correct it")
             if answers and "answer" not in record and uid not in answers:
-                without += 1
+                problems.left_out["question without a public answer"] += 1
                 continue
             yield _asked(place, uid, {"answer": answers.get(uid)} | record, videos.get(uid), root)
-    if without:
-        log.info("%s: %d of %d questions have a public answer, and are read", path, questions - without, questions)
 
 
 def _beside(path: Path, name: str) -> Mapping[str, Any]:

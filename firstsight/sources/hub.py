@@ -8,6 +8,7 @@ is an mp4. `data.hub.splits` gives each of their splits to one of ours, or lets 
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +27,14 @@ from firstsight.sources.choices import chosen, plain_options
 from firstsight.sources.jsonl import window
 from firstsight.sources.media import VIDEO_SUFFIXES, Files, files, read_image
 from firstsight.sources.problems import BadRecordError, Problems
-from firstsight.sources.question import Asked, Media, Pictures, question
+from firstsight.sources.question import PLACEHOLDER, Asked, Media, Pictures, question
 from firstsight.sources.text import media_root
 
 TEXTS = ("id", "question", "question_type", "group", "split")
 CHOICES = ("answer", "answers", "options")
 MEDIA = ("image", "images", "video")
 FIELDS = (*TEXTS, *CHOICES, *MEDIA, "start", "end")
+_PLACEHOLDERS = re.compile(rf"^(?:\s*{PLACEHOLDER})+\s*")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Embedded:
 
     def group(self) -> tuple[str, ...]:
         return self.digests
+
+    def titles(self) -> tuple[str, ...]:
+        return ()
+
+    def origins(self) -> tuple[str, ...]:
+        return self.group()
 
     def stamp(self) -> object:
         return None  # the key is of the content
@@ -153,6 +161,8 @@ def _split(source: Source, split: str | None, data: Data, problems: Problems) ->
 
 def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: str | None, data: Data) -> Asked:
     texts = {name: _text(values.get(name)) for name in TEXTS}
+    if isinstance(texts["question"], str):
+        texts["question"] = _PLACEHOLDERS.sub("", texts["question"])
     options = values.get("options") or []
     if not isinstance(options, list):
         raise BadRecordError(f"options: expected a list, found {str(options)[:60]!r}; correct it")
@@ -175,6 +185,11 @@ def _text(value: Any) -> Any:
 def _media(source: Source, row: int, values: dict[str, Any], data: Data) -> Media | None:
     given = [name for name in MEDIA if values.get(name)]
     start, end = window(values.get("start"), values.get("end"))
+    if (start or end) and given != ["video"]:
+        raise BadRecordError(
+            f"expected start and end with a video alone, found them with {' and '.join(given) or 'no media'}; "
+            "leave them out of data.hub.fields"
+        )
     if not given:
         return None
     if len(given) > 1:

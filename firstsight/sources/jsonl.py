@@ -8,7 +8,6 @@ text), `question_type`, `group` (what must not straddle splits; the media by def
 video, in seconds), `split` (train, validation or test; by group otherwise).
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from firstsight.sources.text import as_object, media_root, read_lines
 
 MEDIA_KEYS = ("media", "start", "end")
 KEYS = (*MEDIA_KEYS, *(name for name in Question.model_fields if name != "place"))
+# Seconds of a video: a number beyond is broken, and a whole one may be beyond what a float can hold.
+_LONGEST = 10**9
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
@@ -56,8 +57,8 @@ def window(start: Any, end: Any) -> tuple[float | None, float | None]:
     """
     for name, seconds in (("start", start), ("end", end)):
         number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        if seconds is not None and not (number and math.isfinite(seconds) and seconds >= 0):
-            raise BadRecordError(f"{name}: expected seconds, found {seconds!r}; correct it")
+        if seconds is not None and not (number and 0 <= seconds < _LONGEST):
+            raise BadRecordError(f"{name}: expected seconds, found {repr(seconds)[:60]}; correct it")
     if end is not None and end <= (start or 0):
         raise BadRecordError(
             f"expected a window within the video, found {start or 0:g} to {end:g} s; correct start and end"

@@ -6,7 +6,7 @@
 `image` is a path or a list of them, `video` a path. Each human turn with the answer after it is a question about the
 media; options in its text stay text. `start_frame` and `end_frame` are a window, counted in the video's own frames,
 and a `current_observation_frame` after it widens it: as EgoGPT's training reads them, which reads no `start_time`,
-`end_time` or `fps`. Audio is not read; the log says how many records have some.
+`end_time` or `fps`. Audio is not read; the card says how many records have some.
 
 Source: the data set card of lmms-lab/EgoIT-99K, and EgoGPT/egogpt/train/train_audio.py of EvolvingLMMs-Lab/EgoLife.
 """
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from firstsight.core.params import Data
-from firstsight.core.stage import log
 from firstsight.sources.media import Files, files, frame_rate
 from firstsight.sources.overlap import video_ids
 from firstsight.sources.problems import BadRecordError, Problems
-from firstsight.sources.question import Asked, question
+from firstsight.sources.question import PLACEHOLDER, Asked, question
 from firstsight.sources.text import as_object, media_root, read_records
 
-PLACEHOLDER = re.compile(r"\s*<(?:image|video|speech|audio)>\s*")
+_PLACEHOLDER = re.compile(rf"\s*{PLACEHOLDER}\s*")
+# A number of a frame beyond is broken, and may be beyond what a float can hold.
+_MOST_FRAMES = 10**9
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
@@ -36,7 +37,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
         UserError: the file is missing, or holds no records.
     """
     path, root, rate = Path(data.path), media_root(data), functools.cache(frame_rate)
-    ids, audio = set(), 0
+    ids = set()
     for place, raw in read_records(path, "LLaVA's conversations"):
         with problems.at(place):
             record = {key: value for key, value in as_object(raw).items() if value is not None}
@@ -46,10 +47,9 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             name = f"{name}-record-{place.rsplit(' ', 1)[1]}" if name in ids else name
             ids.add(name)
             asked = _questions(place, name, record, media)
-            audio += "audio" in record
+            if "audio" in record:
+                problems.left_out["audio track"] += 1
             yield from asked
-    if audio:
-        log.info("%s: %d records have audio, which is not read", path, audio)
 
 
 def _questions(place: str, name: str, record: dict[str, Any], media: Files | None) -> list[Asked]:
@@ -61,13 +61,13 @@ def _questions(place: str, name: str, record: dict[str, Any], media: Files | Non
             f"expected conversations of human and gpt in turn, found {str(speakers)[:60]}; correct them"
         )
     # Clips of one video are named after it.
-    videos = video_ids(media.names) if media else set()
+    videos = video_ids(media.titles()) if media else set()
     group = videos.pop() if len(videos) == 1 else None
     texts = [turn.get("value") for turn in turns]
-    texts[::2] = [PLACEHOLDER.sub("\n", text).strip() if isinstance(text, str) else text for text in texts[::2]]
+    texts[::2] = [_PLACEHOLDER.sub("\n", text).strip() if isinstance(text, str) else text for text in texts[::2]]
     return [
         Asked(
-            question(place, id=f"{name}-{turn}" if turn else name, question=asked, answer=answer or "", group=group),
+            question(place, id=f"{name}-{turn}" if turn else name, question=asked, answer=answer, group=group),
             media,
         )
         for turn, (asked, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True))
@@ -89,7 +89,9 @@ def _media(record: dict[str, Any], root: Path, rate: Callable[[Path], float]) ->
         return media
     first, last = record["start_frame"], record.get("end_frame")
     shown = record.get("current_observation_frame", last)
-    if not all(isinstance(frame, int) for frame in (first, last, shown)) or not 0 <= first < last:
-        raise BadRecordError(f"expected start_frame before end_frame, found {first!r} and {last!r}; correct them")
+    numbers = all(isinstance(frame, int) and frame < _MOST_FRAMES for frame in (first, last, shown))
+    if not numbers or not 0 <= first < last:
+        found = " and ".join(repr(frame)[:40] for frame in (first, last))
+        raise BadRecordError(f"expected start_frame before end_frame, found {found}; correct them")
     frames_a_second = rate(root / media.names[0])
     return replace(media, start=first / frames_a_second, end=max(last, shown) / frames_a_second)

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from firstsight.sources.assembly import Unit
+from firstsight.sources.assembly import Unit, repeated
 from firstsight.sources.decoding import Decoded
+from firstsight.sources.splits import HELD_BACK
 
 MEAN, ANYWHERE = 3.0, 24
 _ROWS = 256
@@ -75,30 +76,47 @@ def leaking(looks: Sequence[np.ndarray], splits: Sequence[str], has_media: Seque
 
 
 def without_leaks(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) -> list[tuple[Unit, Decoded]]:
-    """The units, less those whose media a more held-back split has too; their questions are counted in `dropped`."""
+    """The units, less those whose media a more held-back split has too; their questions are counted in `dropped`.
+
+    With one of them go the others of its file and its group, such as windows of a video that is known to be a copy.
+    """
     leaks = leaking(
         [decoded.look for _, decoded in found],
         [unit.split for unit, _ in found],
         [unit.media is not None for unit, _ in found],
     )
-    for index in leaks:
-        dropped["media of another split"] += len(found[index][0].questions)
-    return [one for index, one in enumerate(found) if index not in leaks]
+    # What stays in which split, as a place in HELD_BACK.
+    stays: dict[tuple[str, ...], int] = {}
+    for index, other in leaks.items():
+        held_back = HELD_BACK.index(found[other][0].split)
+        for part in _parts(found[index][0]):
+            stays[part] = min(held_back, stays.get(part, held_back))
+    kept = []
+    for unit, decoded in found:
+        place = HELD_BACK.index(unit.split)
+        if stays and any(stays.get(part, place) < place for part in _parts(unit)):
+            dropped["media of another split"] += len(unit.questions)
+        else:
+            kept.append((unit, decoded))
+    return kept
+
+
+def _parts(unit: Unit) -> list[tuple[str, ...]]:
+    """Its group, and what its media show, as one thing with what other units have of them."""
+    files = unit.media.origins() if unit.media else ()
+    return [("group", unit.source, unit.group), *(("file", name) for name in files)]
 
 
 def without_copies(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) -> list[tuple[Unit, Decoded]]:
-    """The units, less questions already asked about the same frames, whatever their names; counted in `dropped`."""
-    asked: set[tuple[bytes, str, tuple[str, ...]]] = set()
+    """The units, less questions asked about the same frames, or about none, whatever their names; counted in `dropped`.
+
+    Of several stays the one in the split that is held back most, then one with an answer, then the first.
+    """
+    asked = [(HELD_BACK.index(unit.split), decoded.digest, one) for unit, decoded in found for one in unit.questions]
+    asked.sort(key=lambda one: (one[0], not one[2].accepted()))
+    again = repeated(((digest, one) for _, digest, one in asked), dropped)
     kept = []
     for unit, decoded in found:
-        fresh = []
-        for one in unit.questions:
-            key = (decoded.digest, one.question, one.options)
-            if key in asked:
-                dropped["duplicate"] += 1
-            else:
-                asked.add(key)
-                fresh.append(one)
-        if fresh:
-            kept.append((replace(unit, questions=tuple(fresh)), decoded))
+        if fresh := tuple(one for one in unit.questions if one.id not in again):
+            kept.append((replace(unit, questions=fresh), decoded))
     return kept

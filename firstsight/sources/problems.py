@@ -1,5 +1,6 @@
 """Records that cannot be used: the first ends the run, or all are counted and listed, as `data.on_error` says."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,7 +16,7 @@ class BadRecordError(Exception):
 
 
 class Problems:
-    """What was wrong with which record.
+    """What was wrong with which record; and, in `left_out`, how much is left out by reason though nothing is wrong.
 
     Args:
         policy: `stop` raises UserError at the first problem; `skip` counts it and goes on.
@@ -25,6 +26,7 @@ class Problems:
         self._policy = policy
         self.count = 0
         self.first: list[str] = []
+        self.left_out: Counter[str] = Counter()
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:

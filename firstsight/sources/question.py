@@ -13,6 +13,9 @@ from firstsight.sources.problems import BadRecordError
 # A question of a megabyte is a broken file, and would break the training it got into.
 MAX_CHARACTERS = 20_000
 
+# Where media go in the text of a data set for LLaVA. To a model of that family they are media.
+PLACEHOLDER = r"<(?:image|video|speech|audio)>"
+
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 SplitName = Literal["train", "validation", "test"]
 
@@ -35,6 +38,12 @@ class Media(Protocol):
 
     def group(self) -> tuple[str, ...]:
         """What this media shows a part of: videos, episodes, images. Media that share one of them share a split."""
+
+    def titles(self) -> tuple[str, ...]:
+        """What it is called, where ids of videos may stand."""
+
+    def origins(self) -> tuple[str, ...]:
+        """What `group` says, under names that mean the same in every source."""
 
     def stamp(self) -> object:
         """As JSON, what tells that the pictures have changed under the same key."""
@@ -73,8 +82,8 @@ class Question(BaseModel):
     @classmethod
     def _plain_text(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         for text in (value,) if isinstance(value, str) else value or ():
-            # A model reads <|im_end|> or <|image_pad|> as what it means in its chat template, not as text.
-            if token := re.search(r"<\|\w+\|>", text):
+            # A model reads <|im_end|> or <image> as what it means in its chat template, not as text.
+            if token := re.search(rf"<\|\w+\|>|{PLACEHOLDER}", text):
                 raise ValueError(f"expected plain text, found the special token {token[0]!r}")
         return value
 
@@ -141,14 +150,31 @@ def question(place: str, **values: Any) -> Question:
     return made
 
 
+# What pydantic calls an expectation, in the words of a record.
+_EXPECTED = {
+    "missing": "a value",
+    "string_type": "text",
+    "string_too_short": "text",
+    "string_unicode": "text",
+    "string_too_long": "at most {max_length} characters",
+    "tuple_type": "a list",
+    "too_long": "at most {max_length} values",
+    "literal_error": "{expected}",
+}
+_FOUND = {
+    "missing": "none",
+    "string_too_short": "an empty one",
+    "string_unicode": "half of a character (a lone surrogate)",
+    "too_long": "{actual_length}",
+}
+
+
 def describe(error: ValidationError) -> str:
     """The first of pydantic's complaints as one line."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"expected a value for {key!r}, found none"
-    if first["type"] == "string_too_short":
-        return f"expected text for {key!r}, found an empty one"
-    if first["type"] == "value_error":
-        return f"{key}: {first['ctx']['error']}".removeprefix(": ")
-    return f"{key}: {first['msg'].lower()}, found {str(first['input'])[:60]!r}"
+    kind, context, key = first["type"], first.get("ctx", {}), ".".join(map(str, first["loc"]))
+    if kind == "value_error":
+        return f"{key}: {context['error']}".removeprefix(": ")
+    expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else first["msg"]
+    found = _FOUND[kind].format(**context) if kind in _FOUND else f"{str(first['input'])[:60]!r}"
+    return f"expected {expected} for {key!r}, found {found}"

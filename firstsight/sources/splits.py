@@ -8,6 +8,8 @@ from typing import Literal
 from firstsight.core.params import Data
 
 SplitName = Literal["train", "validation", "test"]
+# What two splits have in common stays in the one that is held back more: the first of these.
+HELD_BACK: tuple[SplitName, ...] = ("test", "validation", "train")
 
 
 def split_of(group: str, data: Data) -> SplitName:

@@ -36,6 +36,12 @@ class Rendered:
     def group(self) -> tuple[str, ...]:
         return (self.key(),)
 
+    def titles(self) -> tuple[str, ...]:
+        return ()
+
+    def origins(self) -> tuple[str, ...]:
+        return self.group()
+
     def stamp(self) -> object:
         return [self.seed, self.clip_fraction, self.max_clip_frames]
 

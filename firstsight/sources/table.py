@@ -27,7 +27,8 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     """Questions in the order of the rows.
 
     Raises:
-        UserError: the file is missing, or no UTF-8; or a column is unknown, or there twice, or `question` is not there.
+        UserError: the file is missing, or no UTF-8; or a column is unknown, or there twice, or `question` is not there;
+            or a quote that is not closed makes one row of several.
     """
     path, root = Path(data.path), media_root(data)
     # Strict: a stray quote is told, where else it would swallow the rows after it.
@@ -42,10 +43,16 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             except StopIteration:
                 return
             except csv.Error as error:
+                if rows.line_num > line:
+                    # Whatever data.on_error says: which rows it has swallowed cannot be told.
+                    raise UserError(
+                        f"{place}: expected a row of CSV, found {error}, reading up to line {rows.line_num}; "
+                        "close the quote, or double it"
+                    ) from None
                 raise BadRecordError(
                     f"expected a row of CSV, found {error}; quote the cell, and double its quotes"
                 ) from None
-            if cells:
+            if any(cell.strip() for cell in cells):
                 yield asked(place, _values(columns, cells), f"{path.stem}-{line}", root)
 
 
@@ -54,7 +61,7 @@ def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
         columns = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
         raise UserError(f"{path}: line 1: expected the columns' names, found {error}; correct it") from None
-    for name in columns:
+    for name in filter(None, columns):  # spreadsheets leave columns behind without name or content
         if name not in KEYS:
             raise UserError(
                 f"{path}: line 1: expected columns of {sorted(KEYS)} with commas between them, found {name[:60]!r}; "
@@ -70,7 +77,12 @@ def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
 def _values(columns: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(columns):
         raise BadRecordError(f"expected {len(columns)} cells, found {len(cells)}; quote cells that hold commas")
-    return {name: _value(name, cell) for name, cell in zip(columns, cells, strict=True) if cell.strip()}
+    given = {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()}
+    if "" in given:
+        raise BadRecordError(
+            f"expected a name in line 1 for the column of {given[''][:60]!r}, found none; name it, or empty the cell"
+        )
+    return {name: _value(name, cell) for name, cell in given.items()}
 
 
 def _value(name: str, cell: str) -> Any:

@@ -25,6 +25,11 @@ def read_text(path: Path, what: str) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data.path: expected {what} in UTF-8, found {path} ({error}); "
+            "save it as UTF-8 (from a spreadsheet: as CSV UTF-8), or correct the path"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"data.path: expected {what} in UTF-8, found {path} ({error}); correct the path") from None
     if not text.strip():
@@ -91,7 +96,8 @@ def as_object(record: Any) -> dict[str, Any]:
         except (ValueError, RecursionError) as raised:
             error = f" ({str(raised)[:80]})"
     if not isinstance(found, dict):
-        raise BadRecordError(f"expected a JSON object, found {str(record)[:60]!r}{error}; correct it")
+        remedy = "write one object a line" if isinstance(record, str) else "correct it"
+        raise BadRecordError(f"expected a JSON object, found {str(record)[:60]!r}{error}; {remedy}")
     return found
 
 

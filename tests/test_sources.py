@@ -230,6 +230,10 @@ def test_a_way_out_through_a_link_is_not_taken(tmp_path, settings):
         files(root, "link/../../secret.png")
 
 
+def test_a_window_in_whole_seconds_is_the_one_in_fractions(folder):
+    assert files(folder, "clip.mp4", 1, 3).key() == files(folder, "clip.mp4", 1.0, 3.0).key()
+
+
 def test_what_differs_has_another_key(tmp_path):
     shown = [
         Files("video", tmp_path, ("a.mp4",), 1234567.1, None),

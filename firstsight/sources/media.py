@@ -83,7 +83,7 @@ def files(root: Path, media: str | Sequence[str], start: float | None = None, en
             f"expected start and end with a video alone, found them with media {str(media)[:80]!r}; "
             f"remove them ({_VIDEOS})"
         )
-    return Files(kind, root, inside, start or 0.0, end, tuple(names))
+    return Files(kind, root, inside, float(start or 0), None if end is None else float(end), tuple(names))
 
 
 def _inside(root: Path, name: str) -> str:

@@ -54,13 +54,14 @@ def run() -> None:
         precision = "auto" if stored_method(variant.model) else settings.precision
         model = load_model(variant.model, variant.quantised_on_loading or precision, device)
         load_seconds = time.perf_counter() - started
+        weights = weights_bytes(model)  # at its first answer bitsandbytes moves scales to where they are not found
         # Batch 1 first: the memory that larger batches leave in the process would count as its own.
         memory.reset()
         latency = profiling.measure_latency(model, processor, questions, settings)
         performance = {
             "parameters": profiling.parameter_count(model),
             "disk_bytes": profiling.folder_bytes(variant.model),
-            "weights_bytes": weights_bytes(model),
+            "weights_bytes": weights,
             "peak_bytes": memory.peak(),
             "load_seconds": load_seconds,
             **latency,
@@ -76,7 +77,8 @@ def run() -> None:
         with scratch.kept_folder(f"evaluate-{name}", work) as kept:
             predicted = answer(name, model, processor, questions, settings, kept)
         records = [record for _, record in questions]
-        quality = summarise(records, predicted, settings.bootstrap_samples, settings.seed)
+        groups = [sample.group for sample, _ in questions]
+        quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
         write_json(
             folder / "predictions.json",
             [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],

@@ -9,6 +9,7 @@ writes metrics/{models,quality,performance,training,quantization}.json, metrics/
 """
 
 import csv
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Record, Sample, Split
-from firstsight.models.variants import LEFT_OUT, METHODS, VARIANTS
+from firstsight.models.variants import LEFT_OUT, METHODS, TEACHER, VARIANTS
 from firstsight.reporting import criteria, figures, page, summary, text
 from firstsight.reporting.contact_sheet import contact_sheet
 from firstsight.reporting.summary import Measured
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
+WRITTEN = {f"{name}.json" for name in ("models", "quality", "performance", "training", "quantization")}
+WRITTEN |= {"summary.txt", "report.html", "plots"}
 # Of the contact sheet.
 SAMPLES_SHOWN, COLUMNS = 12, 3
 HISTORIES = {
@@ -35,7 +38,7 @@ MODELS = {role: Path("models") / role / "source.json" for role in ("teacher", "s
 def run() -> None:
     settings = params.load()
     questions = [(sample, record) for sample in Split(DATA / "test.parquet") for record in sample.records]
-    records = [record for _, record in questions]
+    records, groups = [record for _, record in questions], [sample.group for sample, _ in questions]
     found = {variant: measured(variant, records) for variant in VARIANTS}
     variants = {variant: one for variant, one in found.items() if one}
     sources = {role: read_json(path, "download-models") for role, path in MODELS.items()}
@@ -49,7 +52,7 @@ def run() -> None:
     train = Split(DATA / "train.parquet")
     guesses = summary.baselines(train, records)
     resampling = settings.evaluate.bootstrap_samples, settings.evaluate.seed
-    quality = summary.quality_table(variants, records, guesses, *resampling)
+    quality = summary.quality_table(variants, records, groups, guesses, *resampling)
     performance = summary.performance_table(variants)
     models = summary.models_table(sources)
     quantization = summary.quantization_table(quantised)
@@ -61,6 +64,7 @@ def run() -> None:
     }
 
     with whole_folder(OUTPUT) as folder:
+        keep_others(folder)
         write_json(folder / "models.json", models)
         write_json(folder / "quality.json", quality)
         write_json(folder / "performance.json", performance)
@@ -92,28 +96,33 @@ def run() -> None:
     log.info("%s\nwrote %s", summary_text, OUTPUT)
 
 
+def keep_others(folder: Path) -> None:
+    """What a person has put into metrics/ stays there."""
+    for path in OUTPUT.glob("*"):
+        if path.name not in WRITTEN:
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, folder / path.name)
+
+
 def measured(variant: str, records: Sequence[Record]) -> Measured | None:
-    """What evaluate wrote of a variant; None of one that is left out.
+    """What evaluate wrote of a variant; None of one that is left out, which the teacher cannot be.
 
     Raises:
         UserError: a file is missing or broken, lacks figures, or has answers to other questions.
     """
     folder, stage = Path("evaluations") / variant, f"evaluate@{variant}"
-    if (folder / LEFT_OUT).exists():
+    if (folder / LEFT_OUT).exists() and variant != TEACHER:
         return None
     quality, performance, predictions = (
         read_json(folder / f"{name}.json", stage) for name in ("quality", "performance", "predictions")
     )
-    if absent := [name for name in summary.COSTS if name not in performance] + [
-        name for name in ("exact_match", "bleu_low", "by_type") if name not in quality
-    ]:
-        raise UserError(
-            f"{folder}: expected the figures of this version, found none for {absent[0]}; run dvc repro {stage}"
-        )
-    if [entry["id"] for entry in predictions] != [record.id for record in records]:
+    if wrong := summary.unusable(quality, performance):
+        raise UserError(f"{folder}: expected the figures of this version, found {wrong}; run dvc repro {stage}")
+    ids = [entry["id"] for entry in predictions if isinstance(entry["answer"], str)]
+    if ids != [record.id for record in records]:
         raise UserError(
             f"{folder}/predictions.json: expected answers to the {len(records)} questions of {DATA}/test.parquet, "
-            f"found {len(predictions)} to others; run dvc repro {stage}"
+            f"found {len(ids)} to others; run dvc repro {stage}"
         )
     return Measured(quality, performance, [entry["answer"] for entry in predictions])
 

@@ -90,6 +90,11 @@ def test_a_mistake_is_one_line(smoke, media):
     assert done.stderr.startswith(f"error: expected a readable video, found {media / 'broken.mp4'}")
 
 
+def test_a_question_that_would_change_the_prompt_is_refused(media, settings):
+    with pytest.raises(UserError, match=r"question: expected plain text, found the special token '<\|im_end\|>'"):
+        question_about(media / "clip.mp4", "What?<|im_end|>", settings.data)
+
+
 @pytest.mark.parametrize(
     ("model", "file", "question", "expected"),
     [

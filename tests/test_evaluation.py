@@ -48,6 +48,9 @@ def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, 
     found = profiling.measure_latency(model, processor, questions, wanted)
     rounds = 6  # one to warm up, five that count
     assert made == ([(1, 1)] * 3 + [(1, 5)] * 3) * rounds
+    many = [(sample, None) for sample in [*SAMPLES[:2] * 20, SAMPLES[2], *SAMPLES[:2] * 20]]
+    asked = profiling.representative(many, 5)
+    assert [sample.id for sample, _ in asked] == ["image", "image", "image", "frames", "video"]
     assert found["prefill_ms_p50"] < found["latency_ms_p50"] <= found["latency_ms_p90"]
     assert found["latency_spread"] >= 0
     made.clear()
@@ -158,7 +161,32 @@ def missing(folder):
 def older(folder):
     path = folder / "evaluations/student/performance.json"
     path.write_text(json.dumps({"latency_ms_p50": 3.0}))
-    return "evaluations/student: expected the figures of this version, found none for parameters; run dvc repro evalu"
+    return "evaluations/student: expected the figures of this version, found None for parameters; run dvc repro eval"
+
+
+def damaged(name, figure, value):
+    def damage(folder):
+        path = folder / f"evaluations/student/{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {figure: value}))
+        return f"evaluations/student: expected the figures of this version, found {value!r} for {figure}; run dvc repro"
+
+    damage.__name__ = f"{figure}={value}"
+    return damage
+
+
+def no_teacher(folder):
+    shutil.rmtree(folder / "evaluations/teacher")
+    (folder / "evaluations/teacher").mkdir()
+    (folder / "evaluations/teacher" / LEFT_OUT).write_text('"so"')
+    return "evaluations/teacher/quality.json: expected JSON written by evaluate@teacher"
+
+
+def no_answer(folder):
+    path = folder / "evaluations/teacher/predictions.json"
+    answers = json.loads(path.read_text())
+    answers[3]["answer"] = None
+    path.write_text(json.dumps(answers))
+    return "evaluations/teacher/predictions.json: expected answers to the 48 questions of data/egoqa/test.parquet, fou"
 
 
 def other_questions(folder):
@@ -167,7 +195,19 @@ def other_questions(folder):
     return "evaluations/teacher/predictions.json: expected answers to the 48 questions of data/egoqa/test.parquet, fou"
 
 
-@pytest.mark.parametrize("damage", [missing, older, other_questions], ids=lambda damage: damage.__name__)
+DAMAGES = [
+    missing,
+    older,
+    other_questions,
+    no_teacher,
+    no_answer,
+    damaged("quality", "f1", float("nan")),
+    damaged("quality", "f1_low", None),
+    damaged("performance", "latency_ms_p50", "fast"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_report_of_what_does_not_belong_together_is_refused(smoke_copy, damage):
     expected = damage(smoke_copy)
     before = (smoke_copy / "metrics/quality.json").read_bytes()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import corpus_bleu
+from sacrebleu.metrics import BLEU
 from torchmetrics.functional.text import squad
 
 from firstsight.data.records import Record, Sample
@@ -13,6 +13,7 @@ from firstsight.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
     parse_option,
+    proportion_interval,
     score,
     token_f1,
 )
@@ -69,7 +70,7 @@ def test_an_unparsed_option_is_counted_and_wrong():
     chosen = record("B", options=("a cup", "a ball"))
     assert score(chosen, "(B) a ball").exact_match == 1
     assert score(chosen, "perhaps").unparsed == 1
-    summary = summarise([chosen, chosen, record("two")], ["B", "perhaps", "two"], 100, 0)
+    summary = summarise([chosen, chosen, record("two")], list("abc"), ["B", "perhaps", "two"], 100, 0)
     assert summary["option_accuracy"] == 0.5
     assert summary["options_unparsed"] == 1
     assert summary["exact_match"] == pytest.approx(2 / 3)
@@ -115,10 +116,27 @@ def test_bleu_is_the_librarys_over_every_accepted_answer():
     predicted = [text for text, _ in CASES + FOREIGN]
     most = max(len(one.answers) for one in records)
     references = [[one.answers[n] if n < len(one.answers) else None for one in records] for n in range(most)]
-    expected = corpus_bleu(predicted, references, use_effective_order=True).score / 100
-    summary = summarise(records, predicted, 200, 0)
+    expected = BLEU(max_ngram_order=2).corpus_score(predicted, references).score / 100
+    # What has options has a letter for its truth, and no words.
+    chosen = record("B", options=("a cup", "a ball"))
+    summary = summarise([*records, chosen], [str(n // 2) for n in range(14)], [*predicted, "a ball"], 200, 0)
+    assert summary["bleu_order"] == 2  # words that half of the true answers have
     assert summary["bleu"] == pytest.approx(expected)
     assert 0 < summary["bleu_low"] < expected < summary["bleu_high"] < 1
+    assert "bleu" not in summarise([chosen], ["a"], ["B"], 100, 0)
+
+
+def test_bleu_counts_all_models_by_the_same_n_grams():
+    """sacrebleu's effective order is what a model's own answers are long enough for: longer wrong ones would lose."""
+    records = [record("a cup"), record("red"), record("on the table")]
+    right = bleu_of(records, ["a cup", "red", "on the table"])
+    longer = bleu_of(records, ["a cup", "red", "on the table over there by the wall"])
+    assert right == pytest.approx(1)
+    assert 1 > longer > bleu_of(records, ["a cup", "blue", "no"]) > 0
+
+
+def bleu_of(records, predicted):
+    return summarise(records, ["a", "b", "c"], predicted, 100, 0)["bleu"]
 
 
 def test_models_agree_on_an_option_however_they_name_it():
@@ -130,13 +148,36 @@ def test_models_agree_on_an_option_however_they_name_it():
     assert agreement(record("red"), "The blue", "blue") == 1
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    rng = np.random.default_rng(0)
-    covered = 0
+@pytest.mark.parametrize(("count", "truth"), [(120, 0.7), (77, 0.99), (62, 0.05), (10, 0.9), (5, 0.8)])
+def test_intervals_of_shares_cover_the_truth_as_often_as_they_say(count, truth):
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(600):
+        low, high = proportion_interval((rng.random(count) < truth).astype(float), [str(n) for n in range(count)])
+        assert 0 <= low < high <= 1
+        covered.append(low <= truth <= high)
+    assert 0.92 <= np.mean(covered) <= 0.995
+
+
+def clustered(rng, groups=60, size=6):
+    """Answers about the same media, right and wrong together: each group has a share of its own, 0.7 on average."""
+    shares = np.repeat(rng.beta(1.4, 0.6, groups), size)
+    return (rng.random(groups * size) < shares).astype(float), np.repeat(np.arange(groups), size)
+
+
+def test_intervals_know_that_questions_share_their_media():
+    rng, covered = np.random.default_rng(0), {"share": [], "bootstrap": [], "as if apart": []}
     for trial in range(200):
-        low, high = bootstrap_interval(rng.random(120) < 0.7, 300, trial)
-        covered += low <= 0.7 <= high
-    assert 0.89 <= covered / 200 <= 0.99
+        right, groups = clustered(rng)
+        alone = np.arange(len(right))
+        for name, (low, high) in {
+            "share": proportion_interval(right, groups),
+            "bootstrap": bootstrap_interval(right, groups, 200, trial),
+            "as if apart": proportion_interval(right, alone),
+        }.items():
+            covered[name].append(low <= 0.7 <= high)
+    assert 0.9 <= np.mean(covered["share"]) <= 0.99
+    assert 0.9 <= np.mean(covered["bootstrap"]) <= 0.99
+    assert np.mean(covered["as if apart"]) < 0.85
 
 
 def test_baselines_guess_from_training_answers_alone():

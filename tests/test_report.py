@@ -13,7 +13,7 @@ from selenium.webdriver.support.select import Select
 from firstsight.core.params import Criteria, Levels
 from firstsight.data.records import Split
 from firstsight.evaluation.metrics import score
-from firstsight.reporting.criteria import verdicts
+from firstsight.reporting.criteria import conclusions, verdicts
 from firstsight.reporting.table import size
 
 LEVELS = Levels(minimum=1.0, target=2.0, stretch=3.0)
@@ -31,6 +31,9 @@ def test_a_criterion_is_met_from_its_level_on(figure, reached):
     performance = {"teacher": {"speed_up": 1.0}, "student": {"speed_up": 9.0}, "student-nf4": own}
     (verdict,) = [one for one in verdicts(CRITERIA, {"student-nf4": {}}, performance) if one.criterion == "speed_up"]
     assert (verdict.variant, verdict.figure, verdict.reached) == ("student-nf4", figure, reached)
+    assert verdict.judged() == ("no figure" if figure is None else reached or "not met")
+    (line,) = conclusions([verdict])
+    assert line == f"student-nf4 meets {'1 of 1 criteria' if reached else '0 of 1 criteria; not speed up'}"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,14 @@ def test_a_criterion_is_met_from_its_level_on(figure, reached):
 )
 def test_sizes_are_said_in_three_digits(count, said):
     assert size(count) == said
+
+
+def test_what_a_person_keeps_in_metrics_stays_there(smoke_copy):
+    (smoke_copy / "metrics/notes.txt").write_text("mine")
+    (smoke_copy / "metrics/plots/old.png").write_text("of an earlier run")
+    run_stage(smoke_copy, "report")
+    assert (smoke_copy / "metrics/notes.txt").read_text() == "mine"
+    assert not (smoke_copy / "metrics/plots/old.png").exists()
 
 
 def leaves(name, value):

@@ -12,6 +12,7 @@ from firstsight.models.folder import check_there
 from firstsight.models.loading import load_model, load_processor
 from firstsight.sources.media import files
 from firstsight.sources.problems import BadRecordError
+from firstsight.sources.question import special_token
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def question_about(path: Path, question: str, data: Data) -> Sample:
     """
     if not question.strip():
         raise UserError("question: expected some text, found none; ask something")
+    if token := special_token(question):
+        raise UserError(f"question: expected plain text, found the special token {token!r}; leave it out")
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: expected an image or a video, found {found}; correct the path")

@@ -77,8 +77,6 @@ class _Words:
 
 
 _ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
-# An answer of one to three words has no 4-grams: without effective order it would score 0.
-_BLEU = BLEU(effective_order=True)
 
 
 def score(record: Record, predicted: str) -> Scores:
@@ -97,27 +95,66 @@ def agreement(record: Record, one: str, other: str) -> float:
     return float(chosen[0] == chosen[1]) if all(chosen) else exact_match(one, [other])
 
 
-def bleu_statistics(record: Record, predicted: str) -> list[int]:
+def bleu_order(records: Sequence[Record]) -> int:
+    """The longest n-grams that BLEU counts: as many words as at least half of the true answers have, at most 4.
+
+    Answers of one to three words have no 4-grams. What a model says must not decide it, or models are counted by
+    different measures.
+    """
+    words = sorted(len(record.answer.split()) for record in records)
+    return max(1, min(4, words[len(words) // 2]))
+
+
+def bleu_statistics(record: Record, predicted: str, order: int) -> list[int]:
     """What an answer adds to corpus BLEU over its accepted answers: n-grams right and said, lengths of both."""
-    found = _BLEU.sentence_score(predicted, list(record.answers))
+    found = BLEU(max_ngram_order=order, effective_order=True).sentence_score(predicted, list(record.answers))
     return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
 
 def bleu(statistics: np.ndarray) -> float:
     """Corpus BLEU (sacrebleu) in [0, 1] from the summed `bleu_statistics` [2 n + 2]."""
-    orders = (len(statistics) - 2) // 2
-    right, said, (said_length, true_length) = np.split(statistics.astype(int), [orders, 2 * orders])
+    order = (len(statistics) - 2) // 2
+    right, said, (said_length, true_length) = np.split(statistics.astype(int), [order, 2 * order])
     found = BLEU.compute_bleu(
-        list(right), list(said), int(said_length), int(true_length), smooth_method="exp", effective_order=True
+        list(right), list(said), int(said_length), int(true_length), smooth_method="exp", max_ngram_order=order
     )
     return found.score / 100
 
 
+def proportion_interval(right: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """95% interval of the mean of zeros and ones (Wilson, 1927), which has a width at 0 and 1 and for few answers too.
+
+    Answers about the same media go right and wrong together: what the variance between `groups` exceeds that of
+    independent answers by lowers the number of answers that count (the design effect; Kish, 1965).
+    """
+    count, share = len(right), right.mean()
+    independent = share * (1 - share) / count
+    if independent > 0:
+        _, members = np.unique(groups, return_inverse=True)
+        sums = np.bincount(members, weights=right - share)
+        count /= max(1.0, float((sums**2).sum() / len(right) ** 2 / independent))
+    z = 1.959964
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return float(min(share, middle - half)), float(max(share, middle + half))
+
+
 def bootstrap_interval(
-    values: np.ndarray, samples: int, seed: int, statistic: Callable[[np.ndarray], float] = np.mean
+    values: np.ndarray,
+    groups: Sequence[str],
+    samples: int,
+    seed: int,
+    statistic: Callable[[np.ndarray], float] = np.mean,
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of the rows of `values` [n, ...] under resampling (Efron, 1979)."""
+    """95% percentile interval of a statistic of the rows of `values` [n, ...], whole groups being resampled (Efron,
+    1979; Davison and Hinkley, 1997)."""
     rng = np.random.default_rng(seed)
-    drawn = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(samples)]
+    _, members = np.unique(groups, return_inverse=True)
+    order = np.argsort(members, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(members))[:-1])
+    drawn = [
+        statistic(values[np.concatenate([rows[one] for one in rng.integers(len(rows), size=len(rows))])])
+        for _ in range(samples)
+    ]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)

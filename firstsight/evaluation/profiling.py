@@ -30,16 +30,22 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def representative(questions: Sequence[Question], count: int) -> list[Question]:
+    """So many questions, evenly over the split, and the first with the most frames among them: it sets the peak."""
+    spread = [questions[number * len(questions) // count] for number in range(count)]
+    return [*spread[:-1], max(questions, key=lambda question: len(question[0].frames))]
+
+
 def measure_latency(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate
 ) -> dict[str, float]:
-    """Of one question at a time, answered with exactly `settings.latency_new_tokens` tokens.
+    """Of `settings.latency_runs` questions, one at a time, answered with exactly `settings.latency_new_tokens` tokens.
 
     Returns milliseconds over the questions, each with the median of its repeats: `latency_ms_p50` and
     `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; `decode_tokens_per_second` after it;
     and `latency_spread`, the interquartile range of a question's repeats as a fraction of its median, typically.
     """
-    asked = [questions[number % len(questions)] for number in range(settings.latency_runs)]
+    asked = representative(questions, settings.latency_runs)
     batches = [model_inputs(processor, [question], model.device) for question in asked]
     lengths = (1, settings.latency_new_tokens)
     # A round over all questions after another, so that a slow spell of the machine touches one repeat of each. The
@@ -66,8 +72,7 @@ def measure_throughput(
     measured = {}
     for size in settings.throughput_batch_sizes:
         try:
-            asked = [questions[number % len(questions)] for number in range(size)]
-            inputs = model_inputs(processor, asked, model.device)
+            inputs = model_inputs(processor, representative(questions, size), model.device)
             memory.reset()
             timed = [_timed(model, inputs, settings.latency_new_tokens) for _ in range(1 + _REPEATS)]
         except torch.OutOfMemoryError:

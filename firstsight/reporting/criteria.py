@@ -16,13 +16,28 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """A student's figure and the highest level it reaches; None for both where there is no figure or no level."""
+    """A student's figure, None where there is none; its 95% interval, where it has one; and the highest level reached.
+
+    `reached` is None where the figure is below the minimum, or there is none.
+    """
 
     criterion: str
     variant: str
     figure: float | None
+    interval: tuple[float, float] | None
     reached: str | None
     levels: Levels
+
+    def said(self) -> str:
+        """The figure in words."""
+        if self.figure is None:
+            return "-"
+        ends = f" ({self.interval[0]:.2f}-{self.interval[1]:.2f})" if self.interval else ""
+        return f"{self.figure:.3g}{ends}"
+
+    def judged(self) -> str:
+        """The verdict in words."""
+        return "no figure" if self.figure is None else self.reached or "not met"
 
 
 def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdict]:
@@ -33,9 +48,22 @@ def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdi
         for variant in performance:
             if variant.startswith("student-"):
                 table = performance if criterion in _FIGURES else quality
-                figure = table[variant].get(criterion)
-                found.append(Verdict(criterion, variant, figure, _reached(levels, figure), levels))
+                row = table[variant]
+                figure = row.get(criterion)
+                ends = (row[f"{criterion}_low"], row[f"{criterion}_high"]) if f"{criterion}_low" in row else None
+                found.append(Verdict(criterion, variant, figure, ends, _reached(levels, figure), levels))
     return found
+
+
+def conclusions(found: list[Verdict]) -> list[str]:
+    """A line a student: how many of the criteria it meets, and which it does not."""
+    lines = []
+    for variant in dict.fromkeys(one.variant for one in found):
+        own = [one for one in found if one.variant == variant]
+        missed = [one.criterion.replace("_", " ") for one in own if not one.reached]
+        unmet = f"; not {', '.join(missed)}" if missed else ""
+        lines.append(f"{variant} meets {len(own) - len(missed)} of {len(own)} criteria{unmet}")
+    return lines
 
 
 def _reached(levels: Levels, figure: float | None) -> str | None:

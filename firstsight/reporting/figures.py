@@ -1,5 +1,6 @@
 """The report's pictures, as PNG: legible without colour (markers, places and labels say the same)."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ plt.rcParams["text.parse_math"] = False
 # Okabe and Ito's palette, told apart with any colour vision.
 _PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#D55E00", "#009E73", "#E69F00")
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
+# Of question types: more do not fit a page.
+_TYPES_SHOWN = 24
 _MARKERS = dict(zip(VARIANTS, "sPvXoD^", strict=True))
 
 
@@ -88,13 +91,16 @@ def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path)
 
 
 def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Path) -> None:
-    """Exact match with its 95% interval by question type and variant; rows are those of `by-type.csv`."""
-    kinds = list(dict.fromkeys((row[0], row[5]) for row in rows))
+    """Exact match with its interval by variant and question type, the commonest of them; rows as in `by-type.csv`."""
+    kinds = sorted(dict.fromkeys((row[0], row[5]) for row in rows), key=lambda kind: -kind[1])[:_TYPES_SHOWN]
+    kinds.sort()
     variants = list(dict.fromkeys(row[1] for row in rows))
     figure, axis = plt.subplots(figsize=(7.6, (0.16 * len(variants) + 0.2) * len(kinds) + 1.2), layout="constrained")
     for number, variant in enumerate(variants):
         own = {kind: (right, low, high) for kind, name, right, low, high, _ in rows if name == variant}
         for place, (kind, _) in enumerate(kinds):
+            if kind not in own:
+                continue
             right, low, high = own[kind]
             axis.errorbar(
                 right,
@@ -110,7 +116,7 @@ def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Pat
         axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
     axis.set(
         yticks=range(len(kinds)),
-        yticklabels=[f"{kind} ({count})" for kind, count in kinds],
+        yticklabels=[f"{textwrap.shorten(kind, 40) or kind[:40]} ({count})" for kind, count in kinds],
         xlim=(-0.02, 1.02),
         xlabel="exact match, with 95% interval (how many questions)",
     )

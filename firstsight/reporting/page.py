@@ -13,7 +13,7 @@ from PIL import Image
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import score
 from firstsight.reporting.contact_sheet import strip
-from firstsight.reporting.criteria import MEANING, Verdict
+from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 from firstsight.reporting.table import HEADER, rows, size
 
 # Questions shown, of the test split's: the page lies in git, with their pictures.
@@ -56,6 +56,7 @@ def write(path: Path, shown: Shown) -> None:
         header=HEADER,
         rows=rows(shown.quality, shown.performance),
         meanings=MEANING,
+        conclusions=conclusions(shown.verdicts),
         places=sorted({", torch ".join((one["device"], one["torch"])) for one in shown.environments.values()}),
         figures={
             name: list(_figures(name, table))

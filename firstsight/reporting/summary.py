@@ -1,5 +1,6 @@
 """The figures of all measured variants side by side: what metrics/ holds and the comparison table shows."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from firstsight.data.records import Record, Sample
-from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match
+from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, proportion_interval, score
 from firstsight.models.variants import TEACHER
 
 QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
@@ -36,6 +37,24 @@ class Measured:
     quality: dict[str, Any]
     performance: dict[str, Any]
     predictions: list[str]
+
+
+def unusable(quality: Any, performance: Any) -> str | None:
+    """The first figure that a report needs and that is missing or no number, in words; None when all are there."""
+    if not (isinstance(quality, dict) and isinstance(performance, dict)):
+        return "no figures"
+    ranges = ("exact_match", "f1", "rouge_l")
+    wanted = [(quality, name + end) for name in ranges for end in ("", "_low", "_high")]
+    wanted += [(performance, name) for name in COSTS if name != "throughput"]
+    for table, name in wanted:
+        value = table.get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or (table is performance and value < 0):
+            return f"{value!r} for {name}"
+    if missing := [name for name in ("device", "torch", "transformers", "throughput") if name not in performance]:
+        return f"none for {missing[0]}"
+    if not isinstance(quality.get("by_type"), dict) or performance["disk_bytes"] == 0:
+        return "none by question type" if performance["disk_bytes"] else "0 for disk_bytes"
+    return None
 
 
 def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -70,25 +89,40 @@ def baselines(train: Iterable[Sample], test: Iterable[Record]) -> dict[str, floa
 def quality_table(
     measured: dict[str, Measured],
     records: Sequence[Record],
+    groups: Sequence[str],
     guesses: dict[str, float],
     bootstrap_samples: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
     """By variant: its figures, `teacher_agreement` (the same answers as the teacher, right or wrong) and `retention`
-    (exact match over the teacher's); and by baseline, as `guesses` has them, exact match alone."""
-    reference = measured[TEACHER].quality["exact_match"]
-    table: dict[str, dict[str, float]] = {name: {"exact_match": right} for name, right in guesses.items()}
+    (exact match over the teacher's), with intervals; and by baseline, as `guesses` has them, exact match alone."""
+
+    def right(variant: Measured) -> np.ndarray:
+        pairs = zip(records, variant.predictions, strict=True)
+        return np.array([score(record, answer).exact_match for record, answer in pairs])
+
+    teacher = measured[TEACHER]
+    teachers = right(teacher)
+    table: dict[str, dict[str, float]] = {name: {"exact_match": share} for name, share in guesses.items()}
     for name, variant in measured.items():
         row = {key: value for key, value in variant.quality.items() if key != "by_type"}
-        answered = zip(records, variant.predictions, measured[TEACHER].predictions, strict=True)
-        same = np.array([agreement(record, own, teachers) for record, own, teachers in answered])
-        low, high = bootstrap_interval(same, bootstrap_samples, seed)
+        answered = zip(records, variant.predictions, teacher.predictions, strict=True)
+        same = np.array([agreement(record, own, other) for record, own, other in answered])
+        low, high = proportion_interval(same, groups)
         row |= {"teacher_agreement": float(same.mean()), "teacher_agreement_low": low, "teacher_agreement_high": high}
         # A teacher that answers nothing right leaves nothing to retain.
-        if reference > 0:
-            row["retention"] = row["exact_match"] / reference
+        if teachers.any():
+            both = np.stack([right(variant), teachers], axis=1)
+            low, high = bootstrap_interval(both, groups, bootstrap_samples, seed, _ratio)
+            row |= {"retention": _ratio(both), "retention_low": low, "retention_high": high}
         table[name] = row
     return table
+
+
+def _ratio(both: np.ndarray) -> float:
+    """The first column's sum over the second's; 1 where neither has any."""
+    own, teachers = both.sum(axis=0)
+    return float(own / teachers) if teachers else 1.0
 
 
 def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
@@ -127,6 +161,7 @@ def by_type(found: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, st
         (kind, variant, *(types[kind][f"exact_match{end}"] for end in ("", "_low", "_high")), types[kind]["questions"])
         for kind in kinds
         for variant, types in found.items()
+        if kind in types
     ]
 
 

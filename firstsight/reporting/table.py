@@ -84,14 +84,17 @@ def show_some(names: list[str]) -> None:
 def show() -> None:
     """All of metrics/, and where to look further."""
     quality, performance = (read_json(METRICS / f"{table}.json", "report") for table in ("quality", "performance"))
-    print(render([HEADER, *rows(quality, performance)]))
+    try:
+        print(render([HEADER, *rows(quality, performance)]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{METRICS}: expected figures of this version, found no {error}; run dvc repro") from None
     print(
         "\nexact match with its 95% interval; without looking at the picture, question only is the best guess,\n"
         "majority answer the commonest answer to whatever is asked\n"
     )
     print(
         "report   metrics/report.html\nsummary  metrics/summary.txt\nplots    metrics/plots/*.png, or: dvc plots show\n"
-        "models   models/student-distilled, models/student-int8, models/student-nf4"
+        "models   " + ", ".join(str(VARIANTS[name].model) for name in performance if name.startswith("student-"))
     )
 
 

@@ -1,14 +1,19 @@
 """summary.txt: what came of it, for a terminal, a paper or a mail."""
 
 from firstsight.models.variants import TEACHER
-from firstsight.reporting.criteria import MEANING, Verdict
+from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
 from firstsight.reporting.table import render, size
 
 
 def summary(quality: dict, performance: dict, verdicts: list[Verdict], environments: dict[str, dict[str, str]]) -> str:
     """Size and compression, memory, speed, accuracy, and which success criteria are met, by variant."""
-    places = sorted({", ".join(where.values()) for where in environments.values()})
+    places = sorted(
+        {
+            f"{where['device']}, torch {where['torch']}, transformers {where['transformers']}"
+            for where in environments.values()
+        }
+    )
     sections = {
         "Size and compression": [
             ("", "parameters", "on disk", "compression"),
@@ -58,17 +63,18 @@ def summary(quality: dict, performance: dict, verdicts: list[Verdict], environme
                 (
                     one.criterion.replace("_", " "),
                     one.variant,
-                    "-" if one.figure is None else f"{one.figure:.3g}",
+                    one.said(),
                     *(f"{level:g}" for level in (one.levels.minimum, one.levels.target, one.levels.stretch)),
-                    one.reached or "not met",
+                    one.judged(),
                 )
                 for one in verdicts
             ),
         ],
     }
     meanings = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in MEANING.items())
+    opening = ["FirstSight", "Measured on " + "; and on ".join(places), "\n".join(conclusions(verdicts))]
     parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
-    return "\n\n\n".join(["FirstSight\n\nMeasured on " + "; and on ".join(places), *parts]) + f"\n\n{meanings}\n"
+    return "\n\n\n".join(["\n\n".join(opening), *parts]) + f"\n\n{meanings}\n"
 
 
 def _interval(row: dict, key: str) -> str:

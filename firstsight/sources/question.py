@@ -56,6 +56,12 @@ class Media(Protocol):
         """
 
 
+def special_token(text: str) -> str | None:
+    """The first in a text. A model reads <|im_end|> or <image> as what it means in its chat template, not as text."""
+    found = re.search(rf"<\|\w+\|>|{PLACEHOLDER}", text)
+    return found and found[0]
+
+
 class Question(BaseModel):
     """One question as a source has it, validated.
 
@@ -82,9 +88,8 @@ class Question(BaseModel):
     @classmethod
     def _plain_text(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         for text in (value,) if isinstance(value, str) else value or ():
-            # A model reads <|im_end|> or <image> as what it means in its chat template, not as text.
-            if token := re.search(rf"<\|\w+\|>|{PLACEHOLDER}", text):
-                raise ValueError(f"expected plain text, found the special token {token[0]!r}")
+            if token := special_token(text):
+                raise ValueError(f"expected plain text, found the special token {token!r}")
         return value
 
     @model_validator(mode="after")

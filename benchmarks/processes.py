@@ -35,9 +35,9 @@ def run() -> None:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).symlink_to(ROOT / path)
             yaml.dump(values, folder / "params.yaml")
-            launched = ["--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-            launched += ["--mixed_precision", "no", "--dynamo_backend", "no", "--quiet", "-m", "stages.distill"]
-            words = [sys.executable, "-m", "accelerate.commands.launch", *launched]
+            # By torch's own launcher: accelerate's starts one process on the CPU, however many it is asked for.
+            launched = ["--standalone", "--nproc_per_node", str(processes), "-m", "stages.distill"]
+            words = [sys.executable, "-m", "torch.distributed.run", *launched]
             variables = {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
             seconds, most = process_tree(words, folder, variables)
             history = json.loads((folder / "models/student-distilled/history.json").read_text())

@@ -24,6 +24,8 @@ fi
 
 points=("")
 for axis in "$@"; do
+    [[ $axis == *?=?* ]] || fail "$axis: expected KEY=VALUE,VALUE"
+    [[ $axis != *[][{}]* ]] || fail "$axis: expected single values, found a list; set it in params.yaml"
     IFS=, read -r -a values <<< "${axis#*=}"
     longer=()
     for point in "${points[@]}"; do
@@ -37,7 +39,8 @@ files=$(mktemp -d)
 trap 'rm -rf "$files"' EXIT
 names=()
 for point in "${points[@]}"; do
-    name=$(echo "$point" | sed 's/^ //; s/ /_/g; s/=/-/g')
+    name=$(echo "$point" | sed 's/^ //; s/ /_/g; s/[^A-Za-z0-9._-]/-/g')
+    [[ " ${names[*]-} " != *" $name "* ]] || fail "$name: expected each point once, found it again"
     cp params.yaml "$files/$name.yaml"
     # shellcheck disable=SC2086 # a word an assignment
     python -m slurm.set_params "$files/$name.yaml" $point

@@ -7,6 +7,7 @@ writes evaluations/{variant}/{predictions,quality,performance}.json; of a varian
        it is left out
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -108,7 +109,12 @@ def answer(
 ) -> list[str]:
     """The model's answers; those that `kept` holds of a run that was ended are not asked for again."""
     path = kept / "answers.json"
-    given: list[str] = read_json(path, "evaluate") if path.exists() else []
+    given: list[str] = []
+    if path.exists():
+        try:
+            given = list(map(str, json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            log.warning("%s is damaged (%s); asked again", path, error)
     if given:
         log.info("%s: going on from question %d of %d, from %s", name, len(given), len(questions), kept)
     asked = answers(model, processor, questions[len(given) :], settings.batch_size, settings.max_new_tokens)

@@ -75,10 +75,13 @@ def run_stage(folder: Path, module: str, *arguments: str) -> None:
 
 
 def launch(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess:
-    """Run a program, or `-m` and a module, in so many processes on the CPU."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *program]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Run a program, or `-m` and a module, in so many processes on the CPU.
+
+    By torch's own launcher: accelerate's, told to use the CPU, starts one process, however many it is asked for.
+    """
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    words += program
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 

@@ -23,7 +23,7 @@ STUDENT = "models/student-distilled"
 
 @pytest.fixture
 def workspace(smoke_copy, monkeypatch):
-    monkeypatch.setattr(checkpoints.Checkpoints.__init__, "__defaults__", (0.0,))
+    monkeypatch.setenv("FIRSTSIGHT_CHECKPOINT_SECONDS", "0")
     return smoke_copy
 
 

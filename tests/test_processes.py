@@ -24,6 +24,7 @@ def test_processes_agree(smoke_copy, processes):
     shutil.rmtree(folder)
     done = launch(smoke_copy, processes, "-m", "stages.distill")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("running on the CPU") == processes
     for name, weight in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(weight, alone[name], atol=2e-5, rtol=1e-4)
     rows = json.loads((folder / "history.json").read_text())

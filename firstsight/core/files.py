@@ -22,6 +22,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     It is made beside `path`, on the same file system, so that taking its place is a rename. An earlier `path` is
     removed only then. What a killed process has left of such a folder is removed first.
     """
+    path = path.resolve()  # an output may be a link to a folder on a larger disk
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f".{path.name}.*.partial"):
         with suppress(BlockingIOError), _locked(abandoned):

@@ -15,14 +15,13 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback
 
-from firstsight.core.errors import Unfinished
+from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.core.stage import log
 
 # SHA-256 of every other file of a checkpoint. Written last: a folder without it is one that was being written.
 _SEAL = "checkpoint.json"
-# Between two checkpoints of an epoch.
-_SECONDS = float(os.environ.get("FIRSTSIGHT_CHECKPOINT_SECONDS", 600))
+_VARIABLE = "FIRSTSIGHT_CHECKPOINT_SECONDS"
 
 
 def seal(checkpoint: Path) -> None:
@@ -72,7 +71,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _in_order(scratch: Path) -> list[Path]:
-    return sorted(scratch.glob("checkpoint-*"), key=step_of)
+    return sorted((path for path in scratch.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of)
+
+
+def _seconds() -> float:
+    """Between two checkpoints of an epoch."""
+    try:
+        return float(os.environ.get(_VARIABLE, "600"))
+    except ValueError:
+        raise UserError(f"{_VARIABLE}: expected a number of seconds, found {os.environ[_VARIABLE]!r}") from None
 
 
 def _fingerprints(checkpoint: Path) -> dict[str, str]:
@@ -89,6 +96,8 @@ def _flaw(checkpoint: Path) -> str | None:
         return f"{checkpoint.name} is not whole"
     except (OSError, ValueError) as error:
         return f"{checkpoint.name} cannot be read: {error}"
+    if not isinstance(sealed, dict):
+        return f"{checkpoint.name}/{_SEAL} is damaged"
     damaged = sorted(name for name in sealed.keys() | found.keys() if sealed.get(name) != found.get(name))
     return f"{checkpoint.name}/{damaged[0]} is damaged" if damaged else None
 
@@ -100,10 +109,11 @@ class Checkpoints(TrainerCallback):
 
     Raises:
         Unfinished: told to end, and the checkpoint is made.
+        UserError: FIRSTSIGHT_CHECKPOINT_SECONDS is no number.
     """
 
-    def __init__(self, seconds: float = _SECONDS):
-        self._seconds, self._last, self._told = seconds, time.monotonic(), False
+    def __init__(self):
+        self._seconds, self._last, self._told = _seconds(), time.monotonic(), False
 
     def tell(self, *_signal: object) -> None:
         """A signal handler: end after this step."""

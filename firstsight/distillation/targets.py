@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json, write_json
+from firstsight.core.stage import log
 from firstsight.data.records import Sample
 from firstsight.models.vocabulary import vocabulary_fingerprint
 
@@ -74,9 +75,16 @@ class SplitTargetsWriter:
         self.batches, self._records, self._shards = 0, 0, 0
         self._error_sums: dict[str, float] = {}
         while (path := self._path(self._shards)).exists():
-            with safe_open(path, framework="pt") as file:
-                written = json.loads(file.metadata()["written"])
-                self._records += file.get_slice("lengths").get_shape()[0]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    written = json.loads(file.metadata()["written"])
+                    self._records += file.get_slice("lengths").get_shape()[0]
+            except (SafetensorError, OSError) as error:
+                log.warning("%s is damaged (%s); made again from here on", path, error)
+                for later in folder.glob(f"{split}-*.safetensors"):
+                    if later >= path:
+                        later.unlink()
+                break
             self.batches, self._error_sums = written["batches"], written["error_sums"]
             self._shards += 1
 

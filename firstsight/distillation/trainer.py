@@ -136,8 +136,10 @@ class DistillationTrainer(Trainer):
     model: DistillationModel
 
     def __init__(self, *arguments: Any, tuning: Tuning | None, **named: Any):
+        self._shuffle = EpochShuffle(named["train_dataset"], named["args"].seed)
         super().__init__(*arguments, **named)
         self._tuning = tuning
+        self.add_callback(BeginEpoch(self._shuffle, self._steps_an_epoch()))
         if tuning is not None:
             self.add_callback(AfterStep(tuning))
 
@@ -167,9 +169,9 @@ class DistillationTrainer(Trainer):
     def _nonsense(self, expected: str, found: float, coming: int = 0) -> UserError:
         """In words, with the records of the last optimizer step, or of the one to come."""
         dataset, step = self.train_dataset, self.state.global_step + coming
-        samples = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        epoch, place = divmod(step - 1, math.ceil(len(dataset) / samples))
-        shuffle = self._get_train_sampler()
+        epoch, place = divmod(step - 1, self._steps_an_epoch())
+        samples = self._samples_a_step()
+        shuffle = EpochShuffle(dataset, self.args.seed)
         shuffle.set_epoch(epoch)
         indices = list(shuffle)[place * samples : (place + 1) * samples]
         shown = [index for index in indices if index < len(dataset.split)]  # not what fills the last step up
@@ -180,8 +182,14 @@ class DistillationTrainer(Trainer):
             f"{len(records)} records: {', '.join(records[:100])}"
         )
 
+    def _samples_a_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _steps_an_epoch(self) -> int:
+        return math.ceil(len(self.train_dataset) / self._samples_a_step())
+
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> "EpochShuffle":
-        return EpochShuffle(train_dataset or self.train_dataset, self.args.seed)
+        return self._shuffle
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -246,7 +254,7 @@ class EpochShuffle(Sampler[int]):
         yield from range(self._samples, self._length)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer as an epoch begins."""
+        """Called as an epoch begins."""
         self._epoch = epoch
 
 
@@ -283,6 +291,17 @@ class AfterStep(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._tuning.after_step(state.global_step)
+
+
+class BeginEpoch(TrainerCallback):
+    """Tells the sampler which epoch it is. The Trainer does not reach it where a resumed epoch's first batches are left
+    out and several processes share the rest: the sampler is then wrapped once too often."""
+
+    def __init__(self, shuffle: EpochShuffle, steps_an_epoch: int):
+        self._shuffle, self._steps = shuffle, steps_an_epoch
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._shuffle.set_epoch(state.global_step // self._steps)
 
 
 class Progress(ProgressCallback):
@@ -378,7 +397,13 @@ def train(
             torch.cuda.empty_cache()
     trainer.load_weights(scratch / f"checkpoint-{trainer.state.best_global_step}")
     return [
-        {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second", "_flos"))}
+        # In one order: rows that were read back from a checkpoint have another than those that were not. The Trainer's
+        # eval_loss is a mean of batches, whatever their number of answers; eval_objective is that of the answers.
+        {
+            name: value
+            for name, value in sorted(row.items())
+            if name != "eval_loss" and not name.endswith(("_runtime", "_per_second", "_flos"))
+        }
         for row in trainer.state.log_history
         if "train_loss" not in row  # of what was trained since the last interruption
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -237,12 +238,16 @@ def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
-    from peft import PeftModel  # seconds to import, for the few models that have one
+    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, for the few models that have one
 
     try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:  # peft would take a pickle
+            found = set(file.keys())
         adapted = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # whatever libraries raise over a damaged file
         raise _broken(folder, error) from None
+    if absent := sorted(set(get_peft_model_state_dict(adapted)) - found):
+        raise _broken(folder, f"no weight for {absent[0]} and {len(absent) - 1} more")
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 

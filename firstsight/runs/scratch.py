@@ -44,7 +44,12 @@ def kept_folder(stage: str, made_from: dict[str, Any]) -> Iterator[Path]:
     """
     key = fingerprint({"from": made_from, "code": _code()})[:16]
     folder = root() / f"{stage}-{key}"
-    root().mkdir(parents=True, exist_ok=True)
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"{root()}: expected a folder that can be written, found: {error.strerror}; set FIRSTSIGHT_SCRATCH to one"
+        ) from None
     with _alone(folder):
         _tell_of_others(stage, folder)
         folder.mkdir(exist_ok=True)

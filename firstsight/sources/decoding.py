@@ -26,6 +26,7 @@ from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint
 from firstsight.core.launchers import end_with
 from firstsight.core.params import Data
+from firstsight.core.stage import log
 from firstsight.sources.assembly import Unit
 from firstsight.sources.problems import BadRecordError, Problems
 from firstsight.sources.question import Media, Pictures
@@ -143,8 +144,15 @@ class Decoder:
 
 
 def _whole(path: Path) -> bool:
-    """Whether the chunk is there, and all of it could be decoded."""
-    return path.exists() and not any(pq.read_table(path, columns=["problem"]).column(0).to_pylist())
+    """Whether the chunk is there, undamaged, and all of it could be decoded."""
+    if not path.exists():
+        return False
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        log.warning("%s is damaged (%s); decoded again", path, error)
+        return False
+    return not any(table.column("problem").to_pylist())
 
 
 def _write(path: Path, media: list[Media | None], data: Data) -> None:
@@ -152,7 +160,7 @@ def _write(path: Path, media: list[Media | None], data: Data) -> None:
     table = pa.Table.from_pylist([_decode(one, data) for one in media], _SCHEMA)
     partial = path.with_suffix(".partial")
     with writing(partial):
-        pq.write_table(table, partial, compression="none")
+        pq.write_table(table, partial, compression="none", write_page_checksum=True)
     partial.rename(path)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import change, run_stage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
@@ -132,6 +132,21 @@ def test_what_cannot_be_trained_is_refused_before_training(smoke_copy, settings,
     adapter = settings.train.adapter.model_copy(update={"rank": 4096})
     with pytest.raises(UserError, match=r"expected adapter\.rank of at most 32, .*, found 4096"):
         Tuning(student, optimisation(settings, method=method, adapter=adapter, train_vision=False), "cpu", 10)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_an_adapter_without_all_its_weights_or_pickled_is_refused(smoke, settings, tmp_path, method):
+    Tuning(smoke / "models/student", optimisation(settings, method=method), "cpu", 10).save(tmp_path)
+    load_model(tmp_path, "auto", "cpu")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[::2]), path)
+    with pytest.raises(UserError, match=r"adapter: expected a complete .*, found no weight for"):
+        load_model(tmp_path, "auto", "cpu")
+    path.unlink()
+    torch.save(weights, path.with_suffix(".bin"))
+    with pytest.raises(UserError, match="adapter: expected a complete"):
+        load_model(tmp_path, "auto", "cpu")
 
 
 def test_an_adapted_teacher_and_student_go_through_the_stages(smoke_copy):

@@ -390,6 +390,21 @@ def test_an_interrupted_build_goes_on(folder, monkeypatch):
     assert not any((folder / ".scratch").glob("build*"))
 
 
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content.replace(b"JFIF", b"XXXX", 1)])
+def test_a_damaged_chunk_of_an_interrupted_build_is_decoded_again(folder, monkeypatch, damage):
+    build(folder)
+    expected = (folder / "data/egoqa/train.parquet").read_bytes()
+    monkeypatch.setattr("stages.build_egoqa_dataset.write", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        build(folder)
+    monkeypatch.undo()
+    (chunk,) = (folder / ".scratch").rglob("*.parquet")
+    assert b"JFIF" in chunk.read_bytes()
+    chunk.write_bytes(damage(chunk.read_bytes()))
+    build(folder)
+    assert (folder / "data/egoqa/train.parquet").read_bytes() == expected
+
+
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_what_has_been_mended_is_decoded_again(folder, monkeypatch, policy):
     """Though the file is the same, as when it was not to be read by this user, or a disk was away."""

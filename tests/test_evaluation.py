@@ -13,7 +13,6 @@ from firstsight.evaluation import answering, profiling
 from firstsight.evaluation.answering import answers
 from firstsight.evaluation.memory import PeakMemory
 from firstsight.models.variants import LEFT_OUT
-from firstsight.runs import scratch
 
 ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]
 SAMPLES = [
@@ -130,7 +129,7 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypat
     questions = json.loads((smoke_copy / "metrics/quality.json").read_text())["teacher"]["questions"]
     assert asked == [20, questions - 16]  # two batches of eight were kept
     assert (smoke_copy / "evaluations/teacher/predictions.json").read_bytes() == whole
-    assert not list((smoke_copy / scratch.root()).iterdir())
+    assert not list((smoke_copy / ".scratch").iterdir())
 
 
 def test_answers_of_nothing_are_wrong_and_reported(smoke_copy, monkeypatch):

@@ -105,6 +105,24 @@ def test_a_disk_without_room_is_refused_before_the_teacher_runs(smoke_copy, monk
         run_stage(smoke_copy, "cache_teacher_targets")
 
 
+def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monkeypatch):
+    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    change(smoke_copy, "targets", batch_size=4)
+    run_stage(smoke_copy, "cache_teacher_targets")
+    expected = contents(smoke_copy)
+    monkeypatch.setattr("stages.cache_teacher_targets.write_index", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        run_stage(smoke_copy, "cache_teacher_targets")
+    monkeypatch.undo()
+    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    first, second, *_ = sorted((smoke_copy / ".scratch").rglob("train-*.safetensors"))
+    second.write_bytes(b"")
+    kept = first.stat().st_ino
+    run_stage(smoke_copy, "cache_teacher_targets")
+    assert contents(smoke_copy) == expected
+    assert (smoke_copy / "data/teacher-targets" / first.name).stat().st_ino == kept
+
+
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch, kind):
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)

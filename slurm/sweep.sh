@@ -56,6 +56,8 @@ for name in "${names[@]}"; do
     git clone --quiet --config user.name="$author" --config user.email="$email" . "$clone"
     if [ -e .dvc/config.local ]; then cp .dvc/config.local "$clone/.dvc"; fi
     (cd "$clone" && dvc cache dir --local "$cache")
+    # Models as they came are not in the run cache (persist in dvc.yaml): from the cache, not from the hub.
+    (cd "$clone" && dvc checkout --quiet) || true # what the cache does not have is made by the job
     mv "$files/$name.yaml" "$clone/params.yaml"
     sbatch --chdir="$clone" --job-name="$name" --output="$PWD/slurm-%j.out" \
         --export="ALL,FIRSTSIGHT_EXPERIMENT=$name" slurm/repro.sbatch

@@ -16,8 +16,9 @@ from benchmarks.measuring import environment, write
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.data.records import Split
+from firstsight.distillation.model import DistillationModel
 from firstsight.distillation.targets import read_head, read_index
-from firstsight.distillation.trainer import DistillationModel, train
+from firstsight.distillation.training import train
 from firstsight.evaluation.answering import answers
 from firstsight.evaluation.quality import summarise
 from firstsight.models.initialise import initialise

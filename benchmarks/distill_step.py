@@ -29,12 +29,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
-from benchmarks.measuring import PeakMemory, alone, environment, write
+from benchmarks.measuring import alone, environment, write
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.data.packing import IGNORE, collate, encode, pack
 from firstsight.data.records import Sample
-from firstsight.distillation.trainer import DistillationModel
+from firstsight.distillation.model import DistillationModel
+from firstsight.evaluation.memory import PeakMemory
 from firstsight.models.head import head_weight
 from firstsight.models.initialise import build_processor, train_tokenizer
 from firstsight.models.loading import load_model
@@ -110,22 +111,22 @@ def measure(case: str, method: str, device: str) -> dict[str, float]:
         if case != "cached":
             with torch.device(device):
                 AutoModelForImageTextToText.from_config(teacher_config, dtype=dtype).save_pretrained(folder)
-        with PeakMemory(device) as memory:
-            if case == "cached":
-                # What targets hold, here at random: their values matter to neither time nor memory.
-                width, teacher = teacher_config.text_config.hidden_size, None
-                head = torch.randn(SHARED // divisor, width, device=device).to(dtype)
-                known = {"hidden": torch.randn(answers, width, device=device).to(dtype)}
-            else:
-                teacher = load_model(Path(folder), case.removeprefix("online, "), device).requires_grad_(False)
-                head, known = head_weight(teacher), batch
-            seconds, parameters = steps(
-                loaded.train.model_copy(update={"method": method, "train_vision": method == "full"}),
-                student_config, batch, teacher, head, known, SHARED // divisor, device,
-            )  # fmt: skip
+        memory = PeakMemory(device)
+        if case == "cached":
+            # What targets hold, here at random: their values matter to neither time nor memory.
+            width, teacher = teacher_config.text_config.hidden_size, None
+            head = torch.randn(SHARED // divisor, width, device=device).to(dtype)
+            known = {"hidden": torch.randn(answers, width, device=device).to(dtype)}
+        else:
+            teacher = load_model(Path(folder), case.removeprefix("online, "), device).requires_grad_(False)
+            head, known = head_weight(teacher), batch
+        seconds, parameters = steps(
+            loaded.train.model_copy(update={"method": method, "train_vision": method == "full"}),
+            student_config, batch, teacher, head, known, SHARED // divisor, device,
+        )  # fmt: skip
     return {
         "seconds": statistics.median(seconds),
-        "bytes": memory.bytes,
+        "bytes": memory.peak(),
         "tokens": batch["input_ids"].numel(),
         "answer_tokens": answers,
         "student_parameters": parameters,

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear
 
-from benchmarks.measuring import PeakMemory, alone, environment, write
+from benchmarks.measuring import alone, environment, write
 from firstsight.core.stage import log, main
 from firstsight.distillation.loss import HiddenTeacher, distillation_loss
+from firstsight.evaluation.memory import PeakMemory
 
 STUDENT, TEACHER = (151_936, 1536), (152_064, 3584)
 SHARED, TEMPERATURE, ALPHA = 151_657, 2.0, 0.7
@@ -101,15 +102,16 @@ def measure(name: str, tokens: int, device: str) -> dict[str, float]:
         hidden.grad = head.grad = None
         return loss.item()  # waits for the device
 
-    with PeakMemory(device) as memory:
-        total = step()
+    memory = PeakMemory(device)
+    total = step()
+    peak = memory.peak()
     seconds = []
     for _ in range(REPEATS[device]):
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
     gradients = hidden.nbytes + head.nbytes
-    return {"seconds": statistics.median(seconds), "bytes": memory.bytes - gradients, "loss": total}
+    return {"seconds": statistics.median(seconds), "bytes": peak - gradients, "loss": total}
 
 
 def run() -> None:

@@ -1,4 +1,5 @@
-"""What benchmarks share: peak memory, cases in processes of their own, and CSV files that say where they were made."""
+"""What benchmarks share: memory of other processes, cases in processes of their own, and CSV files that say where they
+were made."""
 
 import csv
 import json
@@ -6,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -42,40 +42,6 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-class PeakMemory:
-    """Highest memory inside the block above that before it, in bytes: as torch allocates it on CUDA, else as resident
-    memory of the process, looked at every few milliseconds."""
-
-    def __init__(self, device: str):
-        self._device, self._done = device, threading.Event()
-
-    def __enter__(self) -> "PeakMemory":
-        self._before = self._peak = self._now()
-        if self._device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._watcher = threading.Thread(target=self._watch)
-            self._watcher.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._device == "cuda":
-            self._peak = torch.cuda.max_memory_allocated()
-        else:
-            self._done.set()
-            self._watcher.join()
-        self.bytes = self._peak - self._before
-
-    def _now(self) -> int:
-        if self._device == "cuda":
-            return torch.cuda.memory_allocated()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._peak = max(self._peak, self._now())
 
 
 def process_tree(words: list[str], folder: Path, variables: dict[str, str]) -> tuple[float, int]:

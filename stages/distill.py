@@ -18,6 +18,7 @@ from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_f
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import OnlineTeacher, PackedDataset
 from firstsight.data.records import Split
+from firstsight.distillation.model import DistillationModel
 from firstsight.distillation.targets import (
     SplitTargets,
     check_files,
@@ -26,7 +27,7 @@ from firstsight.distillation.targets import (
     read_head,
     read_index,
 )
-from firstsight.distillation.trainer import DistillationModel, total_steps, train
+from firstsight.distillation.training import total_steps, train
 from firstsight.models.adapters import Tuning
 from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device

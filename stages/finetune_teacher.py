@@ -16,7 +16,8 @@ from firstsight.core.files import fingerprint_files, fingerprint_folder, link_fo
 from firstsight.core.stage import log, main
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.trainer import DistillationModel, total_steps, train
+from firstsight.distillation.model import DistillationModel
+from firstsight.distillation.training import total_steps, train
 from firstsight.models.adapters import Tuning
 from firstsight.models.loading import load_processor, pick_device
 from firstsight.runs.processes import shared

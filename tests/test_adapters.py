@@ -13,7 +13,8 @@ from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.trainer import DistillationModel, total_steps, train
+from firstsight.distillation.model import DistillationModel
+from firstsight.distillation.training import total_steps, train
 from firstsight.models.adapters import Tuning
 from firstsight.models.loading import load_model, load_processor
 from firstsight.models.packed import last_hidden_states

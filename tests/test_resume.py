@@ -16,7 +16,7 @@ from conftest import ROOT, change, launch, run_stage
 
 from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.files import fingerprint_files, whole_folder
-from firstsight.distillation import checkpoints, trainer
+from firstsight.distillation import checkpoints, trainer, training
 from firstsight.runs import scratch
 
 STAGES = {"finetune_teacher": "models/teacher-finetuned", "distill": "models/student-distilled"}
@@ -30,7 +30,7 @@ class Killed(BaseException):
 @pytest.fixture
 def workspace(smoke_copy, monkeypatch):
     """A checkpoint at every step; 18 steps of 4 samples in 2 epochs, the last one of each of a single sample."""
-    monkeypatch.setattr(trainer, "_LOGGING_STEPS", 4)
+    monkeypatch.setattr(training, "_LOGGING_STEPS", 4)
     monkeypatch.setenv("FIRSTSIGHT_CHECKPOINT_SECONDS", "0")
     for section in ("finetune_teacher", "train"):
         change(smoke_copy, section, epochs=2, batch_size=4)
@@ -65,7 +65,7 @@ def interrupted(monkeypatch, workspace, at: int, stage="distill", how=None) -> P
                 (how or kill)()
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "Checkpoints", Interrupt)
+        patched.setattr(training, "Checkpoints", Interrupt)
         with pytest.raises((Killed, Unfinished)):
             run_stage(workspace, stage)
     (folder,) = (one for one in (workspace / ".scratch").iterdir() if one.is_dir())
@@ -272,18 +272,18 @@ def test_several_processes_go_on_and_end_the_same(workspace):
 INTERRUPTED = """
 import os, signal, sys
 from firstsight.core.stage import main
-from firstsight.distillation import checkpoints, trainer
+from firstsight.distillation import checkpoints, training
 from stages import distill
 
 moment = sys.argv[1]
-trainer._LOGGING_STEPS = 4
+training._LOGGING_STEPS = 4
 
 class Interrupt(checkpoints.Checkpoints):
     def on_step_begin(self, args, state, control, **kwargs):
         if moment.rstrip("k") == str(state.global_step):
             os.kill(os.getpid(), signal.SIGKILL if moment.endswith("k") else signal.SIGTERM)
 
-trainer.Checkpoints = Interrupt
+training.Checkpoints = Interrupt
 main(distill.run)
 """
 

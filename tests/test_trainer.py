@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from firstsight.core.params import Optimisation
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
-from firstsight.distillation.trainer import DistillationModel, train
+from firstsight.distillation.model import DistillationModel
+from firstsight.distillation.training import train
 from firstsight.models.loading import load_model, load_processor
 
 

@@ -45,7 +45,6 @@ def run() -> None:
         # Licences such as Apache's want a copy to come with the weights.
         for licence in Path("models/student").glob("LICENSE*"):
             link_file(licence, whole / licence.name)
-        (whole / CARD).unlink(missing_ok=True)  # a link, which is not to be written into
         (whole / CARD).write_text(card, encoding="utf-8")
         for path in sorted(whole.iterdir()):
             print(f"{size(path.stat().st_size):>9}  {path.name}")

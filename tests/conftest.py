@@ -112,6 +112,21 @@ def smoke(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def smoke_stays_as_it_is(request):
+    """A test that changes what all share fails by itself, instead of another after it."""
+    folder = request.getfixturevalue("smoke") if "smoke" in request.fixturenames else None
+    before = _files(folder)
+    yield
+    assert [path for path, _ in _files(folder) ^ before] == []
+
+
+def _files(folder: Path | None) -> set[tuple[Path, tuple[int, int]]]:
+    """Each file, when it was written, and its size."""
+    files = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()] if folder else []
+    return {(path, (state.st_mtime_ns, state.st_size)) for path, state in files}
+
+
 @pytest.fixture
 def smoke_copy(smoke, tmp_path) -> Path:
     return Path(shutil.copytree(smoke, tmp_path / "smoke"))

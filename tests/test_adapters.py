@@ -10,6 +10,7 @@ from conftest import change, run_stage
 from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_folder
 from firstsight.core.params import Optimisation
 from firstsight.data.dataset import PackedDataset
 from firstsight.data.records import Split
@@ -154,9 +155,12 @@ def test_an_adapted_teacher_and_student_go_through_the_stages(smoke_copy):
     change(smoke_copy, "finetune_teacher", method="lora", train_vision=False)
     change(smoke_copy, "train", method="qlora", train_vision=False)
     change(smoke_copy, "targets", precision="int8")
+    teacher = fingerprint_folder(smoke_copy / "models/teacher")
     for stage in (("finetune_teacher",), ("cache_teacher_targets",), ("distill",), ("evaluate", "teacher")):
         run_stage(smoke_copy, *stage)
     assert (smoke_copy / "models/teacher-finetuned/adapter/adapter_model.safetensors").exists()
+    # It shares its weights with its base: what is written beside them is not written into the base, or DVC's cache.
+    assert fingerprint_folder(smoke_copy / "models/teacher") == teacher
     history = json.loads((smoke_copy / "models/student-distilled/history.json").read_text())
     losses = [row["eval_objective"] for row in history if "eval_objective" in row]
     assert losses[-1] < losses[0]

@@ -61,11 +61,15 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def link_file(path: Path, place: Path) -> None:
-    """Make the file `path` appear at `place` as a hard link; a copy where links cannot be made."""
-    try:
-        os.link(path.resolve(), place)
-    except OSError:
-        shutil.copyfile(path, place)
+    """Make the file `path` appear at `place`: tensors as a hard link where one can be made, anything else as a copy.
+
+    Libraries write configs and tokenizers in place; through a link they would write into DVC's or the hub's cache.
+    """
+    if path.suffix == ".safetensors":
+        with suppress(OSError):
+            os.link(path.resolve(), place)
+            return
+    shutil.copyfile(path, place)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -334,7 +334,7 @@ def test_a_real_clip_goes_through_every_stage(tmp_path):
     assert quality["student-nf4"]["questions"] == 3
     page = (folder / "metrics/report.html").read_text()
     assert "How many chairs are around the dining table?" in page
-    assert page.count("data:image/jpeg") == 3 + 1  # with each test question, and what is learnt from
+    assert page.count("data:image/webp") == 3 + 1  # with each test question, and what is learnt from
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -51,17 +51,17 @@ def _media(sample: Sample) -> str:
     return {0: "no media", 1: sample.media_kind}.get(count, f"{sample.media_kind} of {count} frames{rate}")
 
 
-def strip(sample: Sample) -> Image.Image:
-    """The frames side by side, at most four a line."""
+def strip(sample: Sample, *, enlarge: bool = True) -> Image.Image:
+    """The frames side by side, at most four a line; small ones as they are, unless they are to be enlarged."""
     frames = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in sample.frames]
     if not frames:
         return Image.new("RGB", (1, 1), "white")
     across = min(len(frames), 3 if len(frames) in (5, 6) else 4)
-    width = min(_FRAME, _WIDTH // across - 6)
+    width = min(_FRAME, _WIDTH // across - 6, *([] if enlarge else [frames[0].width]))
     scale = width / frames[0].width
     size = width, round(frames[0].height * scale)
     down = -(-len(frames) // across)
-    whole = Image.new("RGB", (across * (size[0] + 6), down * (size[1] + 6)), "white")
+    whole = Image.new("RGB", (across * (size[0] + 6) - 6, down * (size[1] + 6) - 6), "white")
     for number, frame in enumerate(frames):
         place = number % across * (size[0] + 6), number // across * (size[1] + 6)
         whole.paste(frame.resize(size, Image.Resampling.BICUBIC), place)

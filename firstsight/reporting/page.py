@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from PIL import Image
 
 from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import score
@@ -17,7 +16,7 @@ from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 from firstsight.reporting.table import HEADER, rows, size
 
 # Questions shown, of the test split's: the page lies in git, with their pictures.
-_GALLERY = 96
+_GALLERY = 72
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,7 @@ def write(path: Path, shown: Shown) -> None:
             for name, table in (("quality", shown.quality), ("performance", shown.performance))
         },
         pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in shown.pictures.items()},
-        samples=[
-            {"picture": _jpeg(strip(sample)) if sample.frames else None, "sample": sample} for sample in shown.samples
-        ],
+        samples=[{"picture": _media(sample, 620), "sample": sample} for sample in shown.samples],
         gallery=_gallery(shown.questions, shown.predictions),
     )
     path.write_text(page, encoding="utf-8")
@@ -94,7 +91,7 @@ def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, 
     chosen = sorted(number for _, number in ordered[:_GALLERY])
     return [
         {
-            "picture": _small(sample),
+            "picture": _media(sample, 400),
             "type": record.question_type,
             "question": record.prompt(),
             "answer": " / ".join(record.answers),
@@ -105,19 +102,17 @@ def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, 
     ]
 
 
-def _small(sample: Sample) -> str | None:
-    """All frames, at most 400 pixels wide, as a data URI; None without media."""
+def _media(sample: Sample, pixels: int) -> str | None:
+    """All frames, at most so many pixels wide and high together, as a data URI; None without media.
+
+    None are enlarged: that is the browser's to do, and the page lies in git.
+    """
     if not sample.frames:
         return None
-    picture = strip(sample)
-    picture.thumbnail((400, 400))
-    return _jpeg(picture)
-
-
-def _jpeg(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=75)
-    return _data_uri(buffer.getvalue(), "jpeg")
+    picture, buffer = strip(sample, enlarge=False), io.BytesIO()
+    picture.thumbnail((pixels, pixels))
+    picture.save(buffer, "WEBP", quality=80)
+    return _data_uri(buffer.getvalue(), "webp")
 
 
 def _data_uri(content: bytes, kind: str) -> str:

@@ -3,9 +3,9 @@
     python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, three minutes and more on an idle core
 
 Works on copies of the repository in a temporary folder, with the smoke preset, longer training, and checkpoints at
-every step. A kill is SIGKILL to the stage, to DVC or to all processes at once, or SIGTERM to DVC alone. Ends with
-status 1 unless weights, data, targets, predictions and metrics (but timings) are the same bytes, and no process, lock
-or partial output is left.
+every step. Of nine kills five are SIGKILL to the stage, two to all processes at once, one to DVC alone, and one is
+SIGTERM to DVC alone. Ends with status 1 unless weights, data, targets, predictions and metrics (but timings) are the
+same bytes, and no process, lock or partial output is left.
 """
 
 import os
@@ -36,6 +36,7 @@ _OUTPUTS = ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metr
 _TIMED = re.compile(r"performance\.json|variants\.csv|report\.html|summary\.txt|.*\.png")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
 VICTIMS = {"the stage": _KILL, "everything": _KILL, "DVC alone": _KILL, "DVC alone, told to end": _TERM}
+_WEIGHTS = (5, 2, 1, 1)
 
 
 def new_project(folder: Path, **training: float) -> Path:
@@ -153,8 +154,8 @@ def durations(repro: Repro) -> dict[str, float]:
     return {stage: moments[number + 1] - moments[number] for number, stage in enumerate(repro.stages)}
 
 
-def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> list[str]:
-    """Kill and run again, then run to the end; the stages that were killed, in order.
+def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> list[tuple[str, str]]:
+    """Kill and run again, then run to the end; the stages that were killed, in order, and who of them.
 
     Raises:
         UserError: a run ended otherwise than well, or left something behind.
@@ -168,7 +169,7 @@ def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> lis
             if status:
                 raise UserError(f"{project}: expected dvc repro to go on, found status {status}: {repro.text[-3000:]}")
             break
-        killed.append(stage)
+        killed.append((stage, kill.victim))
         log.info("kill %d: %s, in %s, %.0f%% through", len(killed), kill.victim, stage, 100 * kill.part)
     last = Repro(project)
     if last.wait():
@@ -187,13 +188,14 @@ def compare(expected: dict[str, str], found: dict[str, str]) -> None:
 def plan(stages: list[str], number: int, chance: random.Random) -> list[Kill]:
     """Kills in the order of the stages, each stage having its share, at random moments."""
     shares = sorted((stages * number)[:number], key=stages.index)
-    return [Kill(stage, chance.random(), chance.choice(list(VICTIMS))) for stage in shares]
+    victims = chance.choices(list(VICTIMS), _WEIGHTS, k=number)
+    return [Kill(stage, chance.random(), victim) for stage, victim in zip(shares, victims, strict=True)]
 
 
 def run() -> None:
     number, seed = [*map(int, sys.argv[1:]), *(24, 0)[len(sys.argv) - 1 :]]
     chance = random.Random(seed)
-    total: Counter[str] = Counter()
+    total: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         whole = Repro(new_project(folder / "whole", epochs=4, batch_size=4))
@@ -209,7 +211,12 @@ def run() -> None:
             total.update(campaign(project, plan(sorted(stages, key=list(seconds).index), left, chance), seconds))
             compare(expected, outcome(project))
             shutil.rmtree(project)
-    log.info("%d kills, and the outcome is the same each time: %s", total.total(), dict(total))
+    for name, place in (("stages", 0), ("victims", 1)):
+        counts: Counter[str] = Counter()
+        for kill, times in total.items():
+            counts[kill[place]] += times
+        log.info("%s: %s", name, ", ".join(f"{one} {times}" for one, times in counts.items()))
+    log.info("%d kills, and the outcome is the same each time", total.total())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What launches a stage may be killed: the stage then ends too, saving what it has."""
 
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches through /proc and pidfd")
 
-# A stage that says its process id and works for a minute; told to end, it says so in a file.
+# A stage that says its process id and works for a minute; told to end, it says so, and then in a file.
 STAGE = """
 import pathlib, sys, time
 from firstsight.core.stage import main
@@ -23,6 +25,7 @@ def run():
     try:
         time.sleep(60)
     except SystemExit:
+        print("saving", file=sys.stderr, flush=True)
         pathlib.Path("told").touch()
         raise
 
@@ -39,9 +42,10 @@ def project(tmp_path):
     return tmp_path
 
 
-def start(project: Path, words: list[str]) -> tuple[subprocess.Popen, int]:
+def start(project: Path, words: list[str], **more) -> tuple[subprocess.Popen, int]:
     """A process, and the stage that it has launched."""
-    launcher = subprocess.Popen(words, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen(words, cwd=project, env=environment, start_new_session=True, **more)
     pid = project / "pid"
     wait_until(lambda: pid.exists() and pid.read_text())
     return launcher, int(pid.read_text())
@@ -77,6 +81,32 @@ def test_a_stage_ends_with_accelerate(project):
     accelerate.wait()
     wait_until(lambda: not alive(stage), 10)
     assert (project / "told").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["dvc", "repro"], True),
+        (["sh", "-c", "dvc repro 2>&1 | cat"], True),
+        ([sys.executable, "stage.py"], True),
+        (["nohup", sys.executable, "stage.py"], False),
+    ],
+    ids=["dvc", "pipe", "by-hand", "nohup"],
+)
+def test_a_stage_ends_with_its_terminal_unless_told_not_to(project, words, told):
+    terminal, inside = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+    launcher, stage = start(project, words, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **streams)
+    os.close(inside)
+    os.close(terminal)
+    if told:
+        wait_until(lambda: not alive(stage), 20)
+    else:
+        time.sleep(1)
+        assert alive(stage)
+        launcher.kill()
+    launcher.wait()
+    assert (project / "told").exists() == told
 
 
 def test_a_stage_outlives_the_shell_it_was_typed_in(project):

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, change, picture, run_stage
+from conftest import ROOT, change, make_sample, picture, run_stage
 from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.data.records import Split, SplitWriter
 from firstsight.distillation import targets
+from firstsight.distillation.own_answers import own_answers
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
 from firstsight.evaluation.answering import answers
 from firstsight.models.loading import load_model, load_processor
@@ -105,7 +106,8 @@ def test_a_disk_without_room_is_refused_before_the_teacher_runs(smoke_copy, monk
         run_stage(smoke_copy, "cache_teacher_targets")
 
 
-def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])])
+def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monkeypatch, damage):
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
     change(smoke_copy, "targets", batch_size=4)
     run_stage(smoke_copy, "cache_teacher_targets")
@@ -116,11 +118,19 @@ def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monke
     monkeypatch.undo()
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
     first, second, *_ = sorted((smoke_copy / ".scratch").rglob("train-*.safetensors"))
-    second.write_bytes(b"")
+    second.write_bytes(damage(second.read_bytes()))
     kept = first.stat().st_ino
     run_stage(smoke_copy, "cache_teacher_targets")
     assert contents(smoke_copy) == expected
     assert (smoke_copy / "data/teacher-targets" / first.name).stat().st_ino == kept
+
+
+def test_damaged_answers_of_an_interrupted_cache_are_asked_for_again(smoke_copy, settings, model, processor, tmp_path):
+    unanswered = replace(Split(smoke_copy / "data/egoqa/train.parquet")[0].records[0], answer="", answers=())
+    questions = [(make_sample("one", "none", 0, []), unanswered)]
+    expected = own_answers(model, processor, questions, settings.targets, tmp_path)
+    (tmp_path / "answers.json").write_text('{"cut')
+    assert own_answers(model, processor, questions, settings.targets, tmp_path) == expected
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk"])

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # Set by a launcher for what it starts: by DVC, by accelerate, and by the torchrun inside accelerate.
@@ -50,7 +51,8 @@ def _watch(processes: list[int] | None) -> None:
             poll.poll()
     except ProcessLookupError:
         pass
-    print("what launched this process has died: ending", file=sys.stderr)
+    with suppress(OSError):  # who read it may have died too
+        print("what launched this process has died: ending", file=sys.stderr)
     # To the main thread, which runs the handlers, and may be waiting.
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     time.sleep(_GRACE)

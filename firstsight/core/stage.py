@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import stat
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def main(run: Callable[[], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # An exit like any other, so that what is half done is cleared away.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _hung_up)
     end_with_launchers()
     try:
         run()
@@ -47,3 +50,13 @@ def main(run: Callable[[], None]) -> None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _hung_up(*_: object) -> None:
+    """The terminal was closed: end as on SIGTERM, but in silence, for an error of writing to it would end it first."""
+    silence = os.open(os.devnull, os.O_RDWR)
+    for output in (1, 2):
+        if not stat.S_ISREG(os.fstat(output).st_mode):  # a log file stays; a pipe's reader has been told to end too
+            os.dup2(silence, output)
+    os.close(silence)
+    signal.raise_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from firstsight.core.errors import UserError
 from firstsight.core.params import Targets
 from firstsight.core.stage import log
 from firstsight.data.records import LETTERS
@@ -25,7 +26,11 @@ def own_answers(
     those that are there already are not asked for again.
     """
     path = kept / "answers.json"
-    found = read_answers(kept) if path.exists() else {}
+    try:
+        found = read_answers(kept) if path.exists() else {}
+    except UserError:
+        log.warning("%s is damaged; asked again", path)
+        found = {}
     rest = questions[len(found) :]
     asked = answers(model, processor, rest, settings.batch_size, settings.max_answer_tokens)
     progress = tqdm(asked, desc="cache-teacher-targets: answers", unit=" questions", total=len(rest), disable=not rest)

@@ -15,18 +15,19 @@ Records are numbered as they come in the split's file, whose fingerprint the ind
 """
 
 import bisect
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -78,14 +79,17 @@ class SplitTargetsWriter:
             try:
                 with safe_open(path, framework="pt") as file:
                     written = json.loads(file.metadata()["written"])
-                    self._records += file.get_slice("lengths").get_shape()[0]
-            except (SafetensorError, OSError) as error:
+                    shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                if written.pop("sha256") != _checksum(shard, written):
+                    raise SafetensorError("not as it was written")
+            except (SafetensorError, OSError, ValueError, LookupError) as error:
                 log.warning("%s is damaged (%s); made again from here on", path, error)
                 for later in folder.glob(f"{split}-*.safetensors"):
                     if later >= path:
                         later.unlink()
                 break
             self.batches, self._error_sums = written["batches"], written["error_sums"]
+            self._records += len(shard["lengths"])
             self._shards += 1
 
     def write(self, tensors: dict[str, Tensor], lengths: list[int], error_sums: dict[str, float]) -> None:
@@ -126,14 +130,20 @@ class SplitTargetsWriter:
         partial = path.with_suffix(".partial")
         tensors = {name: torch.cat([batch[name] for batch in self._pending]) for name in self._pending[0]}
         written = {"batches": self.batches, "error_sums": self._error_sums}
+        sealed = written | {"sha256": _checksum(tensors, written)}
         with writing(partial):
-            save_file(tensors, partial, metadata={"written": json.dumps(written)})
+            save_file(tensors, partial, metadata={"written": json.dumps(sealed)})
         partial.replace(path)
         self._shards += 1
         self._pending = []
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._split}-{shard:05d}.safetensors"
+
+
+def _checksum(tensors: dict[str, Tensor], written: dict[str, Any]) -> str:
+    """SHA-256 of a shard: until the index is there, nothing else tells a number that has changed."""
+    return hashlib.sha256(save(tensors, {"written": json.dumps(written)})).hexdigest()
 
 
 def write_index(folder: Path, index: Index, head: Tensor | None) -> None:

@@ -381,3 +381,11 @@ def test_a_contact_sheet_shows_samples_of_every_kind(data):
     assert sheet.width == 3 * 640 + 20
     assert np.asarray(sheet).std() > 20
     assert contact_sheet(samples[:1], columns=1).width < sheet.width
+
+
+def test_words_without_spaces_are_broken_and_not_cut_off():
+    def height(answer):
+        return contact_sheet([make_sample("one", "image", 1, [("What?", answer)])], columns=1).height
+
+    assert height("x" * 200) > height("x")
+    assert height("x" * 100_000) == height("xx " * 100_000)

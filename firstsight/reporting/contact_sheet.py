@@ -2,10 +2,12 @@
 
 import io
 from collections.abc import Iterable
+from itertools import count
 
 from PIL import Image, ImageDraw, ImageFont
 
 from firstsight.data.records import LETTERS, Record, Sample
+from firstsight.reporting.fonts import drawable, pillow_font
 
 # Pixels of the sheet.
 _WIDTH, _GAP, _FRAME = 620, 20, 264
@@ -37,18 +39,19 @@ def _cell(sample: Sample) -> Image.Image:
     top = _LEADING + 8
     cell = Image.new("RGB", (_WIDTH, top + frames.height + 8 + _LEADING * len(lines)), "white")
     draw = ImageDraw.Draw(cell)
-    draw.text((0, 0), f"{sample.id}   {_media(sample)}", fill=_FAINT, font=ImageFont.load_default(_TITLE))
+    title = drawable(f"{sample.id}   {_media(sample)}")
+    draw.text((0, 0), title, fill=_FAINT, font=pillow_font(title, _TITLE))
     cell.paste(frames, (0, top))
     top += frames.height + 8
     for number, (text, colour) in enumerate(lines):
-        draw.text((0, top + number * _LEADING), text, fill=colour, font=ImageFont.load_default(_TEXT))
+        draw.text((0, top + number * _LEADING), text, fill=colour, font=pillow_font(text, _TEXT))
     return cell
 
 
 def _media(sample: Sample) -> str:
     rate = f", {sample.fps:.3g} a second" if sample.fps else ""
-    count = len(sample.frames)
-    return {0: "no media", 1: sample.media_kind}.get(count, f"{sample.media_kind} of {count} frames{rate}")
+    several = f"{sample.media_kind} of {len(sample.frames)} frames{rate}"
+    return {0: "no media", 1: sample.media_kind}.get(len(sample.frames), several)
 
 
 def strip(sample: Sample, *, enlarge: bool = True) -> Image.Image:
@@ -80,7 +83,7 @@ def strip(sample: Sample, *, enlarge: bool = True) -> Image.Image:
 def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:
     """Question, options and answer as lines that fit the cell, each with its colour."""
     answer = record.answer or "(none)"
-    asked = [(line, _INK) for line in _wrapped(record.question)]
+    asked = [(line, _INK) for line in _wrapped(record.question.strip())]
     if record.options:
         options = dict(zip(LETTERS, record.options, strict=False))
         listed = " / ".join(f"{letter}. {option}" for letter, option in options.items())
@@ -90,8 +93,9 @@ def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines that fit the cell, all with the indentation of the first."""
-    font = ImageFont.load_default(_TEXT)
+    """Lines that fit the cell, all with the indentation of the first; words that do not fit one are broken."""
+    text = drawable(text)
+    font = pillow_font(text, _TEXT)
     indent = text[: len(text) - len(text.lstrip())]
     lines, line = [], indent
     for word in text.split():
@@ -99,6 +103,11 @@ def _wrapped(text: str) -> list[str]:
         if font.getlength(longer) > _WIDTH and line != indent:
             lines.append(line)
             longer = indent + word
+        # Scripts such as Chinese have no spaces.
+        while font.getlength(longer) > _WIDTH and len(lines) <= _LINES_A_RECORD:
+            fits = next(end for end in count(len(indent) + 1) if font.getlength(longer[: end + 1]) > _WIDTH)
+            lines.append(longer[:fits])
+            longer = indent + longer[fits:]
         line = longer
     lines.append(line)
     return lines if len(lines) <= _LINES_A_RECORD else [*lines[:_LINES_A_RECORD], f"{indent}..."]

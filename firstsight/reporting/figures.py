@@ -1,7 +1,6 @@
 """The report's pictures, as PNG: legible without colour (markers, places and labels say the same)."""
 
 import io
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from firstsight.models.variants import VARIANTS
+from firstsight.reporting import fonts
 from firstsight.reporting.summary import QUESTION_ONLY
 
 # A dollar sign in a question type is no formula.
 plt.rcParams["text.parse_math"] = False
+plt.rcParams["font.family"] = fonts.families()
 # Okabe and Ito's palette, told apart with any colour vision.
 _PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#D55E00", "#009E73", "#E69F00")
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
@@ -118,7 +119,7 @@ def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Pat
         axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
     axis.set(
         yticks=range(len(kinds)),
-        yticklabels=[f"{textwrap.shorten(kind, 40) or kind[:40]} ({count})" for kind, count in kinds],
+        yticklabels=[f"{_label(kind)} ({count})" for kind, count in kinds],
         xlim=(-0.02, 1.02),
         xlabel="exact match, with 95% interval (how many questions)",
     )
@@ -161,6 +162,12 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
     axes[0][0].set(ylabel="error relative to the layer's output", ylim=(0, None))
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
+
+
+def _label(kind: str) -> str:
+    """A question type on one short line."""
+    line = fonts.drawable(" ".join(kind.split()))
+    return line if len(line) <= 40 else f"{line[:39]}…"
 
 
 def _error(row: dict[str, float]) -> list[list[float]]:

@@ -122,8 +122,10 @@ def test_a_stage_outlives_the_shell_it_was_typed_in(project):
 def test_a_stage_whose_launcher_died_before_it_began_ends(project):
     """While it imports, it watches nothing yet."""
     orphan = "subprocess.Popen([sys.executable, 'stage.py'], env=os.environ | {'DVC_STAGE': 'work'})"
-    words = [sys.executable, "-c", f"import os, subprocess, sys; {orphan}"]
-    subprocess.run(words, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True, check=True)
-    pid = project / "pid"
-    wait_until(lambda: pid.exists() and pid.read_text())
-    wait_until(lambda: not alive(int(pid.read_text())), 10)
+    words = [sys.executable, "-c", f"import os, subprocess, sys; print({orphan}.pid)"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(words, cwd=project, env=environment, start_new_session=True, **streams)
+    stage = int(launcher.stdout.readline())  # it may end before it has said so itself
+    assert launcher.wait() == 0
+    wait_until(lambda: not alive(stage), 20)

@@ -188,3 +188,8 @@ def test_a_full_disk_is_recognised_in_every_librarys_words(tmp_path):
             raise error
     with pytest.raises(KeyError), faults.writing(tmp_path):
         raise KeyError("no fault of the disk")
+
+
+def test_a_file_of_another_user_is_one_line(tmp_path):
+    error = PermissionError(13, "Permission denied", str(tmp_path))
+    assert faults.in_words(error).startswith(f"{tmp_path}: expected to be allowed to use it, found: Permission denied;")

@@ -251,6 +251,24 @@ def test_cleaning_leaves_a_folder_that_is_at_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_another_setting_at_work_may_remove_its_files_as_they_are_counted(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FIRSTSIGHT_SCRATCH", str(tmp_path))
+    checkpoint = tmp_path / "distill-other/checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "distill-other/kept").write_bytes(bytes(200_000))
+    list_folder = os.scandir
+
+    def gone(path="."):
+        if str(path) == str(checkpoint):
+            raise FileNotFoundError
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    with caplog.at_level("INFO", logger="firstsight"), scratch.kept_folder("distill", {}):
+        pass
+    assert "1 other unfinished runs, 0.2 MB" in caplog.text
+
+
 def test_several_processes_go_on_and_end_the_same(workspace):
     """Told to end by a signal, and killed, in an epoch after the first."""
     change(workspace, "train", gradient_accumulation_steps=2, epochs=3)

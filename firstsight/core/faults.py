@@ -44,6 +44,11 @@ def in_words(error: Exception) -> str | None:
     text = str(error)
     if line := _unwritable(error, Path(getattr(error, "filename", None) or ".")):
         return line
+    if isinstance(error, PermissionError):
+        return (
+            f"{error.filename}: expected to be allowed to use it, found: {error.strerror}; ask its owner for that, or "
+            "work elsewhere (a clone of your own; FIRSTSIGHT_SCRATCH for what is kept between runs)"
+        )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return "memory: expected enough for this stage, found it spent; lower the stage's batch_size, or free memory"
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which not every stage loads

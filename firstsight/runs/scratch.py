@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,19 @@ def _alone(folder: Path) -> Iterator[None]:
 def _tell_of_others(stage: str, own: Path) -> None:
     """Say what is kept of other runs of the stage: large, and of use only if its settings come back."""
     others = [folder for folder in _folders(f"{stage}-") if folder != own]
-    size = sum(path.stat().st_size for folder in others for path in folder.rglob("*") if path.is_file())
+    size = sum(map(_size, others))
     if others:
         log.info("%s keeps %d other unfinished runs, %.1f MB; make clean-scratch", root(), len(others), size / 1e6)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a folder's files, but for what a process at work in it removes meanwhile."""
+    size = 0
+    for inner, _, names in os.walk(folder):  # rglob would raise where a folder has gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(inner, name).stat().st_size
+    return size
 
 
 def _folders(prefix: str) -> list[Path]:

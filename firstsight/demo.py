@@ -33,7 +33,7 @@ def run() -> None:
         # Read when gradio is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
         try:
-            from firstsight.asking.page import THEME, page
+            from firstsight.asking.page import CSS, THEME, page
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{error.name}: expected what the page needs, found it missing; pip install -r requirements-demo.txt"
@@ -50,6 +50,7 @@ def run() -> None:
                 server_port=arguments.port,
                 share=False,
                 theme=THEME,
+                css=CSS,
                 footer_links=[],
                 quiet=True,
                 prevent_thread_lock=True,

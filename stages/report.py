@@ -18,6 +18,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.data.records import Record, Sample, Split
+from firstsight.evaluation.metrics import score
 from firstsight.models.variants import LEFT_OUT, METHODS, TEACHER, VARIANTS
 from firstsight.reporting import criteria, figures, page, summary, text
 from firstsight.reporting.contact_sheet import contact_sheet
@@ -108,7 +109,7 @@ def measured(variant: str, records: Sequence[Record]) -> Measured | None:
     """What evaluate wrote of a variant; None of one that is left out, which the teacher cannot be.
 
     Raises:
-        UserError: a file is missing or broken, lacks figures, or has answers to other questions.
+        UserError: a file is missing or broken, lacks figures, or has answers to other questions or other figures.
     """
     folder, stage = Path("evaluations") / variant, f"evaluate@{variant}"
     if (folder / LEFT_OUT).exists() and variant != TEACHER:
@@ -124,7 +125,14 @@ def measured(variant: str, records: Sequence[Record]) -> Measured | None:
             f"{folder}/predictions.json: expected answers to the {len(records)} questions of {DATA}/test.parquet, "
             f"found {len(ids)} to others; run dvc repro {stage}"
         )
-    return Measured(quality, performance, [entry["answer"] for entry in predictions])
+    answers = [entry["answer"] for entry in predictions]
+    right = sum(score(record, answer).exact_match for record, answer in zip(records, answers, strict=True))
+    if round(quality["exact_match"] * len(records), 6) != right:
+        raise UserError(
+            f"{folder}/quality.json: expected the figures of predictions.json, {right:g} of {len(records)} answers "
+            f"right, found an exact match of {quality['exact_match']:g}; run dvc repro {stage}"
+        )
+    return Measured(quality, performance, answers)
 
 
 def draw(

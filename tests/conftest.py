@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from ruamel.yaml import YAML
+from selenium import webdriver
 
 from firstsight.core import params
 from firstsight.data.records import Record, Sample
@@ -29,6 +30,8 @@ hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parent.parent
 YAML_SAFE = YAML(typ="safe", pure=True)
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 # Every stage, in an order that satisfies dvc.yaml, with its arguments.
 STAGES = (
     ("download_models", "teacher"),
@@ -212,4 +215,26 @@ def make_sample(name: str, kind: str, frames: int, questions: list[tuple[str, st
         frames=tuple(picture(number) for number in range(frames)),
         fps=2.0 if kind == "video" else 0.0,
         records=records,
+    )
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("no Chromium with its driver; on Debian: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def as_wide_as(browser, pixels: int) -> None:
+    """A window cannot be narrower than 500 pixels; what a phone shows can."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": pixels, "height": 900, "deviceScaleFactor": 1, "mobile": pixels < 500},
     )

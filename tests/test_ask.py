@@ -8,15 +8,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
-from conftest import ROOT, picture
+from conftest import ROOT, as_wide_as, picture
 from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from transformers import PreTrainedModel
 
 from firstsight import ask, demo
-from firstsight.asking.model import AskedModel, question_about, seen
+from firstsight.asking.model import Answer, AskedModel, question_about, seen
 from firstsight.asking.side_by_side import answered
 from firstsight.core.errors import UserError
 from firstsight.data.records import Split
@@ -216,3 +219,43 @@ def test_the_page_answers_on_this_machine_alone_and_forgets(smoke, media, tmp_pa
         served.terminate()
         served.wait(60)
     assert not list(uploads.iterdir())
+
+
+def test_the_page_shows_answers_and_whole_frames_wide_and_narrow(browser, media, settings):
+    pytest.importorskip("gradio")
+    from firstsight.asking.page import CSS, THEME, page
+
+    told = SimpleNamespace(folder=Path(STUDENT), answer=lambda _: Answer("in the left hand", 0.1))
+    blocks = page([told], settings.data)
+    _, address, _ = blocks.launch(
+        server_name="127.0.0.1", share=False, theme=THEME, css=CSS, quiet=True, prevent_thread_lock=True
+    )
+    try:
+        as_wide_as(browser, 1280)
+        browser.get(address)
+        wait = WebDriverWait(browser, 60)
+        wait.until(lambda page: page.find_elements(By.TAG_NAME, "textarea"))
+        browser.find_element(By.TAG_NAME, "textarea").send_keys("What?")
+        browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(media / "elsewhere/scene.jpg"))
+        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "a[download]"))
+        browser.find_element(By.CSS_SELECTOR, "button.primary").click()
+        wait.until(lambda page: "in the left hand" in page.find_element(By.TAG_NAME, "body").text)
+        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "#frames .grid-container img"))
+        for width in (1280, 390):
+            as_wide_as(browser, width)
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            frame, around = (
+                browser.execute_script("return document.querySelector(arguments[0]).getBoundingClientRect()", place)
+                for place in ("#frames .grid-container img", "#frames")
+            )
+            assert around["top"] < frame["top"]
+            assert frame["bottom"] < around["bottom"] < frame["bottom"] + 60
+            assert frame["width"] < 200
+            heading = browser.find_elements(By.TAG_NAME, "th")[-1]
+            assert (heading.text, heading.size["height"] < 60) == ("ms", True)
+        browser.find_element(By.TAG_NAME, "textarea").clear()
+        browser.find_element(By.TAG_NAME, "textarea").send_keys(" ")
+        browser.find_element(By.CSS_SELECTOR, "button.primary").click()
+        wait.until(lambda page: "question: expected some text" in page.find_element(By.TAG_NAME, "body").text)
+    finally:
+        blocks.close()

@@ -5,8 +5,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from conftest import run_stage
-from selenium import webdriver
+from conftest import as_wide_as, run_stage
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
@@ -18,8 +17,6 @@ from firstsight.reporting.table import size
 
 LEVELS = Levels(minimum=1.0, target=2.0, stretch=3.0)
 CRITERIA = Criteria(compression=LEVELS, memory_saved=LEVELS, speed_up=LEVELS, retention=LEVELS)
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 
 @pytest.mark.parametrize(
@@ -77,27 +74,9 @@ def reported(smoke, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser(reported, tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no Chromium with its driver; on Debian: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture(params=[1280, 390], ids="{} pixels".format)
 def page(browser, reported, request):
-    # A window cannot be narrower than 500 pixels; what a phone shows can.
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": request.param < 500},
-    )
+    as_wide_as(browser, request.param)
     browser.get((reported / "metrics/report.html").as_uri())
     return browser
 

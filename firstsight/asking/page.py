@@ -13,6 +13,11 @@ from firstsight.core.errors import UserError
 
 # The system's own fonts: Gradio's themes would otherwise bring theirs.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+# Frames are small, few or many, and below the label: one alone would otherwise be as wide as the page, and cut off.
+CSS = """
+#frames .grid-wrap { min-height: 0; max-height: none; padding-top: 2rem }
+#frames .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
+"""
 
 
 def page(models: Sequence[AskedModel], data: params.Data) -> gr.Blocks:
@@ -32,9 +37,11 @@ def page(models: Sequence[AskedModel], data: params.Data) -> gr.Blocks:
                 question = gr.Textbox(label="Question", placeholder="What is in your left hand?")
                 button = gr.Button("Ask", variant="primary")
         found = gr.Dataframe(
-            headers=COLUMNS, column_widths=["30%", "55%", "15%"], label="Answers", wrap=True, interactive=False
+            headers=COLUMNS, column_widths=["35%", "45%", "20%"], label="Answers", wrap=True, interactive=False
         )
-        frames = gr.Gallery(label="What the models see", columns=8, height="auto", interactive=False)
+        frames = gr.Gallery(
+            label="What the models see", elem_id="frames", height="auto", object_fit="contain", interactive=False
+        )
         for event, name in ((button.click, "ask"), (question.submit, False)):
-            event(ask, [media, question], [frames, found], api_name=name)
+            event(ask, [media, question], [frames, found], api_name=name, show_progress_on=found)
     return blocks

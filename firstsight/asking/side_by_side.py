@@ -9,7 +9,7 @@ from firstsight.asking.model import AskedModel, question_about
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
 
-COLUMNS = ["model", "answer", "milliseconds"]
+COLUMNS = ["model", "answer", "ms"]
 
 
 def answered(

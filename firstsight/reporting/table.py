@@ -78,7 +78,11 @@ def show_some(names: list[str]) -> None:
         table: {name: read_json(Path("evaluations") / name / f"{table}.json", f"evaluate@{name}") for name in names}
         for table in ("quality", "performance")
     }
-    print(render([HEADER, *rows(found["quality"], found["performance"])]))
+    # The report counts retention, from all answers; of one model, quantised as it is loaded, memory is what differs.
+    place = HEADER.index("retention")
+    weights = ["weights", *(size(row["weights_bytes"]) for row in found["performance"].values())]
+    cells = [HEADER, *rows(found["quality"], found["performance"])]
+    print(render([(*row[:place], own, *row[place + 1 :]) for row, own in zip(cells, weights, strict=True)]))
 
 
 def show() -> None:

@@ -77,6 +77,12 @@ def run_stage(folder: Path, module: str, *arguments: str) -> None:
         sys.argv = argv
 
 
+def run_module(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `python -m` in a process of its own, in `folder`."""
+    words, environment = [sys.executable, "-m", module, *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 def launch(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess:
     """Run a program, or `-m` and a module, in so many processes on the CPU.
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import av
 import pytest
-from conftest import ROOT, as_wide_as, picture
+from conftest import ROOT, as_wide_as, picture, run_module
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -58,20 +58,10 @@ def media(tmp_path) -> Path:
     return tmp_path
 
 
-def command(smoke: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "firstsight.ask", *arguments],
-        cwd=smoke,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_models_are_asked_side_by_side(smoke, media, settings):
     others = ["models/teacher-finetuned", "models/student"]
-    done = command(smoke, STUDENT, str(media / "clip.mp4"), " What did I pick up? ", "--compare", *others)
+    question = STUDENT, str(media / "clip.mp4"), " What did I pick up? "
+    done = run_module(smoke, "firstsight.ask", *question, "--compare", *others)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"running on [^\n]+\n", done.stderr)  # no progress bars, no warnings
     about, question, blank, header, line, *rows = done.stdout.splitlines()
@@ -88,7 +78,7 @@ def test_models_are_asked_side_by_side(smoke, media, settings):
 
 
 def test_a_mistake_is_one_line(smoke, media):
-    done = command(smoke, STUDENT, str(media / "broken.mp4"), "What?")
+    done = run_module(smoke, "firstsight.ask", STUDENT, str(media / "broken.mp4"), "What?")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"error: expected a readable video, found {media / 'broken.mp4'}")
 

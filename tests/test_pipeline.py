@@ -2,18 +2,16 @@
 
 import ast
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES, YAML_SAFE, change, run_stage, workspace, write_params
+from conftest import ROOT, STAGES, YAML_SAFE, change, run_module, run_stage, workspace, write_params
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
 
+TABLE = "firstsight.reporting.table"
 PIPELINE = YAML_SAFE.load(ROOT / "dvc.yaml")["stages"]
 REAL = ROOT.parent / "shared" / "realdata" / "open-eqa"
 
@@ -110,31 +108,20 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert len(predictions) == quality["teacher"]["questions"]
 
 
-def table(folder: Path, *variants: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "firstsight.reporting.table", *variants],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_table_is_printed_from_the_metrics(smoke):
-    printed = table(smoke).stdout
+    printed = run_module(smoke, TABLE).stdout
     for word in ("student-nf4", "exact match", "retention", "latency", "question only", "metrics/report.html"):
         assert word in printed
 
 
 def test_some_variants_are_shown_before_there_is_a_report(smoke_copy):
     shutil.rmtree(smoke_copy / "metrics")
-    printed = table(smoke_copy, "teacher", "student-nf4").stdout.splitlines()
+    printed = run_module(smoke_copy, TABLE, "teacher", "student-nf4").stdout.splitlines()
     assert [line.split()[0] for line in printed[2:]] == ["teacher", "student-nf4"]
     latency = json.loads((smoke_copy / "evaluations/teacher/performance.json").read_text())["latency_ms_p50"]
     assert f"{latency:.1f} ms" in printed[2]
-    assert "gpt: expected a variant, one of teacher, teacher-int8" in table(smoke_copy, "gpt").stderr
-    refused = table(smoke_copy, "teacher-int8")
+    assert "gpt: expected a variant, one of teacher, teacher-int8" in run_module(smoke_copy, TABLE, "gpt").stderr
+    refused = run_module(smoke_copy, TABLE, "teacher-int8")
     assert refused.returncode == 1
     assert "evaluations/teacher-int8: expected figures, found that it is left out: evaluate.teacher" in refused.stderr
 
@@ -294,14 +281,7 @@ def test_bad_input_is_one_line_and_leaves_outputs_intact(smoke_copy, damage):
 
 def test_a_users_mistake_ends_the_process_with_one_line_and_status_one(smoke_copy):
     change(smoke_copy, "train", alpha=2)
-    ended = subprocess.run(
-        [sys.executable, "-m", "stages.report"],
-        cwd=smoke_copy,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = run_module(smoke_copy, "stages.report")
     assert ended.returncode == 1
     assert ended.stderr == "error: params.yaml: train.alpha: expected at most 1, found 2\n"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_sources import brightness, write_video
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import FileSource, Hub
+from firstsight.data.records import Split
 from firstsight.sources import hub
 from firstsight.sources.assembly import assemble
 from firstsight.sources.choices import chosen, plain_options
@@ -614,6 +616,32 @@ def test_media_of_a_data_set_are_found_by_path(settings, folder, tmp_path):
     assert (one.media.names, one.media.kind, one.question.id) == (("a.jpg", "a.jpg"), "frames", "7")
     assert (two.media.names, two.media.start, two.media.end) == (("clip.mp4",), 0.5, 2.0)
     assert (two.question.answer, three.media, four.media.end) == (None, None, 9.5)
+
+
+class Malicious:
+    """Of a pickle that is run, there is a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_in_a_parquet_file_is_not_run(settings, tmp_path, monkeypatch):
+    """As a type of Arrow's that older versions unpickle when they read a schema."""
+    monkeypatch.chdir(tmp_path)
+    kind = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Malicious())}
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a cup"}]
+    table = pa.Table.from_pylist([{"id": "1", "q": "What?", "a": "a cup", "conversations": turns}])
+    schema = pa.schema([field.with_metadata(kind) for field in table.schema])
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set/train.parquet"
+    pq.write_table(table.cast(schema), path)
+    assert pq.read_metadata(path).schema.to_arrow_schema().field("q").metadata  # it has arrived in the file
+    (own,) = read("llava", settings, path)
+    (hubs,) = from_hub(settings, path.parent, {"question": "q", "answer": "a"}, {"train": "train"})
+    assert [one.question.answer for one in (own, hubs)] == ["a cup", "a cup"]
+    with pytest.raises(UserError, match="expected columns"):
+        Split(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_columns_of_the_hub_are_named_by_the_fields(settings, folder):

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +103,17 @@ class Repro:
         self._reader.join()  # the pipe is open as long as anyone has it
         return status
 
-    def kill(self, kill: Kill, seconds: float) -> str | None:
-        """Wait for the moment and kill; which stage was killed then, or None when it ended before."""
-        moment = float("inf")
-        while time.monotonic() < moment:
-            if self.process.poll() is not None:
-                return None
-            if kill.stage in self.stages:
-                moment = self.stages[kill.stage] + kill.part * seconds
-            time.sleep(0.01)
+    def kill(self, kills: deque[Kill], seconds: dict[str, float]) -> tuple[str, str] | None:
+        """Kill at the next moment that comes; which stage was killed, and who of it. None when the run ended before.
+
+        That kill is taken from `kills`, and those that are missed: a stage that goes on may end before.
+        """
+        while kills:
+            kill = kills.popleft()
+            if self._comes(kill, seconds):
+                break
+        else:
+            return None
         if kill.victim.startswith("DVC"):
             victims = [self.process.pid]
         else:
@@ -122,7 +124,20 @@ class Repro:
                 os.kill(victim, VICTIMS[kill.victim])
             except ProcessLookupError:
                 continue  # it has just ended by itself
-        return list(self.stages)[-1]
+        stage = list(self.stages)[-1]
+        log.info("killed %s in %s, %.0f%% through %s", kill.victim, stage, 100 * kill.part, kill.stage)
+        return stage, kill.victim
+
+    def _comes(self, kill: Kill, seconds: dict[str, float]) -> bool:
+        """Wait for a kill's moment; false when it is not to come."""
+        stages = list(seconds)
+        later = stages[stages.index(kill.stage) + 1 :]
+        while self.process.poll() is None and not any(stage in self.stages for stage in later):
+            begun = self.stages.get(kill.stage, float("inf"))
+            if time.monotonic() >= begun + kill.part * seconds[kill.stage]:
+                return True
+            time.sleep(0.01)
+        return False
 
 
 def processes(project: Path) -> dict[int, str]:
@@ -155,22 +170,20 @@ def durations(repro: Repro) -> dict[str, float]:
 
 
 def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> list[tuple[str, str]]:
-    """Kill and run again, then run to the end; the stages that were killed, in order, and who of them.
+    """Kill and run again, then run to the end; the stages that were killed, in order, and who of each.
 
     Raises:
         UserError: a run ended otherwise than well, or left something behind.
     """
-    killed = []
-    for kill in kills:
+    killed, waiting = [], deque(kills)
+    while waiting:
         repro = Repro(project)
-        stage = repro.kill(kill, seconds[kill.stage])
+        one = repro.kill(waiting, seconds)
         status = repro.wait()
-        if stage is None:
-            if status:
-                raise UserError(f"{project}: expected dvc repro to go on, found status {status}: {repro.text[-3000:]}")
-            break
-        killed.append((stage, kill.victim))
-        log.info("kill %d: %s, in %s, %.0f%% through", len(killed), kill.victim, stage, 100 * kill.part)
+        if one is not None:
+            killed.append(one)
+        elif status:
+            raise UserError(f"{project}: expected dvc repro to go on, found status {status}: {repro.text[-3000:]}")
     last = Repro(project)
     if last.wait():
         raise UserError(f"{project}: expected dvc repro to end well after the kills, found: {last.text[-3000:]}")

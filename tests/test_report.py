@@ -77,6 +77,7 @@ def reported(smoke, tmp_path_factory):
 @pytest.fixture(params=[1280, 390], ids="{} pixels".format)
 def page(browser, reported, request):
     as_wide_as(browser, request.param)
+    browser.get_log("browser")  # of pages before this one: reading it empties it
     browser.get((reported / "metrics/report.html").as_uri())
     return browser
 

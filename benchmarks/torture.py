@@ -1,6 +1,6 @@
 """Kill the pipeline at random moments, run it again each time, and compare the end with that of a run without kills.
 
-    python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, three minutes and more on an idle core
+    python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, a quarter of an hour on one core
 
 Works on copies of the repository in a temporary folder, with the smoke preset, longer training, and checkpoints at
 every step. Of nine kills five are SIGKILL to the stage, two to all processes at once, one to DVC alone, and one is

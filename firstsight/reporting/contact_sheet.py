@@ -60,7 +60,9 @@ def strip(sample: Sample, *, enlarge: bool = True) -> Image.Image:
     if not frames:
         return Image.new("RGB", (1, 1), "white")
     across = min(len(frames), 3 if len(frames) in (5, 6) else 4)
-    width = min(_FRAME, _WIDTH // across - 6, *([] if enlarge else [frames[0].width]))
+    width = min(_FRAME, _WIDTH // across - 6)
+    if not enlarge:
+        width = min(width, frames[0].width)
     scale = width / frames[0].width
     size = width, round(frames[0].height * scale)
     down = -(-len(frames) // across)

@@ -137,9 +137,10 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
     write_json(Path("metrics/models.json"), models)
     quality = read_json(Path("metrics/quality.json"), "report")
     quality["student-distilled"] |= {"exact_match": 0.1234, "exact_match_low": 0.1, "exact_match_high": 0.2, "new": {}}
+    quality["student"] |= {"exact_match": 0.0, "exact_match_low": 0.0, "exact_match_high": 0.05}
     write_json(Path("metrics/quality.json"), quality)
     text = card.model_card("student-distilled", NAME)
-    assert "| exact match | 0.123 (0.10 to 0.20) | 0.000 (0.00 to 0.0" in text
+    assert "| exact match | 0.123 (0.10 to 0.20) | 0.000 (0.00 to 0.05) |" in text
     assert "| student, whose weights these were | Qwen/Qwen2-VL-2B-Instruct | abc | qwen-research |" in text
     assert "| teacher, by which it was taught | egogpt |  | apache-2.0 |" in text
     assert "secret" not in text

@@ -7,13 +7,13 @@ writes evaluations/{variant}/{predictions,quality,performance}.json; of a varian
        it is left out
 """
 
+import importlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes  # noqa: F401 - before the clock starts: what it takes to import is not a model's load time
 from tqdm import tqdm
 
 from firstsight.core import params
@@ -49,10 +49,13 @@ def run() -> None:
         device = pick_device(loaded.runtime.device)
 
         processor = load_processor(variant.model)
+        stored = stored_method(variant.model)
+        if stored or variant.quantised_on_loading:
+            importlib.import_module("bitsandbytes")  # seconds, which are no part of a model's load time
         memory = PeakMemory(device)
         started = time.perf_counter()
         # What is stored quantised stays as it is.
-        precision = "auto" if stored_method(variant.model) else settings.precision
+        precision = "auto" if stored else settings.precision
         model = load_model(variant.model, variant.quantised_on_loading or precision, device)
         load_seconds = time.perf_counter() - started
         weights = weights_bytes(model)  # at its first answer bitsandbytes moves scales to where they are not found

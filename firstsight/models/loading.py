@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 KEPT_IN_HIGH_PRECISION = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The folder of an adapter that belongs to the model it lies in.
 ADAPTER = "adapter"
+
+# Bytes: a cache line, and what torch itself allocates at.
+_ALIGNMENT = 64
 
 MAKE_AGAIN = "make it again (dvc repro) or restore it (dvc checkout)"
 
@@ -175,6 +179,10 @@ def load_model(
         raise _broken(folder, f"no fitting weight for {absent[0]} and {len(absent) - 1} more")
     if quantising:
         check_quantised(model)
+    if device == "cpu":
+        if quantising or stored:
+            keep_weights_as_stored(model)
+        align_weights(model)
     if (folder / ADAPTER).is_dir():
         model = _with_adapter(model, folder / ADAPTER, merge=not (quantising or stored))
     return model.eval()
@@ -212,6 +220,42 @@ def check_quantised(model: PreTrainedModel) -> dict[str, int]:
             f"expected quantised layers in the language model only, found {len(quantised)}, and {wrong[:3]} outside it"
         )
     return {"quantized_layers": len(quantised), "kept_layers": len(linear) - len(quantised)}
+
+
+def keep_weights_as_stored(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of a model on the CPU.
+
+    On a processor with AVX-512-BF16, `Linear4bit` of bitsandbytes 0.50.2 replaces its weights at the first forward pass
+    in eval mode: scales become bfloat16, and products are computed in bfloat16, whatever `compute_dtype` says. That
+    raises unless a layer has a multiple of 32 rows and of 64 columns; saving afterwards stores the rounded scales;
+    training afterwards gets no gradient through the layer. Without it, every processor computes from the weights as
+    stored, in the precision that was asked for, and figures of one machine hold on another. To be removed when the
+    library computes layers of every shape in `compute_dtype` (`_convert_weight_packed_for_cpu` in its functional.py).
+    """
+    from bitsandbytes.nn import Linear4bit  # absent where nothing is quantised
+
+    repacked = [m for m in model.modules() if isinstance(m, Linear4bit) and m.support_avx512bf16_for_cpu]
+    for module in repacked:
+        module.support_avx512bf16_for_cpu = False
+    if repacked:
+        log.info(
+            "nf4: %d layers compute from their weights as stored; bitsandbytes' faster path for this processor, "
+            "AVX-512-BF16, rounds them to bfloat16 and fails on some widths",
+            len(repacked),
+        )
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move float weights and buffers on the CPU to addresses that are multiples of 64 bytes, where they are not.
+
+    In a safetensors file, weights lie wherever its header ends, and are used there. Matrix products of MKL may round
+    differently by address (Intel's notes on conditional numerical reproducibility ask for 64 bytes), and LLM.int8 turns
+    such a difference of 1e-6 into one of 1e-2 where an activation then rounds to another of its 255 levels: a model and
+    its saved copy would answer differently.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point() and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = True) -> BitsAndBytesConfig:

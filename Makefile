@@ -20,7 +20,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: repro test system-packages publish audit setup clean clean-scratch torture
 repro: setup
 	@dvc repro
-	@python -m firstsight.reporting.table
+	@python -m firstsight.reporting.comparison
 
 test: setup $(TEST_READY) system-packages
 	@ruff check .
@@ -57,7 +57,7 @@ clean:
 	rm -rf $(VENV)
 
 clean-scratch: setup
-	@python -m firstsight.runs.scratch
+	@python -m firstsight.core.scratch
 
 torture: setup
 	@python -m benchmarks.torture

@@ -13,16 +13,16 @@ import time
 from pathlib import Path
 
 from benchmarks.measuring import environment, write
+from firstsight.acquisition.initialise import initialise
 from firstsight.core import params
 from firstsight.core.stage import log, main
-from firstsight.data.records import Split
-from firstsight.distillation.model import DistillationModel
 from firstsight.distillation.targets import read_head, read_index
-from firstsight.distillation.training import train
-from firstsight.evaluation.answering import answers
 from firstsight.evaluation.quality import summarise
-from firstsight.models.initialise import initialise
+from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.records.parquet import Split
+from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.fit import train
 from stages.distill import TARGETS, dataset
 
 ALPHAS = (0.0, 0.7, 1.0)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen2Tokenizer
 
-from firstsight.models.initialise import SPECIAL_TOKENS, train_tokenizer
+from firstsight.acquisition.initialise import SPECIAL_TOKENS, train_tokenizer
 
 _SHARD_BYTES = 2 << 30
 

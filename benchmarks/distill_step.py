@@ -30,17 +30,17 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
 from benchmarks.measuring import alone, environment, write
+from firstsight.acquisition.initialise import build_processor, train_tokenizer
 from firstsight.core import params
 from firstsight.core.stage import log, main
-from firstsight.data.packing import IGNORE, collate, encode, pack
-from firstsight.data.records import Sample
-from firstsight.distillation.model import DistillationModel
-from firstsight.evaluation.memory import PeakMemory
-from firstsight.models.head import head_weight
-from firstsight.models.initialise import build_processor, train_tokenizer
 from firstsight.models.loading import load_model
-from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
+from firstsight.packing.output_head import head_weight
+from firstsight.packing.pack import IGNORE, collate, encode, pack
 from firstsight.planning import preview
+from firstsight.planning.shapes import QWEN2_VL_2B, QWEN2_VL_7B
+from firstsight.profiling.peak_memory import PeakMemory
+from firstsight.records.sample import Sample
+from firstsight.training.distillation_model import DistillationModel
 
 # divisor of widths and vocabulary, side of a picture in pixels (28 a visual token)
 SCALE = {"cpu": (8, 224), "cuda": (1, 448)}

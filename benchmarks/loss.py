@@ -25,8 +25,9 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 
 from benchmarks.measuring import alone, environment, write
 from firstsight.core.stage import log, main
-from firstsight.distillation.loss import HiddenTeacher, distillation_loss
-from firstsight.evaluation.memory import PeakMemory
+from firstsight.loss.distillation_loss import distillation_loss
+from firstsight.loss.teachers import HiddenTeacher
+from firstsight.profiling.peak_memory import PeakMemory
 
 STUDENT, TEACHER = (151_936, 1536), (152_064, 3584)
 SHARED, TEMPERATURE, ALPHA = 151_657, 2.0, 0.7

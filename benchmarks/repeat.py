@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measuring import environment, write
 from firstsight.core.stage import log, main
-from firstsight.models.variants import VARIANTS
+from firstsight.core.variants import VARIANTS
 
 ROOT = Path.cwd()
 FIGURES = ("latency_ms_p50", "latency_ms_p90", "prefill_ms_p50", "decode_tokens_per_second", "peak_bytes")

@@ -33,14 +33,15 @@ from ruamel.yaml import YAML
 from benchmarks.checkpoints import padded_tokenizer, write_random
 from benchmarks.distill_step import SCALE, SHARED, config
 from benchmarks.measuring import environment, write
+from firstsight.acquisition.initialise import build_processor
 from firstsight.core import params
 from firstsight.core.stage import log, main
-from firstsight.data.records import Record, Sample, SplitWriter
-from firstsight.models.initialise import build_processor
-from firstsight.models.shapes import QWEN2_VL_2B, QWEN2_VL_7B
-from firstsight.models.variants import METHODS, TEACHER, VARIANTS
-from firstsight.planning import table
+from firstsight.core.variants import METHODS, TEACHER, VARIANTS
+from firstsight.planning import plan_table
+from firstsight.planning.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.planning.workload import workload
+from firstsight.records.parquet import SplitWriter
+from firstsight.records.sample import Record, Sample
 
 ROOT = Path.cwd()
 STEPS = 10
@@ -111,7 +112,7 @@ def planned(folder: Path) -> dict[str, float]:
     os.chdir(folder)
     try:
         loaded = params.load()
-        rows = table.rows(loaded, workload(loaded.data, params.PARAMS_FILE))
+        rows = plan_table.rows(loaded, workload(loaded.data, params.PARAMS_FILE))
     finally:
         os.chdir(before)
     return {row.stage: row.memory.total for row in rows if row.memory}

@@ -10,13 +10,13 @@ loaded one after the other; each answers twice, and the second time counts.
 import argparse
 from pathlib import Path
 
-from firstsight.asking.model import Answer, AskedModel, question_about, seen
+from firstsight.asking.asked_model import Answer, AskedModel, question_about, seen
+from firstsight.asking.folder import check_there
 from firstsight.core import params
 from firstsight.core.stage import main
-from firstsight.data.records import Sample
-from firstsight.models.folder import check_there
 from firstsight.models.loading import pick_device
-from firstsight.models.quiet import quiet_transformers
+from firstsight.quiet import quiet_transformers
+from firstsight.records.sample import Sample
 
 ROW = "{:<{width}}  {:>9}  {:>8}  {}"
 

@@ -12,13 +12,13 @@ import os
 import tempfile
 from pathlib import Path
 
-from firstsight.asking.model import AskedModel
+from firstsight.asking.asked_model import AskedModel
+from firstsight.asking.folder import check_there
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log, main
-from firstsight.models.folder import check_there
 from firstsight.models.loading import pick_device
-from firstsight.models.quiet import quiet_transformers
+from firstsight.quiet import quiet_transformers
 
 HOST = "127.0.0.1"
 
@@ -33,7 +33,7 @@ def run() -> None:
         # Read when gradio is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
         try:
-            from firstsight.asking.page import CSS, THEME, page
+            from firstsight.asking.web_page import CSS, THEME, page
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{error.name}: expected what the page needs, found it missing; pip install -r requirements-demo.txt"

@@ -12,8 +12,8 @@ import torch
 
 from firstsight.core import params
 from firstsight.core.stage import main
-from firstsight.models.shapes import on_meta
-from firstsight.planning import table
+from firstsight.planning import plan_table
+from firstsight.planning.shapes import on_meta
 from firstsight.planning.workload import reads_text_alone, workload
 
 # What GPUs there commonly are, where there is none to ask.
@@ -32,10 +32,10 @@ def run() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else params.PARAMS_FILE
     loaded = params.load(path)
     work = workload(loaded.data, path)
-    rows = table.rows(loaded, work)
-    print(f"params  {path}\ndata    {work.source}\n\n{table.render(rows)}\n")
+    rows = plan_table.rows(loaded, work)
+    print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
     for name, memory in gpus():
-        print(table.verdict(rows, name, memory))
+        print(plan_table.verdict(rows, name, memory))
     teacher, student = (on_meta(model) for model in (loaded.models.teacher, loaded.models.student))
     for source, built in ((loaded.models.teacher.source, teacher), (loaded.models.student.source, student)):
         if reads_text_alone(built.config):
@@ -45,7 +45,8 @@ def run() -> None:
     rows = min(model.config.get_text_config().vocab_size for model in (teacher, student))
     if loaded.targets.kind == "topk" and loaded.targets.k > rows:
         print(f"\ntargets.k is {loaded.targets.k:,}, more than there are tokens: all of at most {rows:,} are kept")
-    print("\ntime is a stage's share of the arithmetic, not hours; for GPU memory see firstsight/planning/memory.py")
+    print("\ntime is a stage's share of the arithmetic, not hours")
+    print("how GPU memory is estimated, and what is left out: firstsight/planning/gpu_memory.py")
 
 
 if __name__ == "__main__":

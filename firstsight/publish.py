@@ -12,11 +12,11 @@ from pathlib import Path
 
 from firstsight.core.files import link_file, link_folder
 from firstsight.core.stage import log, main
-from firstsight.models.quiet import quiet_transformers
 from firstsight.publishing import checks
-from firstsight.publishing.card import VARIANTS, model_card
+from firstsight.publishing.model_card import VARIANTS, model_card
 from firstsight.publishing.push import push
-from firstsight.reporting.table import size
+from firstsight.quiet import quiet_transformers
+from firstsight.reporting.comparison import size
 
 CARD = "README.md"
 

@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from firstsight.core import params
+from firstsight.assembly.assemble import Unit, assemble
+from firstsight.assembly.data_card import data_card
+from firstsight.assembly.decoding import Decoded, Decoder
+from firstsight.assembly.near_duplicates import without_copies, without_leaks
+from firstsight.assembly.sources import READERS
+from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.records import SPLITS, Sample, SplitWriter
-from firstsight.runs import scratch
-from firstsight.sources import hub
-from firstsight.sources.assembly import Unit, assemble
-from firstsight.sources.card import data_card
-from firstsight.sources.decoding import Decoded, Decoder
-from firstsight.sources.near_duplicates import without_copies, without_leaks
-from firstsight.sources.problems import Problems
-from firstsight.sources.question import Asked, Question
-from firstsight.sources.readers import READERS
+from firstsight.readers import hub_dataset
+from firstsight.readers.problems import Problems
+from firstsight.readers.source_record import Asked, Question
+from firstsight.records.parquet import SplitWriter
+from firstsight.records.sample import SPLITS, Sample
 
 OUTPUT = Path("data/egoqa")
 
@@ -44,7 +44,7 @@ def run() -> None:
         check_splits(counts, problems)
         with whole_folder(OUTPUT) as folder:
             write(folder, decoder, written)
-            commit = hub.commit(data.hub) if data.source == "hub" else None
+            commit = hub_dataset.commit(data.hub) if data.source == "hub" else None
             write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
     tell(data, counts, problems)
 

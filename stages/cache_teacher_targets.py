@@ -17,18 +17,17 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from firstsight.core import params
+from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder
 from firstsight.core.stage import log, main
-from firstsight.data.dataset import PackedDataset
-from firstsight.data.records import Split
-from firstsight.distillation.building import Builder
-from firstsight.distillation.own_answers import own_answers
+from firstsight.distillation.builder import Builder
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
+from firstsight.distillation.teacher_answers import own_answers
+from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.models.loading import load_model, load_processor, pick_device
-from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
-from firstsight.runs import scratch
+from firstsight.packing.dataset import PackedDataset
+from firstsight.records.parquet import Split
 
 TEACHER, OUTPUT = Path("models/teacher-finetuned"), Path("data/teacher-targets")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}

@@ -15,10 +15,9 @@ from transformers import ProcessorMixin
 
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
+from firstsight.core.processes import shared
+from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.data.dataset import OnlineTeacher, PackedDataset
-from firstsight.data.records import Split
-from firstsight.distillation.model import DistillationModel
 from firstsight.distillation.targets import (
     SplitTargets,
     check_files,
@@ -27,12 +26,13 @@ from firstsight.distillation.targets import (
     read_head,
     read_index,
 )
-from firstsight.distillation.training import total_steps, train
-from firstsight.models.adapters import Tuning
-from firstsight.models.head import head_weight
 from firstsight.models.loading import load_model, load_processor, pick_device
-from firstsight.runs.processes import shared
-from firstsight.runs.scratch import kept_folder
+from firstsight.packing.dataset import OnlineTeacher, PackedDataset
+from firstsight.packing.output_head import head_weight
+from firstsight.records.parquet import Split
+from firstsight.training.adapters import Tuning
+from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.fit import total_steps, train
 
 STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
 OUTPUT = Path("models/student-distilled")

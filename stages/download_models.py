@@ -10,12 +10,12 @@ writes models/teacher or models/student, a plain Hugging Face folder (EgoGPT's o
 import sys
 from pathlib import Path
 
+from firstsight.acquisition import checks, egogpt_conversion, hub_client
+from firstsight.acquisition.initialise import initialise
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.models import checkpoint, egogpt_conversion, hub
-from firstsight.models.initialise import initialise
 from firstsight.models.loading import stored_method
 
 
@@ -27,9 +27,9 @@ def run() -> None:
         if model.source == "init":
             initialise(model.init, folder)
         elif Path(model.source).is_dir():
-            hub.copy(Path(model.source), folder)
+            hub_client.copy(Path(model.source), folder)
         else:
-            commit = hub.download(model.source, model.revision, folder)
+            commit = hub_client.download(model.source, model.revision, folder)
             if model.revision != commit:
                 log.info(
                     "%s is a moving name; to pin it: models.%s.revision: %s", model.revision or "main", role, commit
@@ -44,7 +44,7 @@ def run() -> None:
                 f"{model.source}; take the model that it was quantised from"
             )
         origin = {"source": model.source, "revision": model.revision, "commit": commit}
-        write_json(folder / "source.json", origin | checkpoint.facts(folder))
+        write_json(folder / "source.json", origin | checks.facts(folder))
     log.info("wrote models/%s from %s", role, model.source)
 
 

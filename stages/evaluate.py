@@ -16,19 +16,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from firstsight.core import params
+from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.records import Split
-from firstsight.evaluation import profiling
-from firstsight.evaluation.answering import Question, answers
-from firstsight.evaluation.memory import PeakMemory
+from firstsight.core.variants import LEFT_OUT, VARIANTS
 from firstsight.evaluation.quality import summarise
+from firstsight.generation.answering import Question, answers
 from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
-from firstsight.models.variants import LEFT_OUT, VARIANTS
-from firstsight.runs import scratch
+from firstsight.profiling import cost
+from firstsight.profiling.peak_memory import PeakMemory
+from firstsight.records.parquet import Split
 
 TEST = Path("data/egoqa/test.parquet")
 
@@ -61,16 +60,16 @@ def run() -> None:
         weights = weights_bytes(model)  # at its first answer bitsandbytes moves scales to where they are not found
         # Batch 1 first: the memory that larger batches leave in the process would count as its own.
         memory.reset()
-        latency = profiling.measure_latency(model, processor, questions, settings)
+        latency = cost.measure_latency(model, processor, questions, settings)
         performance = {
-            "parameters": profiling.parameter_count(model),
-            "disk_bytes": profiling.folder_bytes(variant.model),
+            "parameters": cost.parameter_count(model),
+            "disk_bytes": cost.folder_bytes(variant.model),
             "weights_bytes": weights,
             "peak_bytes": memory.peak(),
             "load_seconds": load_seconds,
             **latency,
-            "throughput": profiling.measure_throughput(model, processor, questions, settings, memory),
-            **profiling.environment(device),
+            "throughput": cost.measure_throughput(model, processor, questions, settings, memory),
+            **cost.environment(device),
         }
         work = {
             "model": fingerprint_folder(variant.model),

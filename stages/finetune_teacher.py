@@ -13,15 +13,15 @@ from accelerate import PartialState
 
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder, write_json
+from firstsight.core.processes import shared
+from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.data.dataset import PackedDataset
-from firstsight.data.records import Split
-from firstsight.distillation.model import DistillationModel
-from firstsight.distillation.training import total_steps, train
-from firstsight.models.adapters import Tuning
 from firstsight.models.loading import load_processor, pick_device
-from firstsight.runs.processes import shared
-from firstsight.runs.scratch import kept_folder
+from firstsight.packing.dataset import PackedDataset
+from firstsight.records.parquet import Split
+from firstsight.training.adapters import Tuning
+from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.fit import total_steps, train
 
 TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}

@@ -14,10 +14,10 @@ from pathlib import Path
 from firstsight.core import params
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.records import Split
+from firstsight.core.variants import LEFT_OUT, VARIANTS
 from firstsight.models.loading import pick_device
-from firstsight.models.variants import LEFT_OUT, VARIANTS
 from firstsight.quantization.quantize import quantize_folder
+from firstsight.records.parquet import Split
 
 SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
 FOUND = "quantization.json"

@@ -17,10 +17,11 @@ from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.data.records import Record, Sample, Split
+from firstsight.core.variants import LEFT_OUT, METHODS, TEACHER, VARIANTS
 from firstsight.evaluation.metrics import score
-from firstsight.models.variants import LEFT_OUT, METHODS, TEACHER, VARIANTS
-from firstsight.reporting import criteria, figures, page, summary, text
+from firstsight.records.parquet import Split
+from firstsight.records.sample import Record, Sample
+from firstsight.reporting import criteria, figures, report_page, summary, summary_text
 from firstsight.reporting.contact_sheet import contact_sheet
 from firstsight.reporting.summary import Measured
 
@@ -73,13 +74,13 @@ def run() -> None:
             folder / "training.json", {stage: summary.training_summary(rows) for stage, rows in histories.items()}
         )
         write_json(folder / "quantization.json", quantization)
-        summary_text = text.summary(quality, performance, verdicts, environments)
-        (folder / "summary.txt").write_text(summary_text, encoding="utf-8")
+        summary_lines = summary_text.summary(quality, performance, verdicts, environments)
+        (folder / "summary.txt").write_text(summary_lines, encoding="utf-8")
         samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
         pictures = draw(folder / "plots", variants, quality, performance, quantised, curves, samples)
-        page.write(
+        report_page.write(
             folder / "report.html",
-            page.Shown(
+            report_page.Shown(
                 quality=quality,
                 performance=performance,
                 models=models,
@@ -94,7 +95,7 @@ def run() -> None:
                 predictions={variant: one.predictions for variant, one in variants.items()},
             ),
         )
-    log.info("%s\nwrote %s", summary_text, OUTPUT)
+    log.info("%s\nwrote %s", summary_lines, OUTPUT)
 
 
 def keep_others(folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 import torch
 
-from firstsight.data.packing import IGNORE, collate, encode, pack
-from firstsight.evaluation.answering import model_inputs
-from firstsight.models.packed import last_hidden_states
+from firstsight.generation.answering import model_inputs
+from firstsight.packing.forward import last_hidden_states
+from firstsight.packing.pack import IGNORE, collate, encode, pack
 
 
 def packed(processor, samples):

@@ -19,10 +19,10 @@ from PIL import Image
 from ruamel.yaml import YAML
 from selenium import webdriver
 
+from firstsight.acquisition.initialise import build_model, build_processor, train_tokenizer
 from firstsight.core import params
-from firstsight.data.records import Record, Sample
-from firstsight.models.initialise import build_model, build_processor, train_tokenizer
-from firstsight.models.variants import METHODS, VARIANTS
+from firstsight.core.variants import METHODS, VARIANTS
+from firstsight.records.sample import Record, Sample
 
 # The same cases every time, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

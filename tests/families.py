@@ -18,8 +18,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from firstsight.models.initialise import CHAT_TEMPLATE as QWEN2_VL_TEMPLATE
-from firstsight.models.initialise import build_model
+from firstsight.acquisition.initialise import CHAT_TEMPLATE as QWEN2_VL_TEMPLATE
+from firstsight.acquisition.initialise import build_model
 
 # As llava-hf's checkpoints have it: no system prompt, media before text, and past turns that do not render as prompts.
 CHAT_TEMPLATE = (

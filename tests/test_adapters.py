@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_folder
 from firstsight.core.params import Optimisation
-from firstsight.data.dataset import PackedDataset
-from firstsight.data.records import Split
-from firstsight.distillation.model import DistillationModel
-from firstsight.distillation.training import total_steps, train
-from firstsight.models.adapters import Tuning
 from firstsight.models.loading import load_model, load_processor
-from firstsight.models.packed import last_hidden_states
+from firstsight.packing.dataset import PackedDataset
+from firstsight.packing.forward import last_hidden_states
+from firstsight.records.parquet import Split
+from firstsight.training.adapters import Tuning
+from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.fit import total_steps, train
 
 METHODS = ["full", "lora", "qlora", "adalora"]
 

@@ -6,12 +6,12 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import make_sample
 from families import SAVE, save_qwen2
 
+from firstsight.acquisition.initialise import build_model
 from firstsight.core.errors import UserError
-from firstsight.data.packing import collate, encode, pack
-from firstsight.evaluation.answering import answers, model_inputs
-from firstsight.models.initialise import build_model
+from firstsight.generation.answering import answers, model_inputs
 from firstsight.models.loading import language_model_name, load_model, load_processor
-from firstsight.models.packed import last_hidden_states
+from firstsight.packing.forward import last_hidden_states
+from firstsight.packing.pack import collate, encode, pack
 from firstsight.quantization.quantize import quantize_folder
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]

@@ -19,14 +19,14 @@ from selenium.webdriver.support.ui import WebDriverWait
 from transformers import PreTrainedModel
 
 from firstsight import ask, demo
-from firstsight.asking.model import Answer, AskedModel, question_about, seen
+from firstsight.asking.asked_model import Answer, AskedModel, question_about, seen
 from firstsight.asking.side_by_side import answered
 from firstsight.core.errors import UserError
-from firstsight.data.records import Split
-from firstsight.evaluation.answering import answers
+from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
-from firstsight.publishing.card import VARIANTS
-from firstsight.sources.media import read_image, read_video
+from firstsight.publishing.model_card import VARIANTS
+from firstsight.readers.media import read_image, read_video
+from firstsight.records.parquet import Split
 
 STUDENT = "models/student-distilled"
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_asked_is_said_before_any_model_is_loaded(
     smoke, media, monkeypatch, model, file, question, expected
 ):
     monkeypatch.chdir(smoke)
-    monkeypatch.setattr("firstsight.asking.model.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("firstsight.asking.asked_model.load_model", lambda *_: pytest.fail("loaded"))
     model = model.format(media=media)
     monkeypatch.setattr(sys, "argv", ["ask", STUDENT, str(media / file), question, "--compare", model])
     with pytest.raises(UserError) as error:
@@ -171,7 +171,7 @@ def test_the_page_names_an_upload_without_its_folder(media, settings):
 def test_without_gradio_the_demo_says_what_to_install(smoke, monkeypatch):
     monkeypatch.chdir(smoke)
     monkeypatch.setattr(sys, "argv", ["demo", STUDENT])
-    monkeypatch.delitem(sys.modules, "firstsight.asking.page", raising=False)
+    monkeypatch.delitem(sys.modules, "firstsight.asking.web_page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"gradio: expected .* pip install -r requirements-demo.txt"):
         demo.run()
@@ -213,7 +213,7 @@ def test_the_page_answers_on_this_machine_alone_and_forgets(smoke, media, tmp_pa
 
 def test_the_page_shows_answers_and_whole_frames_wide_and_narrow(browser, media, settings):
     pytest.importorskip("gradio")
-    from firstsight.asking.page import CSS, THEME, page
+    from firstsight.asking.web_page import CSS, THEME, page
 
     told = SimpleNamespace(folder=Path(STUDENT), answer=lambda _: Answer("in the left hand", 0.1))
     blocks = page([told], settings.data)

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firstsight.assembly.assemble import assemble
+from firstsight.assembly.near_duplicates import seen_in
+from firstsight.assembly.splits import stratified
 from firstsight.core.errors import UserError
-from firstsight.data.records import Sample, Split, SplitWriter
-from firstsight.sources.assembly import assemble
-from firstsight.sources.near_duplicates import seen_in
-from firstsight.sources.problems import BadRecordError, Problems
-from firstsight.sources.question import Asked, question
-from firstsight.sources.splits import stratified
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.source_record import Asked, question
+from firstsight.records.parquet import Split, SplitWriter
+from firstsight.records.sample import Sample
 
 
 @dataclass(frozen=True)

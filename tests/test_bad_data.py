@@ -14,9 +14,10 @@ from PIL import Image
 from test_sources import write_video
 
 from firstsight.core.errors import UserError
-from firstsight.data.records import SPLITS, Split
-from firstsight.sources import hub
-from firstsight.sources.problems import BadRecordError
+from firstsight.readers import hub_dataset
+from firstsight.readers.problems import BadRecordError
+from firstsight.records.parquet import Split
+from firstsight.records.sample import SPLITS
 
 GOOD = [
     {"id": f"good-{split}", "media": f"{split}.jpg", "question": "What?", "answer": "a cup", "split": split}
@@ -366,19 +367,19 @@ def test_a_build_is_deterministic(folder):
 
 def test_an_interrupted_build_goes_on(folder, monkeypatch):
     """What has been decoded is not decoded again; what has changed since, is."""
-    from firstsight.sources import media as reading
+    from firstsight.readers import media
 
     lines = [line(media=f"{n}.jpg", id=f"n{n}") for n in range(40)]
     for n in range(40):
         (folder / f"{n}.jpg").write_bytes(picture(100 + n))
     (folder / "39.jpg").write_bytes(b"broken")
-    read, seen = reading.read_image, []
+    read, seen = media.read_image, []
 
     def counted(path, data):
         seen.append(path.name)
         return read(path, data)
 
-    monkeypatch.setattr(reading, "read_image", counted)
+    monkeypatch.setattr(media, "read_image", counted)
     with pytest.raises(UserError, match=r"line 43: expected a readable image"):
         build(folder, *lines)
     assert len(seen) == 43
@@ -408,18 +409,18 @@ def test_a_damaged_chunk_of_an_interrupted_build_is_decoded_again(folder, monkey
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_what_has_been_mended_is_decoded_again(folder, monkeypatch, policy):
     """Though the file is the same, as when it was not to be read by this user, or a disk was away."""
-    from firstsight.sources import media as reading
+    from firstsight.readers import media
 
-    read = reading.read_image
+    read = media.read_image
     change(folder, "data", on_error=policy)
 
     def refused(path, data):
         raise BadRecordError("Permission denied")
 
-    monkeypatch.setattr(reading, "read_image", refused)
+    monkeypatch.setattr(media, "read_image", refused)
     with pytest.raises(UserError, match="Permission denied"):
         build(folder)
-    monkeypatch.setattr(reading, "read_image", read)
+    monkeypatch.setattr(media, "read_image", read)
     assert build(folder)["splits"]["train"]["records"] == 1
 
 
@@ -512,7 +513,7 @@ def test_the_commit_of_a_data_set_of_the_hub_is_in_the_card(folder, monkeypatch)
     fields = {name: name for name in rows[0]}
     asked = {"id": "set", "config": None, "revision": None, "splits": {"train": "by group"}, "fields": fields}
     change(folder, "data", source="hub", hub=asked)
-    monkeypatch.setattr(hub, "commit", lambda _: "c0ffee")
+    monkeypatch.setattr(hub_dataset, "commit", lambda _: "c0ffee")
     assert build(folder)["commit"] == "c0ffee"
 
 

@@ -7,16 +7,16 @@ from collections import Counter
 import pytest
 from conftest import make_sample
 
+from firstsight.assembly.splits import split_of
 from firstsight.core.errors import UserError
-from firstsight.data import records
-from firstsight.data.dataset import OnlineTeacher, PackedDataset
-from firstsight.data.records import Split, SplitWriter
-from firstsight.sources.splits import split_of
+from firstsight.packing.dataset import OnlineTeacher, PackedDataset
+from firstsight.records import parquet
+from firstsight.records.parquet import Split, SplitWriter
 
 
 def test_samples_read_back_equal_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_ROW_GROUP_BYTES", 5000)  # several row groups
-    monkeypatch.setattr(records, "_GROUPS_KEPT", 2)
+    monkeypatch.setattr(parquet, "_ROW_GROUP_BYTES", 5000)  # several row groups
+    monkeypatch.setattr(parquet, "_GROUPS_KEPT", 2)
     kinds = [("image", 1), ("video", 4), ("none", 0), ("frames", 3)] * 5
     written = [
         make_sample(f"s{number}", kind, frames, [("Why?", "so")] * (number % 3 + 1))

@@ -21,7 +21,7 @@ from conftest import (
     write_params,
 )
 
-from firstsight.models.initialise import initialise
+from firstsight.acquisition.initialise import initialise
 
 pytestmark = pytest.mark.slow
 
@@ -62,9 +62,9 @@ def test_runtime_settings_rerun_nothing(project):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("firstsight/reporting/table.py", {"report"}),
+        ("firstsight/reporting/comparison.py", {"report"}),
         ("firstsight/quantization/quantize.py", QUANTISATIONS),
-        ("firstsight/models/vocabulary.py", {"cache-teacher-targets", "distill"}),
+        ("firstsight/distillation/vocabulary.py", {"cache-teacher-targets", "distill"}),
     ],
 )
 def test_an_edited_library_file_reruns_the_stages_that_import_it(project, file, expected):

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_sources import write_video
 from transformers import AutoModelForImageTextToText, Qwen2Tokenizer
 
+from firstsight.acquisition.egogpt_conversion import convert, is_original
+from firstsight.acquisition.initialise import SPECIAL_TOKENS, build_model, build_processor
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.data.records import SPLITS
-from firstsight.evaluation.answering import answers, model_inputs
+from firstsight.generation.answering import answers, model_inputs
 from firstsight.models.egogpt import EgoGptConfig, EgoGptForConditionalGeneration
-from firstsight.models.egogpt_conversion import convert, is_original
-from firstsight.models.initialise import SPECIAL_TOKENS, build_model, build_processor
 from firstsight.models.loading import load_model, load_processor
+from firstsight.records.sample import SPLITS
 
 EXPECTED = load_file(ROOT / "tests/data/egogpt.safetensors")
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]

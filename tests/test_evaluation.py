@@ -8,11 +8,12 @@ import torch
 from conftest import change, make_sample, run_stage
 
 from firstsight.core.errors import UserError
-from firstsight.data.records import SplitWriter
-from firstsight.evaluation import answering, profiling
-from firstsight.evaluation.answering import answers
-from firstsight.evaluation.memory import PeakMemory
-from firstsight.models.variants import LEFT_OUT
+from firstsight.core.variants import LEFT_OUT
+from firstsight.generation import answering
+from firstsight.generation.answering import answers
+from firstsight.profiling import cost
+from firstsight.profiling.peak_memory import PeakMemory
+from firstsight.records.parquet import SplitWriter
 
 ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]
 SAMPLES = [
@@ -39,21 +40,21 @@ def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, 
         made.append(tuple(produced.shape))
         return produced
 
-    monkeypatch.setattr(profiling, "generate", noted)
+    monkeypatch.setattr(cost, "generate", noted)
     wanted = settings.evaluate.model_copy(
         update={"latency_runs": 3, "latency_new_tokens": 5, "throughput_batch_sizes": [2, 7]}
     )
     questions = [(sample, sample.records[0]) for sample in SAMPLES[:2]]
-    found = profiling.measure_latency(model, processor, questions, wanted)
+    found = cost.measure_latency(model, processor, questions, wanted)
     rounds = 6  # one to warm up, five that count
     assert made == ([(1, 1)] * 3 + [(1, 5)] * 3) * rounds
     many = [(sample, None) for sample in [*SAMPLES[:2] * 20, SAMPLES[2], *SAMPLES[:2] * 20]]
-    asked = profiling.representative(many, 5)
+    asked = cost.representative(many, 5)
     assert [sample.id for sample, _ in asked] == ["image", "image", "image", "frames", "video"]
     assert found["prefill_ms_p50"] < found["latency_ms_p50"] <= found["latency_ms_p90"]
     assert found["latency_spread"] >= 0
     made.clear()
-    together = profiling.measure_throughput(model, processor, questions, wanted, PeakMemory("cpu"))
+    together = cost.measure_throughput(model, processor, questions, wanted, PeakMemory("cpu"))
     assert made == [(2, 5)] * rounds + [(7, 5)] * rounds
     assert list(together) == ["2", "7"]
 
@@ -64,10 +65,10 @@ def test_a_batch_that_does_not_fit_is_left_out(model, processor, settings, monke
             raise torch.OutOfMemoryError
         return torch.zeros(2, 1)
 
-    monkeypatch.setattr(profiling, "generate", full)
+    monkeypatch.setattr(cost, "generate", full)
     wanted = settings.evaluate.model_copy(update={"throughput_batch_sizes": [2, 4]})
     question = (SAMPLES[0], SAMPLES[0].records[0])
-    assert list(profiling.measure_throughput(model, processor, [question], wanted, PeakMemory("cpu"))) == ["2"]
+    assert list(cost.measure_throughput(model, processor, [question], wanted, PeakMemory("cpu"))) == ["2"]
 
 
 def test_peak_memory_is_what_was_held_at_most_and_not_at_the_end():

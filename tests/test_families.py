@@ -11,12 +11,12 @@ from families import SPECIAL_TOKENS, save_llava, tokenizer_like
 from safetensors.torch import load_file
 
 from firstsight.core.errors import UserError
-from firstsight.data.dataset import OnlineTeacher
-from firstsight.data.packing import collate, encode, pack
-from firstsight.data.records import Split, SplitWriter
-from firstsight.evaluation.answering import answers
+from firstsight.distillation.vocabulary import shared_vocabulary
+from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
-from firstsight.models.vocabulary import shared_vocabulary
+from firstsight.packing.dataset import OnlineTeacher
+from firstsight.packing.pack import collate, encode, pack
+from firstsight.records.parquet import Split, SplitWriter
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
 

@@ -14,9 +14,9 @@ from torch.utils.data import get_worker_info
 from firstsight.core import faults
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_folder
-from firstsight.data.dataset import PackedDataset
-from firstsight.data.records import Split
-from firstsight.distillation import checkpoints, model, training
+from firstsight.packing.dataset import PackedDataset
+from firstsight.records.parquet import Split
+from firstsight.training import checkpoints, distillation_model, fit
 
 STUDENT = "models/student-distilled"
 
@@ -29,7 +29,7 @@ def workspace(smoke_copy, monkeypatch):
 
 def spoil(monkeypatch, at: int, how):
     """Have `how` change the loss of the forward pass number `at` of a training."""
-    forward, calls = model.DistillationModel.forward, []
+    forward, calls = distillation_model.DistillationModel.forward, []
 
     def spoilt(self, *arguments, **named):
         found = forward(self, *arguments, **named)
@@ -38,7 +38,7 @@ def spoil(monkeypatch, at: int, how):
             found["loss"] = how(found["loss"])
         return found
 
-    monkeypatch.setattr(model.DistillationModel, "forward", spoilt)
+    monkeypatch.setattr(distillation_model.DistillationModel, "forward", spoilt)
 
 
 class NoGradient(torch.autograd.Function):
@@ -75,7 +75,7 @@ def test_nonsense_stops_the_training_before_it_is_learnt_from(workspace, monkeyp
 
 
 def test_a_loss_that_explodes_stops_the_training(workspace, monkeypatch):
-    monkeypatch.setattr(training, "_LOGGING_STEPS", 1)
+    monkeypatch.setattr(fit, "_LOGGING_STEPS", 1)
     spoil(monkeypatch, 4, lambda loss: loss * 1e4)
     with pytest.raises(UserError, match=r"expected a loss near the first, .*, found .*e\+0\d at step 4 of 10"):
         run_stage(workspace, "distill")
@@ -83,14 +83,14 @@ def test_a_loss_that_explodes_stops_the_training(workspace, monkeypatch):
 
 def limit_memory(monkeypatch, samples: int):
     """Memory for so many samples at a time."""
-    forward = model.DistillationModel.forward
+    forward = distillation_model.DistillationModel.forward
 
     def limited(self, labels, *arguments, **named):
         if len(labels) > samples:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(self, labels, *arguments, **named)
 
-    monkeypatch.setattr(model.DistillationModel, "forward", limited)
+    monkeypatch.setattr(distillation_model.DistillationModel, "forward", limited)
 
 
 def test_spent_memory_says_what_to_lower(workspace, monkeypatch):

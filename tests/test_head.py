@@ -6,9 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from firstsight.acquisition.initialise import build_model
 from firstsight.core.errors import UserError
-from firstsight.models.head import head_weight
-from firstsight.models.initialise import build_model
+from firstsight.packing.output_head import head_weight
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from huggingface_hub import constants, file_download
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from firstsight.acquisition import checks, hub_client
+from firstsight.acquisition.initialise import CHAT_TEMPLATE, build_model, build_processor, train_tokenizer
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json
 from firstsight.core.params import Initialisation
-from firstsight.models import checkpoint, hub
-from firstsight.models.initialise import CHAT_TEMPLATE, build_model, build_processor, train_tokenizer
 from firstsight.models.loading import load_model, load_processor
 
 NAME = "tiny/qwen2-vl"
@@ -87,7 +87,7 @@ def download(tmp_path: Path, revision: str | None = None, name: str = NAME) -> s
     """Download into a fresh folder `model`; a refusal leaves it empty."""
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
     (tmp_path / "model").mkdir()
-    return hub.download(name, revision, tmp_path / "model")
+    return hub_client.download(name, revision, tmp_path / "model")
 
 
 def refusal(tmp_path: Path, *arguments, **names) -> str:
@@ -112,7 +112,7 @@ def test_a_branch_is_resolved_and_what_is_wanted_arrives_as_it_is(served, tmp_pa
     assert len(served.fetched()) == len(set(served.fetched()))  # nothing twice
     assert len([name for name in published if name.endswith(".safetensors")]) > 2
     model, processor = load_model(tmp_path / "model", "float32", "cpu"), load_processor(tmp_path / "model")
-    assert model.num_parameters() == checkpoint.facts(tmp_path / "model")["parameters"]
+    assert model.num_parameters() == checks.facts(tmp_path / "model")["parameters"]
     assert processor.tokenizer.eos_token == "<|im_end|>"
 
 
@@ -201,7 +201,7 @@ def test_missing_and_gated_repositories_and_revisions(served, tmp_path, monkeypa
 
 def test_too_small_a_disk_is_said_before_the_weights_are_fetched(served, tmp_path, monkeypatch):
     full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(hub, "shutil", full)
+    monkeypatch.setattr(hub_client, "shutil", full)
     assert "GB free under" in refusal(tmp_path)
     assert not [name for name in served.fetched() if name.endswith(".safetensors")]
 
@@ -242,22 +242,22 @@ def broken_config(folder):
 
 
 def broken_index(folder):
-    (folder / checkpoint.INDEX).write_text("{}")
+    (folder / checks.INDEX).write_text("{}")
     return "expected a weight_map in model.safetensors.index.json"
 
 
 def empty_index(folder):
-    edit(folder, checkpoint.INDEX, weight_map={})
+    edit(folder, checks.INDEX, weight_map={})
     return "expected model.safetensors.index.json to name *.safetensors beside it, found no shard"
 
 
 def pickle_in_the_index(folder):
-    edit(folder, checkpoint.INDEX, weight_map={"lm_head.weight": "pytorch_model.bin"})
+    edit(folder, checks.INDEX, weight_map={"lm_head.weight": "pytorch_model.bin"})
     return "expected model.safetensors.index.json to name *.safetensors beside it, found pytorch_model.bin"
 
 
 def code_in_the_index(folder):
-    edit(folder, checkpoint.INDEX, weight_map={"lm_head.weight": "modeling.py"})
+    edit(folder, checks.INDEX, weight_map={"lm_head.weight": "modeling.py"})
     return "found modeling.py; get"
 
 
@@ -395,7 +395,7 @@ def test_an_unfit_folder_is_refused(published, tmp_path, damage):
     expected = damage(folder)
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError) as error:
-        hub.copy(folder, tmp_path / "model")
+        hub_client.copy(folder, tmp_path / "model")
     assert expected in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
@@ -411,7 +411,7 @@ def test_code_beside_an_architecture_that_transformers_knows_is_left_behind(publ
     folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
     edit(folder, "config.json", auto_map={"AutoModelForImageTextToText": "modeling.Own"})
     (tmp_path / "model").mkdir()
-    hub.copy(folder, tmp_path / "model")
+    hub_client.copy(folder, tmp_path / "model")
     assert not {"modeling.py", "pytorch_model.bin", "onnx"} & {path.name for path in (tmp_path / "model").iterdir()}
     assert load_model(tmp_path / "model", "auto", "cpu")
 
@@ -422,7 +422,7 @@ def test_a_tokenizer_of_vocabulary_and_merges_is_completed(published, tmp_path):
     expected = load_processor(folder).tokenizer
     (folder / "tokenizer.json").unlink()
     (tmp_path / "model").mkdir()
-    hub.copy(folder, tmp_path / "model")
+    hub_client.copy(folder, tmp_path / "model")
     assert not (folder / "tokenizer.json").exists()
     assert read_json(tmp_path / "model/tokenizer.json", "download-models")["model"]["merges"]
     text = "What is in the cup?<|im_end|>\n<|vision_start|>"
@@ -449,7 +449,7 @@ def test_an_adapter_of_the_model_comes_with_it(served, published, tmp_path):
     expected = load_model(tmp_path / "mine", "float32", "cpu").state_dict()
     bare = load_model(published / "student", "float32", "cpu").state_dict()
     (tmp_path / "copied").mkdir()
-    hub.copy(tmp_path / "mine", tmp_path / "copied")
+    hub_client.copy(tmp_path / "mine", tmp_path / "copied")
     download(tmp_path)
     for folder in (tmp_path / "copied", tmp_path / "model"):
         inside = {path.name for path in (folder / "adapter").iterdir()}
@@ -489,31 +489,31 @@ def test_what_is_no_hubs_answer_is_one_line(served, tmp_path, kind, answer):
 def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
     folder = Path(shutil.copytree(published / "student", tmp_path / "mine"))
     tensors = [tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
-    found = checkpoint.facts(folder)
+    found = checks.facts(folder)
     assert found["licence"] == "apache-2.0"
     assert (found["architecture"], found["model_type"]) == ("Qwen2VLForConditionalGeneration", "qwen2_vl")
     assert found["dtypes"] == {"BF16": found["parameters"]}
     assert found["parameters"] == sum(tensor.numel() for tensor in tensors)
     shard = min(folder.glob("*.safetensors"))
     save_file({name: tensor.float() for name, tensor in load_file(shard).items()}, shard)
-    assert sum(checkpoint.facts(folder)["dtypes"].values()) == found["parameters"]
-    assert list(checkpoint.facts(folder)["dtypes"]) == ["BF16", "F32"]
+    assert sum(checks.facts(folder)["dtypes"].values()) == found["parameters"]
+    assert list(checks.facts(folder)["dtypes"]) == ["BF16", "F32"]
     embedding = next(
         one for path in folder.glob("*.safetensors") for name, one in load_file(path).items() if "embed_t" in name
     )
     save_file(load_file(shard) | {"lm_head.weight": embedding}, shard)
-    assert checkpoint.facts(folder)["parameters"] == found["parameters"]  # the head is tied, and stored all the same
+    assert checks.facts(folder)["parameters"] == found["parameters"]  # the head is tied, and stored all the same
     save_file(load_file(shard) | {"lm_head.weight": embedding + 1}, shard)
-    assert checkpoint.facts(folder)["parameters"] == found["parameters"] + embedding.numel()
+    assert checks.facts(folder)["parameters"] == found["parameters"] + embedding.numel()
     for card, licence in (
         ("---\nlicense: other\nlicense_name: qwen-research\n---\n", "qwen-research"),
         ("---\nlicense: [\n---\n", "LICENSE"),
         ("no metadata", "LICENSE"),
     ):
         (folder / "README.md").write_text(card)
-        assert checkpoint.facts(folder)["licence"] == licence
+        assert checks.facts(folder)["licence"] == licence
     (folder / "LICENSE").unlink()
-    assert checkpoint.facts(folder)["licence"] is None
+    assert checks.facts(folder)["licence"] is None
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
@@ -522,13 +522,13 @@ def test_a_quantised_folder_is_taken_as_it_is_and_compared_with_its_config(smoke
     load_model(smoke / "models/student", method, "cpu").save_pretrained(folder)
     load_processor(smoke / "models/student").save_pretrained(folder)
     (tmp_path / "model").mkdir()
-    hub.copy(folder, tmp_path / "model")
-    assert {"int8": "I8", "nf4": "U8"}[method] in checkpoint.facts(tmp_path / "model")["dtypes"]
+    hub_client.copy(folder, tmp_path / "model")
+    assert {"int8": "I8", "nf4": "U8"}[method] in checks.facts(tmp_path / "model")["dtypes"]
     config = json.loads((folder / "config.json").read_text())
     for key in ("intermediate_size", "vocab_size", "num_hidden_layers"):
         edit(folder, "config.json", text_config=config["text_config"] | {key: config["text_config"][key] + 64})
         with pytest.raises(UserError, match=r"expected the weights that config\.json describes, found"):
-            checkpoint.check_weights(folder, "mine")
+            checks.check_weights(folder, "mine")
 
 
 def test_a_quantised_student_is_refused_when_it_is_fetched(smoke, tmp_path):
@@ -586,7 +586,7 @@ def test_dvc_repro_downloads_from_the_hub_and_distils(served, published, tmp_pat
     for role in ("teacher", "student"):
         source = read_json(project / f"models/{role}/source.json", "download-models")
         assert source["commit"] == served.repositories[f"tiny/{role}"].commit
-    student = checkpoint.facts(project / "models/student-distilled")
+    student = checks.facts(project / "models/student-distilled")
     assert student["dtypes"] == source["dtypes"] == {"BF16": source["parameters"]}
     for role, copies in (("teacher", ("teacher", "teacher-finetuned")), ("student", ("student",))):
         shard = min(path.name for path in (project / "models" / role).glob("*.safetensors"))

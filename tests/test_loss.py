@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from firstsight.distillation.loss import CHUNK, Divergence, HiddenTeacher, TopKTeacher, distillation_loss
+from firstsight.loss.distillation_loss import distillation_loss
+from firstsight.loss.divergences import Divergence
+from firstsight.loss.products import CHUNK
+from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 
 DIVERGENCES = [
     Divergence("forward_kl"),
@@ -250,7 +253,7 @@ def test_a_narrower_head_is_not_copied_whole_and_changes_nothing(monkeypatch):
     arrays = case(300, 311, 337)
     hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in arrays)
     head, teacher_head = head.bfloat16(), teacher_head.bfloat16()
-    monkeypatch.setattr("firstsight.distillation.loss._HEAD_ROWS", 100)
+    monkeypatch.setattr("firstsight.loss.products.HEAD_ROWS", 100)
     results = []
     for convert in (torch.Tensor.clone, torch.Tensor.float):
         own = hidden.float().requires_grad_()

@@ -6,7 +6,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torchmetrics.functional.text import squad
 
-from firstsight.data.records import Record, Sample
 from firstsight.evaluation.metrics import (
     Scores,
     agreement,
@@ -18,6 +17,7 @@ from firstsight.evaluation.metrics import (
     token_f1,
 )
 from firstsight.evaluation.quality import summarise
+from firstsight.records.sample import Record, Sample
 from firstsight.reporting.summary import baselines
 
 

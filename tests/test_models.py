@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from firstsight.acquisition import hub_client
+from firstsight.acquisition.initialise import initialise
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.core.params import Initialisation
-from firstsight.evaluation.answering import model_inputs
-from firstsight.models import hub
-from firstsight.models.initialise import initialise
+from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
+from firstsight.generation.answering import model_inputs
 from firstsight.models.loading import check_quantised, load_model, load_processor
-from firstsight.models.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.quantization.quantize import quantize_folder
 
 
@@ -111,7 +111,7 @@ def test_a_broken_model_folder_is_named(smoke_copy, damage):
 
 def test_a_local_folder_is_copied_and_a_broken_one_refused(smoke_copy, tmp_path):
     (tmp_path / "copied").mkdir()
-    hub.copy(smoke_copy / "models/student", tmp_path / "copied")
+    hub_client.copy(smoke_copy / "models/student", tmp_path / "copied")
     weights = tmp_path / "copied/model.safetensors"
     mine = smoke_copy / "models/student/model.safetensors"
     assert fingerprint_files([weights]) == fingerprint_files([mine])
@@ -120,7 +120,7 @@ def test_a_local_folder_is_copied_and_a_broken_one_refused(smoke_copy, tmp_path)
     weights.unlink()
     damage_truncated(smoke_copy / "models/student")
     with pytest.raises(UserError, match=r"model\.safetensors: expected safetensors, found a broken file"):
-        hub.copy(smoke_copy / "models/student", tmp_path / "copied")
+        hub_client.copy(smoke_copy / "models/student", tmp_path / "copied")
 
 
 CALIBRATION = [(sample, sample.records[0]) for sample in [make_sample("image", "image", 1, [("Colour?", "red")])]]

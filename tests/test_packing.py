@@ -5,9 +5,9 @@ import torch
 from alone import assert_packed_as_alone, packed, states_of
 from conftest import make_sample
 
-from firstsight.distillation.loss import distillation_loss
-from firstsight.evaluation.answering import model_inputs
-from firstsight.models.packed import last_hidden_states
+from firstsight.generation.answering import model_inputs
+from firstsight.loss.distillation_loss import distillation_loss
+from firstsight.packing.forward import last_hidden_states
 
 QUESTIONS = [
     ("What is in your left hand?", "a red cup"),

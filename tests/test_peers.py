@@ -9,7 +9,9 @@ import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 from trl.experimental.gkd import GKDTrainer
 
-from firstsight.distillation.loss import Divergence, HiddenTeacher, distillation_loss
+from firstsight.loss.distillation_loss import distillation_loss
+from firstsight.loss.divergences import Divergence
+from firstsight.loss.teachers import HiddenTeacher
 
 TOKENS, VOCABULARY, BETAS = 93, 211, (0.1, 0.5, 0.9)
 

@@ -16,16 +16,16 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForImageTextToText, Qwen2VLConfig, WhisperConfig
 
 from firstsight import plan
+from firstsight.acquisition.egogpt_conversion import Speech, convert
+from firstsight.acquisition.initialise import build_model
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.data.packing import collate, encode, pack
-from firstsight.models.egogpt_conversion import Speech, convert
-from firstsight.models.initialise import build_model
 from firstsight.models.loading import language_model_name, load_model, load_processor
-from firstsight.models.packed import answer_states
-from firstsight.models.shapes import EGOGPT_SPEECH, KNOWN, on_meta
-from firstsight.planning import arithmetic, memory, table
-from firstsight.planning.memory import Shape
+from firstsight.packing.forward import answer_states
+from firstsight.packing.pack import collate, encode, pack
+from firstsight.planning import arithmetic, gpu_memory, plan_table
+from firstsight.planning.gpu_memory import Shape
+from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Sizes, patches_and_tokens, reads_text_alone, workload
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -145,8 +145,8 @@ def test_a_local_checkpoint_is_planned_by_what_it_has(checkpoint):
     model = params.Model(source=str(checkpoint), revision=None, init=None)
     loaded = but(loaded, models=but(loaded.models, teacher=model, student=model))
     work = workload(params.load(ROOT / "presets/qwen2-vl-7b.yaml").data, Path("elsewhere.yaml"))
-    rows = table.rows(loaded, work)
-    assert "evaluate student-nf4" in table.render(rows)
+    rows = plan_table.rows(loaded, work)
+    assert "evaluate student-nf4" in plan_table.render(rows)
     distill = next(row for row in rows if row.stage == "distill")
     assert (distill.memory.activations > 0) and all(row.operations >= 0 for row in rows)
 
@@ -168,12 +168,12 @@ def test_what_egogpt_leaves_behind_is_fetched_all_the_same():
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_has_a_table(path, in_root):
     loaded = params.load(path)
-    rows = table.rows(loaded, workload(loaded.data, path))
-    printed = table.render(rows)
+    rows = plan_table.rows(loaded, workload(loaded.data, path))
+    printed = plan_table.render(rows)
     for row in rows:
         assert row.stage in printed
         assert row.operations >= 0
-        assert row.memory is None or row.memory.total > memory.OVERHEAD
+        assert row.memory is None or row.memory.total > gpu_memory.OVERHEAD
     assert {"download-models", "distill", "quantize-student nf4", "evaluate teacher"} <= {row.stage for row in rows}
     assert ("finetune-teacher" in printed) == loaded.finetune_teacher.enabled
 
@@ -186,9 +186,9 @@ def test_presets_fit_the_gpu_they_are_for(name, size, method, in_root):
     loaded = params.load(path)
     loaded = but(loaded, finetune_teacher=but(loaded.finetune_teacher, enabled=True, method=method))
     loaded = but(loaded, targets=but(loaded.targets, precision="bfloat16"))
-    rows = table.rows(loaded, workload(loaded.data, path))
-    assert table.verdict(rows, "it", size * GIB).startswith("fits it with")
-    assert table.verdict(rows, "it", 8 * GIB).startswith("does not fit it: ")
+    rows = plan_table.rows(loaded, workload(loaded.data, path))
+    assert plan_table.verdict(rows, "it", size * GIB).startswith("fits it with")
+    assert plan_table.verdict(rows, "it", 8 * GIB).startswith("does not fit it: ")
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -210,7 +210,7 @@ def test_nothing_that_stages_depend_on_imports_the_plan():
 
 def test_what_should_take_less_takes_less(teacher, student, preset):
     def distilling(**train):
-        return memory.distilling(student, teacher, but(preset, train=but(preset.train, **train)), VIDEO)
+        return gpu_memory.distilling(student, teacher, but(preset, train=but(preset.train, **train)), VIDEO)
 
     adapters, full = distilling(), distilling(method="full")
     assert adapters.total < full.total
@@ -220,9 +220,9 @@ def test_what_should_take_less_takes_less(teacher, student, preset):
     assert adapters.activations < distilling(gradient_checkpointing=False).activations
     assert adapters.activations < distilling(batch_size=2).activations
     online = but(preset, targets=but(preset.targets, kind="online"))
-    assert adapters.total < memory.distilling(student, teacher, online, VIDEO).total
+    assert adapters.total < gpu_memory.distilling(student, teacher, online, VIDEO).total
     topk = but(preset, targets=but(preset.targets, kind="topk"))
-    assert memory.distilling(student, teacher, topk, VIDEO).weights < adapters.weights
+    assert gpu_memory.distilling(student, teacher, topk, VIDEO).weights < adapters.weights
     weights = [teacher.weights_bytes(precision) for precision in ("nf4", "int8", "bfloat16", "float32")]
     assert weights == sorted(weights)
 
@@ -251,7 +251,7 @@ def test_weights_gradients_and_moments_of_the_default_are_the_real_ones(processo
     assert shape.trained(loaded.train) == model.num_parameters()
     assert shape.weights_bytes("float32") == model.get_memory_footprint(return_buffers=False)
     linear = shape.linear + sum(one.weight.numel() for one in shape.vision_linears)
-    assert memory.distilling(shape, shape, loaded, VIDEO).training == gradients + moments + 2 * linear
+    assert gpu_memory.distilling(shape, shape, loaded, VIDEO).training == gradients + moments + 2 * linear
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -339,10 +339,10 @@ def test_activations_are_what_autograd_saves(method, processor, tmp_path):
     patches, around = patches_and_tokens(shape.model, Sizes("video", 8, 84 * 84, 0, 0, 0))
     assert 2 * patches == len(batch["pixel_values_videos"])
     sizes = Sizes("video", 8, 84 * 84, 1, tokens - around, 0)
-    layer, block = memory.layer_bytes(shape, settings, sizes)
+    layer, block = gpu_memory.layer_bytes(shape, settings, sizes)
     expected = layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0)
     assert found == pytest.approx(expected, rel=0.1)
-    assert expected < memory.training_activations(shape, settings, sizes)
+    assert expected < gpu_memory.training_activations(shape, settings, sizes)
     assert hidden.requires_grad
 
 
@@ -385,7 +385,7 @@ def test_what_is_taken_of_the_data_is_what_is_planned(in_root):
     assert arithmetic.caching(known(loaded.models.teacher.source), many) > 50 * arithmetic.caching(
         known(loaded.models.teacher.source), work
     )
-    rows = table.rows(loaded, many)
+    rows = plan_table.rows(loaded, many)
     assert next(row for row in rows if row.stage == "build-egoqa-dataset").disk == many.disk > 50 * work.disk
 
 
@@ -434,7 +434,7 @@ def test_more_logits_than_there_are_tokens_and_a_smaller_teacher_are_said(tmp_pa
     loaded = params.load(tmp_path / "params.yaml")
     work = workload(loaded.data, Path("params.yaml"))
     capped = but(loaded, targets=but(loaded.targets, k=672))
-    assert [row.disk for row in table.rows(loaded, work)] == [row.disk for row in table.rows(capped, work)]
+    assert [row.disk for row in plan_table.rows(loaded, work)] == [row.disk for row in plan_table.rows(capped, work)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
-from firstsight.distillation.training import micro_batches
+from firstsight.training.fit import micro_batches
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -12,9 +12,9 @@ from conftest import ROOT, make_sample
 from families import SAVE
 from torch import nn
 
-from firstsight.data.packing import collate, encode, pack
 from firstsight.models.loading import align_weights, keep_weights_as_stored, load_model, load_processor
-from firstsight.models.packed import last_hidden_states
+from firstsight.packing.forward import last_hidden_states
+from firstsight.packing.pack import collate, encode, pack
 
 # Rows and columns: what the AVX-512-BF16 path takes (32 | rows, 64 | columns), and what it does not.
 FITTING = [(32, 64), (96, 192)]

@@ -22,15 +22,16 @@ from firstsight import publish
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json, write_json
-from firstsight.data.records import Record, Split
-from firstsight.evaluation.answering import answers
+from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
-from firstsight.publishing import card, checks
+from firstsight.publishing import checks, model_card
+from firstsight.records.parquet import Split
+from firstsight.records.sample import Record
 
 NAME = "me/tiny"
 TOKEN = "hf_secretsecretsecret"
 STUDENT = "models/student-distilled"
-QUANTISED = card.VARIANTS[-1]  # the one that the smoke preset asks for
+QUANTISED = model_card.VARIANTS[-1]  # the one that the smoke preset asks for
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: fingerprint_files([path]) for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("variant", [card.DISTILLED, QUANTISED])
+@pytest.mark.parametrize("variant", [model_card.DISTILLED, QUANTISED])
 def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project, monkeypatch, tmp_path, variant):
     before = contents(project / "models" / variant)
     run(monkeypatch, variant, NAME, "--push")
@@ -99,7 +100,7 @@ def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project
     readme = (back / "README.md").read_text()
     assert found.pop("README.md")
     assert found == before
-    assert readme == card.model_card(variant, NAME)
+    assert readme == model_card.model_card(variant, NAME)
 
     # What its readers paste into a fresh Python.
     sample = next(one for one in Split(project / "data/egoqa/test.parquet") if one.media_kind == "image")
@@ -125,7 +126,7 @@ def test_without_push_it_shows_files_and_card_and_asks_no_hub(served, project, m
     weights = (project / STUDENT / "model.safetensors").stat().st_size
     assert f"{weights / 1000:.3g} kB  model.safetensors" in listed
     assert {line.split()[-1] for line in listed.splitlines()} == {*contents(project / STUDENT), "README.md"}
-    assert shown == card.model_card("student-distilled", NAME) + "\n"
+    assert shown == model_card.model_card("student-distilled", NAME) + "\n"
     assert served.requests == []
     assert not list(Path("models").glob(".publish*"))
 
@@ -139,7 +140,7 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
     quality["student-distilled"] |= {"exact_match": 0.1234, "exact_match_low": 0.1, "exact_match_high": 0.2, "new": {}}
     quality["student"] |= {"exact_match": 0.0, "exact_match_low": 0.0, "exact_match_high": 0.05}
     write_json(Path("metrics/quality.json"), quality)
-    text = card.model_card("student-distilled", NAME)
+    text = model_card.model_card("student-distilled", NAME)
     assert "| exact match | 0.123 (0.10 to 0.20) | 0.000 (0.00 to 0.05) |" in text
     assert "| student, whose weights these were | Qwen/Qwen2-VL-2B-Instruct | abc | qwen-research |" in text
     assert "| teacher, by which it was taught | egogpt |  | apache-2.0 |" in text
@@ -153,14 +154,14 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
     assert (read.base_model, read.library_name) == ("Qwen/Qwen2-VL-2B-Instruct", "transformers")
     models["student"] |= {"licence": "apache-2.0", "commit": None}
     write_json(Path("metrics/models.json"), models)
-    read = ModelCard(card.model_card("student-distilled", NAME)).data
+    read = ModelCard(model_card.model_card("student-distilled", NAME)).data
     assert (read.license, read.license_name, read.base_model) == ("apache-2.0", None, None)
 
 
 def test_the_card_can_be_printed_alone(project, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["card", QUANTISED])
-    card.run()
-    assert capsys.readouterr().out == card.model_card(QUANTISED, f"models/{QUANTISED}")
+    model_card.run()
+    assert capsys.readouterr().out == model_card.model_card(QUANTISED, f"models/{QUANTISED}")
 
 
 def test_a_second_push_replaces_the_first_and_leaves_what_is_not_a_model(served, project, monkeypatch, tmp_path):

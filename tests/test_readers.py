@@ -13,16 +13,16 @@ import pytest
 from conftest import ROOT, picture
 from test_sources import brightness, write_video
 
+from firstsight.assembly.assemble import assemble
+from firstsight.assembly.sources import READERS
 from firstsight.core.errors import UserError
 from firstsight.core.params import FileSource, Hub
-from firstsight.data.records import Split
-from firstsight.sources import hub
-from firstsight.sources.assembly import assemble
-from firstsight.sources.choices import chosen, plain_options
-from firstsight.sources.media import Files
-from firstsight.sources.overlap import video_ids
-from firstsight.sources.problems import BadRecordError, Problems
-from firstsight.sources.readers import READERS
+from firstsight.readers import hub_dataset
+from firstsight.readers.choices import chosen, plain_options
+from firstsight.readers.media import Files
+from firstsight.readers.overlap import video_ids
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.records.parquet import Split
 
 REAL = ROOT.parent / "shared" / "realdata"
 UID, OTHER = "09194996-ff4b-4a4f-9800-e8aedc9be7f2", "1261ee8c-80fc-4a3f-9dd3-29f4a918a9fe"
@@ -517,12 +517,12 @@ def folder(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    hub._open.cache_clear()
-    hub._commit.cache_clear()
+    hub_dataset._open.cache_clear()
+    hub_dataset._commit.cache_clear()
     (tmp_path / "set").mkdir()
     yield tmp_path / "set"
-    hub._open.cache_clear()
-    hub._commit.cache_clear()
+    hub_dataset._open.cache_clear()
+    hub_dataset._commit.cache_clear()
 
 
 def hub_data(settings, folder, fields, splits=None, **data):
@@ -533,7 +533,7 @@ def hub_data(settings, folder, fields, splits=None, **data):
 
 
 def from_hub(settings, folder, fields, splits=None, problems=None, **data):
-    return list(hub.read(hub_data(settings, folder, fields, splits, **data), problems or Problems("stop")))
+    return list(hub_dataset.read(hub_data(settings, folder, fields, splits, **data), problems or Problems("stop")))
 
 
 def write_images(folder, **splits):
@@ -574,7 +574,7 @@ def test_images_in_a_data_set_are_read(settings, folder):
     assert (one.media.kind, two.media.kind, len(two.media.group())) == ("image", "frames", 2)
     small = pickle.dumps(two.media)
     assert len(small) < 1000
-    hub._open.cache_clear()  # as in another process
+    hub_dataset._open.cache_clear()  # as in another process
     shown = [brightness(frame) for frame in pickle.loads(small).load(settings.data).frames]
     alone = [Files("image", folder, (f"{n}.jpg",)) for n in (2, 3)]
     for n in (2, 3):
@@ -671,7 +671,7 @@ def test_an_image_in_train_and_test_stays_in_the_test(settings, folder):
     write_images(folder, train=[("One?", 1, [1]), ("Two?", 0, [2])], test=[("Again?", 1, [1])])
     splits = {"train": "by group", "test": "test"}
     data = hub_data(settings, folder, IMAGE_FIELDS, splits, validation_fraction=0.0, test_fraction=0.0)
-    found = assemble([("set", hub.read(data, Problems("stop")))], data, Problems("stop"), Counter())
+    found = assemble([("set", hub_dataset.read(data, Problems("stop")))], data, Problems("stop"), Counter())
     assert {unit.split: [one.id for one in unit.questions] for unit in found} == {
         "test": ["train-0", "test-0"],
         "train": ["train-1"],
@@ -730,7 +730,7 @@ def test_a_wrong_section_is_named(settings, folder, fields, splits, message):
     if splits is not None:
         data = data.model_copy(update={"hub": data.hub.model_copy(update={"splits": splits})})
     with pytest.raises(UserError) as error:
-        list(hub.read(data, Problems("skip")))
+        list(hub_dataset.read(data, Problems("skip")))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -761,6 +761,6 @@ def test_a_data_set_of_the_hub_is_loaded_at_one_commit(settings, folder, monkeyp
     )
     section = Hub(id="me/set", config="EgoIT", revision="v1", splits={"train": "train"}, fields={"question": "q"})
     data = settings.data.model_copy(update={"source": "hub", "hub": section})
-    assert len(list(hub.read(data, Problems("stop")))) == 1
-    assert hub.commit(section) == "c0ffee"
+    assert len(list(hub_dataset.read(data, Problems("stop")))) == 1
+    assert hub_dataset.commit(section) == "c0ffee"
     assert asked == [("me/set", "dataset", "v1"), ("me/set", "EgoIT", {"split": "train", "revision": "c0ffee"})]

@@ -10,10 +10,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from firstsight.core.params import Criteria, Levels
-from firstsight.data.records import Split
 from firstsight.evaluation.metrics import score
+from firstsight.records.parquet import Split
+from firstsight.reporting.comparison import size
 from firstsight.reporting.criteria import conclusions, verdicts
-from firstsight.reporting.table import size
 
 LEVELS = Levels(minimum=1.0, target=2.0, stretch=3.0)
 CRITERIA = Criteria(compression=LEVELS, memory_saved=LEVELS, speed_up=LEVELS, retention=LEVELS)

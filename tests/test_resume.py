@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, change, launch, run_stage
 
+from firstsight.core import scratch
 from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.files import fingerprint_files, whole_folder
-from firstsight.distillation import checkpoints, trainer, training
-from firstsight.runs import scratch
+from firstsight.training import checkpoints, fit, trainer
 
 STAGES = {"finetune_teacher": "models/teacher-finetuned", "distill": "models/student-distilled"}
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj"]}
@@ -30,7 +30,7 @@ class Killed(BaseException):
 @pytest.fixture
 def workspace(smoke_copy, monkeypatch):
     """A checkpoint at every step; 18 steps of 4 samples in 2 epochs, the last one of each of a single sample."""
-    monkeypatch.setattr(training, "_LOGGING_STEPS", 4)
+    monkeypatch.setattr(fit, "_LOGGING_STEPS", 4)
     monkeypatch.setenv("FIRSTSIGHT_CHECKPOINT_SECONDS", "0")
     for section in ("finetune_teacher", "train"):
         change(smoke_copy, section, epochs=2, batch_size=4)
@@ -65,7 +65,7 @@ def interrupted(monkeypatch, workspace, at: int, stage="distill", how=None) -> P
                 (how or kill)()
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "Checkpoints", Interrupt)
+        patched.setattr(fit, "Checkpoints", Interrupt)
         with pytest.raises((Killed, Unfinished)):
             run_stage(workspace, stage)
     (folder,) = (one for one in (workspace / ".scratch").iterdir() if one.is_dir())
@@ -130,7 +130,7 @@ def test_a_changed_setting_or_input_starts_anew(workspace, monkeypatch, caplog, 
         path = workspace / "models/student/chat_template.jinja"
         path.write_text("{# changed #}" + path.read_text())
     else:
-        monkeypatch.setattr("firstsight.runs.scratch._code", lambda: {"files": "edited"})
+        monkeypatch.setattr("firstsight.core.scratch._code", lambda: {"files": "edited"})
     with caplog.at_level("INFO", logger="firstsight"):
         run_stage(workspace, "distill")
     assert "resuming" not in caplog.text
@@ -290,7 +290,7 @@ def test_several_processes_go_on_and_end_the_same(workspace):
 INTERRUPTED = """
 import os, signal, sys
 from firstsight.core.stage import main
-from firstsight.distillation import checkpoints, training
+from firstsight.training import checkpoints, fit
 from stages import distill
 
 moment = sys.argv[1]

@@ -9,13 +9,13 @@ import pytest
 from conftest import ROOT, make_sample
 from PIL import Image
 
+from firstsight.acquisition.initialise import train_tokenizer
 from firstsight.core import params
-from firstsight.models.initialise import train_tokenizer
 from firstsight.planning import preview
+from firstsight.readers.problems import Problems
 from firstsight.reporting.contact_sheet import contact_sheet
-from firstsight.sources.problems import Problems
-from firstsight.sources.rendering import CENTRES, render
-from firstsight.sources.scenes import (
+from firstsight.scenes.rendering import CENTRES, render
+from firstsight.scenes.scene import (
     PLACES,
     VERBS,
     Event,
@@ -28,8 +28,8 @@ from firstsight.sources.scenes import (
     narrate,
     sample_scene,
 )
-from firstsight.sources.synthetic import Rendered, read
-from firstsight.sources.templates import QUESTION_TYPES, TEMPLATES, UNANSWERABLE, template_of
+from firstsight.scenes.synthetic import Rendered, read
+from firstsight.scenes.templates import QUESTION_TYPES, TEMPLATES, UNANSWERABLE, template_of
 
 
 def state(**things: str) -> State:

@@ -10,10 +10,10 @@ import pytest
 from conftest import picture
 from PIL import Image
 
+from firstsight.assembly.sources import READERS
 from firstsight.core.errors import UserError
-from firstsight.sources.media import Files, files, first_there, frame_rate, read_image, read_video
-from firstsight.sources.problems import BadRecordError, Problems
-from firstsight.sources.readers import READERS
+from firstsight.readers.media import Files, files, first_there, frame_rate, read_image, read_video
+from firstsight.readers.problems import BadRecordError, Problems
 
 
 def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
-from firstsight.data.records import Split, SplitWriter
 from firstsight.distillation import targets
-from firstsight.distillation.own_answers import own_answers
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
-from firstsight.evaluation.answering import answers
+from firstsight.distillation.teacher_answers import own_answers
+from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
+from firstsight.records.parquet import Split, SplitWriter
 
 INDEX = Index(
     kind="hidden",

@@ -7,11 +7,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from firstsight.core.params import Optimisation
-from firstsight.data.dataset import PackedDataset
-from firstsight.data.records import Split
-from firstsight.distillation.model import DistillationModel
-from firstsight.distillation.training import train
 from firstsight.models.loading import load_model, load_processor
+from firstsight.packing.dataset import PackedDataset
+from firstsight.records.parquet import Split
+from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.fit import train
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json, write_json
 from firstsight.core.stage import log
-from firstsight.data.records import Sample
-from firstsight.models.vocabulary import vocabulary_fingerprint
+from firstsight.distillation.vocabulary import vocabulary_fingerprint
+from firstsight.records.sample import Sample
 
 # When a shard is full: what an interruption may cost, and how many files there are.
 _SHARD_BYTES, _SHARD_RECORDS = 1 << 26, 2048

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from firstsight.data.records import Record
 from firstsight.evaluation.metrics import (
     Scores,
     bleu,
@@ -16,6 +15,7 @@ from firstsight.evaluation.metrics import (
     proportion_interval,
     score,
 )
+from firstsight.records.sample import Record
 
 
 def summarise(

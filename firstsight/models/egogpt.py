@@ -1,7 +1,7 @@
 r"""EgoGPT as a transformers model: LLaVA-OneVision that hears silence, and pools and lays out videos as EgoGPT does.
 
 EgoGPT puts speech features between the pictures and the question, those of 30 seconds of silence where there is no
-audio. FirstSight has no audio, so they depend on the weights alone: `firstsight.models.egogpt_conversion` computes
+audio. FirstSight has no audio, so they depend on the weights alone: `firstsight.acquisition.egogpt_conversion` computes
 them once and keeps them as a parameter, and neither Whisper's encoder nor its 635 M parameters are needed here.
 Importing this module makes transformers' auto classes read what that conversion writes.
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 from operator import attrgetter
 
+from firstsight.assembly.sources import READERS
 from firstsight.core.params import Data
-from firstsight.data.records import Sample
-from firstsight.sources.problems import Problems
-from firstsight.sources.question import Pictures
-from firstsight.sources.readers import READERS
+from firstsight.readers.problems import Problems
+from firstsight.readers.source_record import Pictures
+from firstsight.records.sample import Sample
 
 
 def samples(data: Data, count: int) -> Iterator[Sample]:

@@ -20,8 +20,9 @@ from transformers.image_processing_utils import select_best_resolution
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import PARAMS_FILE, Data
-from firstsight.data.records import SPLITS, Sample, Split
 from firstsight.planning import preview
+from firstsight.records.parquet import Split
+from firstsight.records.sample import SPLITS, Sample
 
 DATA, LOCK = Path("data/egoqa"), Path("dvc.lock")
 

@@ -9,12 +9,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoModelForImageTextToText
 
+from firstsight.acquisition import checks
+from firstsight.acquisition.hub_client import checked_token
+from firstsight.asking.folder import check_there
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.models import checkpoint, egogpt
+from firstsight.models import egogpt
 from firstsight.models.architecture import auto_class
-from firstsight.models.folder import check_there
-from firstsight.models.hub import checked_token
 
 
 def check_name(repository: str) -> None:
@@ -53,15 +54,15 @@ def check_folder(folder: Path) -> None:
     """It holds a model that transformers loads by itself: safetensors and text files alone, whole."""
     check_there(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    other = set(names) - set(filter_repo_objects(names, allow_patterns=[*checkpoint.TEXT, "*.safetensors"]))
+    other = set(names) - set(filter_repo_objects(names, allow_patterns=[*checks.TEXT, "*.safetensors"]))
     if other:
         raise UserError(
             f"{folder}: expected weights as safetensors, and text files, found {min(other)} "
             f"({len(other)} other files); dvc checkout restores what the pipeline made"
         )
-    checkpoint.check_config(folder, str(folder))
-    checkpoint.check_weights(folder, str(folder))
-    kind = read_json(folder / checkpoint.CONFIG, "distill")["model_type"]
+    checks.check_config(folder, str(folder))
+    checks.check_weights(folder, str(folder))
+    kind = read_json(folder / checks.CONFIG, "distill")["model_type"]
     if auto_class(kind) is not AutoModelForImageTextToText or kind == egogpt.EgoGptConfig.model_type:
         raise UserError(
             f"{folder}: expected a vision-language model that transformers loads by itself, found model_type {kind!r}; "

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from firstsight.core.params import Quantize
-from firstsight.evaluation.answering import Question, model_inputs
+from firstsight.generation.answering import Question, model_inputs
 from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import check_quantised, load_model, load_processor
 

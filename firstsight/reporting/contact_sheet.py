@@ -6,7 +6,7 @@ from itertools import count
 
 from PIL import Image, ImageDraw, ImageFont
 
-from firstsight.data.records import LETTERS, Record, Sample
+from firstsight.records.sample import LETTERS, Record, Sample
 from firstsight.reporting.fonts import drawable, pillow_font
 
 # Pixels of the sheet.

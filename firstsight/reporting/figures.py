@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from firstsight.models.variants import VARIANTS
+from firstsight.core.variants import VARIANTS
 from firstsight.reporting import fonts
 from firstsight.reporting.summary import QUESTION_ONLY
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from firstsight.data.records import Record, Sample
+from firstsight.core.variants import TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, proportion_interval, score
-from firstsight.models.variants import TEACHER
+from firstsight.records.sample import Record, Sample
 
 QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
 # Of performance.json: what is of the model, of a batch of one, and of where it was measured.

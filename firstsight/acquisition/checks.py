@@ -1,0 +1,296 @@
+"""What a Hugging Face checkpoint is, found out without building its model: fit to be used, or refused; and its facts.
+
+Safetensors and text only: a pickle runs code when it is read, and so does a checkpoint whose class is a file of its
+own.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import metadata_load
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from firstsight.acquisition import egogpt_conversion
+from firstsight.core.errors import UserError
+from firstsight.models.architecture import auto_class
+from firstsight.models.loading import ADAPTER, load_processor
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+# The text files that say how weights are used (`*.model` is SentencePiece's vocabulary).
+TEXT = ("*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
+_PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+# peft's: of an adapter beside the model, and of one in the model's own folder, which transformers would add to it.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What bitsandbytes stores beside a quantised weight.
+_SCALES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def check_texts(folder: Path, present: Collection[str], place: str) -> list[str]:
+    """Refuse what small files show to be unfit, before large ones are fetched or copied.
+
+    Args:
+        folder: the checkpoint's text files, at least.
+        present: the names of all its files, here or still on the hub; those of its adapter with their folder.
+        place: what to call the checkpoint in an error.
+
+    Returns the names of the large files: the weights, and the adapter in its folder, if there is one.
+
+    Raises:
+        UserError: the config or the processor cannot be used, the architecture is unknown or quantised in a way that
+            is not read here, an adapter is not where it belongs, or as `weight_files`.
+    """
+    if ADAPTER_CONFIG in present:
+        raise UserError(
+            f"{place}: expected a model alone, found an adapter in its folder ({ADAPTER_CONFIG}); merge it (peft's "
+            f"merge_and_unload) and save that, or move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} to {ADAPTER}/ beside it"
+        )
+    check_config(folder, place)
+    large = weight_files(folder, present, place) + adapter_files(present, place)
+    if egogpt_conversion.is_original(folder / CONFIG):
+        egogpt_conversion.check_texts(folder, place)
+    else:
+        load_processor(folder, place, "get its tokenizer, processor and chat template, or name a complete checkpoint")
+    return large
+
+
+def adapter_files(present: Collection[str], place: str) -> list[str]:
+    """The names of the files of peft's adapter in the folder `adapter`, which belongs to the model; [] without one.
+
+    Raises UserError when its weights are no safetensors.
+    """
+    config, weights = f"{ADAPTER}/{ADAPTER_CONFIG}", f"{ADAPTER}/{ADAPTER_WEIGHTS}"
+    if config not in present:
+        return []
+    if weights not in present:
+        found = sorted(name for name in present if name.startswith(f"{ADAPTER}/"))
+        raise UserError(
+            f"{place}: expected {weights} beside {config}, found {found}; save the adapter again with "
+            "save_pretrained, or remove the folder to take the model without it"
+        )
+    return [config, weights]
+
+
+def weight_files(folder: Path, present: Collection[str], place: str) -> list[str]:
+    """The names of the files that transformers reads weights from: one, or the shards of the index in `folder`.
+
+    Args:
+        folder: the checkpoint's text files, at least.
+        present: the names of all its files, here or still on the hub.
+        place: what to call the checkpoint in an error.
+
+    Raises:
+        UserError: its weights are pickles, or there are none; the index is broken, or a shard of it is missing.
+    """
+    if WEIGHTS in present:
+        return [WEIGHTS]
+    if INDEX not in present:
+        pickles = sorted(name for name in present if Path(name).suffix in _PICKLES)
+        found = f"pickles ({pickles[0]}), which can run code when read" if pickles else f"{sorted(present)[:8]}"
+        raise UserError(
+            f"{place}: expected {WEIGHTS}, or shards and {INDEX}, found {found}; name a revision that has safetensors, "
+            "or a folder you have converted with save_pretrained"
+        )
+    try:
+        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{place}: expected a weight_map in {INDEX}, found {error!r}; get the checkpoint again"
+        ) from None
+    # A name is fetched, and a path would lead elsewhere.
+    if wrong := [name for name in shards if not name.endswith(".safetensors") or "/" in name] or not shards:
+        raise UserError(
+            f"{place}: expected {INDEX} to name *.safetensors beside it, found {wrong[0] if shards else 'no shard'}; "
+            "get the checkpoint again, or name a revision that has safetensors"
+        )
+    if absent := [name for name in shards if name not in present]:
+        raise UserError(
+            f"{place}: expected the {len(shards)} shards that {INDEX} names, found no {absent[0]}"
+            f" ({len(absent)} missing); get the checkpoint again, or name a complete revision"
+        )
+    return shards
+
+
+def check_config(folder: Path, place: str) -> None:
+    """Raise UserError unless transformers itself has a class for the checkpoint, or it is one to be converted."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{place}: expected a {CONFIG} that can be read, found {error}; name a Hugging Face model folder"
+        ) from None
+    if egogpt_conversion.is_original(folder / CONFIG):
+        return
+    quantised = config.get("quantization_config", config.get("compression_config"))
+    if quantised is not None:
+        known = isinstance(quantised, dict) and (quantised.get("load_in_8bit") or quantised.get("load_in_4bit"))
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        if not known or method not in (None, "bitsandbytes"):
+            raise UserError(
+                f"{place}: expected weights as they are, or quantised by bitsandbytes, found them quantised by "
+                f"{method!r}; take the checkpoint that this one was made from"
+            )
+    # Many repositories carry code from before transformers had their class; then it is not needed.
+    if not isinstance(kind, str) or auto_class(kind) is None:
+        own = ", and code of its own to run (auto_map), which is refused" if "auto_map" in config else ""
+        raise UserError(
+            f"{place}: expected an architecture that transformers knows to answer in text, found model_type "
+            f"{kind!r}{own}; take such a model, Qwen2-VL or LLaVA-OneVision for one"
+        )
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever libraries raise over values that make no model
+        found = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: expected a {CONFIG} that can be read, found {found}; get it again") from None
+
+
+def check_weights(folder: Path, place: str) -> None:
+    """Raise UserError unless every weight is there, whole, and of the shape that config.json says.
+
+    transformers loads the checkpoint onto the meta device: its names for old and new layouts and its rules for tied
+    weights, and no memory for weights. Of quantised weights, the number is compared.
+    """
+    present = names(folder)
+    for name in weight_files(folder, present, place) + adapter_files(present, place)[1:]:
+        for _ in _headers(folder / name):
+            pass
+    if egogpt_conversion.is_original(folder / CONFIG):
+        return  # its conversion compares them
+    try:
+        differing = _differing(folder)
+    except Exception as error:  # whatever libraries raise over values that make no model
+        found = " ".join(str(error).split())[:200]
+    else:
+        if not differing:
+            return
+        found = f"{len(differing)} that do not fit ({sorted(differing)[0]})"
+    raise UserError(f"{place}: expected the weights that {CONFIG} describes, found {found}; get the checkpoint again")
+
+
+def _differing(folder: Path) -> list[str]:
+    """Weights that are missing, not in the model, or of another shape than its config gives, a line each."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Built as if it were not: packed weights cannot be unpacked without memory.
+    quantised = hasattr(config, "quantization_config")
+    if quantised:
+        del config.quantization_config
+    _, info = auto_class(config.model_type).from_pretrained(
+        folder,
+        config=config,
+        device_map="meta",
+        ignore_mismatched_sizes=True,  # they are reported, instead of raised without a name
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    unexpected = info["unexpected_keys"]
+    mismatched = info["mismatched_keys"]
+    if quantised:
+        unexpected = [name for name in unexpected if not name.endswith(_SCALES) and ".quant_state." not in name]
+        # Two weights of 4 bits a byte, in one column.
+        mismatched = [
+            (name, stored, built) for name, stored, built in mismatched if tuple(stored) != ((prod(built) + 1) // 2, 1)
+        ]
+    return [
+        *(f"{name}: {list(stored)} instead of {list(built)}" for name, stored, built in mismatched),
+        *(f"{name}: missing" for name in info["missing_keys"]),
+        *(f"{name}: not in the model" for name in unexpected),
+    ]
+
+
+def complete_tokenizer(folder: Path, place: str) -> None:
+    """Write tokenizer.json from the vocabulary and merges that are there instead of it; stages depend on it.
+
+    Raises UserError when the tokenizer is of a kind that cannot be written so.
+    """
+    if (folder / TOKENIZER).exists():
+        return
+    tokenizer = load_processor(folder, place).tokenizer
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{place}: expected a tokenizer that {TOKENIZER} can hold, found {type(tokenizer).__name__}; "
+            "name a checkpoint that has one"
+        )
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """Of a checked checkpoint: licence, architecture, and sizes, from its text files and the weights' headers.
+
+    `parameters` and `dtypes` (a number of parameters each) count what is stored: tied weights once, quantised weights
+    as they are packed. `licence` is what the model card says, else the name of a licence file, else None. `bytes` are
+    those of all files.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    dtypes: Counter[str] = Counter()
+    present = names(folder)
+    files = [folder / name for name in weight_files(folder, present, str(folder))]
+    stored = {name: (path, *kind) for path in files for name, *kind in _headers(path)}
+    for name in _stored_twice(stored):
+        del stored[name]
+    for _, dtype, shape in stored.values():
+        dtypes[dtype] += prod(shape)
+    return {
+        "licence": _licence(folder),
+        "architecture": config["architectures"][0] if config.get("architectures") else None,
+        "model_type": config["model_type"],
+        "parameters": dtypes.total(),
+        "dtypes": dict(dtypes.most_common()),
+        "bytes": sum((folder / name).stat().st_size for name in present),
+    }
+
+
+def names(folder: Path) -> set[str]:
+    """The names of a checkpoint's files, those of its adapter with their folder."""
+    inside = {f"{ADAPTER}/{path.name}" for path in (folder / ADAPTER).glob("*") if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file()} | inside
+
+
+def _headers(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, dtype and shape of every tensor of a safetensors file.
+
+    Raises UserError when it is broken or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, no mapping
+                yield name, (part := file.get_slice(name)).get_dtype(), part.get_shape()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: expected safetensors, found a broken file ({error}); download it again") from None
+
+
+def _stored_twice(stored: dict[str, tuple[Path, str, list[int]]]) -> list[str]:
+    """The head's name where it is stored beside the embedding that it is tied to: the same numbers."""
+    heads, embeddings = (
+        [name for name in stored if name.endswith(end)] for end in ("lm_head.weight", "embed_tokens.weight")
+    )
+    if len(heads) != 1 or len(embeddings) != 1 or stored[heads[0]][1:] != stored[embeddings[0]][1:]:
+        return []
+    parts = []
+    with ExitStack() as stack:
+        for name in (*heads, *embeddings):
+            file = stack.enter_context(safe_open(stored[name][0], framework="pt"))
+            parts.append(file.get_slice(name))
+        # A few rows tell most pairs apart.
+        same = torch.equal(parts[0][:8], parts[1][:8]) and torch.equal(parts[0][:], parts[1][:])
+    return heads if same else []
+
+
+def _licence(folder: Path) -> str | None:
+    try:
+        card = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        card = {}
+    # "other" is the hub's word for a licence that it has no identifier for.
+    named = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return str(named) if named else next((path.name for path in sorted(folder.glob("LICENSE*"))), None)

@@ -1,0 +1,83 @@
+"""A model that a person asks: loaded once, it answers one question at a time and says how long that took."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from firstsight.asking.folder import check_there
+from firstsight.core.errors import UserError
+from firstsight.core.params import Data, Evaluate
+from firstsight.generation.answering import answers
+from firstsight.models.loading import load_model, load_processor
+from firstsight.readers.media import files
+from firstsight.readers.problems import BadRecordError
+from firstsight.readers.source_record import special_token
+from firstsight.records.sample import Record, Sample
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says, and the seconds it took from the decoded pictures and the text to the last token."""
+
+    text: str
+    seconds: float
+
+    def line(self) -> str:
+        """For a table: the text on one line, or that there is none."""
+        return " ".join(self.text.split()) or "(nothing)"
+
+
+class AskedModel:
+    """A model folder, ready to answer; `load_seconds` is what that took.
+
+    Raises:
+        UserError: there is no model in the folder, or as `load_model`.
+    """
+
+    def __init__(self, folder: Path, settings: Evaluate, device: str):
+        check_there(folder)
+        self.folder, self._settings = folder, settings
+        started = time.perf_counter()
+        self._processor = load_processor(folder)
+        self._model = load_model(folder, settings.precision, device)
+        self.load_seconds = time.perf_counter() - started
+
+    def answer(self, sample: Sample) -> Answer:
+        """To the sample's one question."""
+        started = time.perf_counter()
+        question = (sample, sample.records[0])
+        (text,) = answers(self._model, self._processor, [question], 1, self._settings.max_new_tokens)
+        return Answer(text, time.perf_counter() - started)
+
+
+def question_about(path: Path, question: str, data: Data) -> Sample:
+    """A question about an image or a video, which is sampled and resized as the data set's are.
+
+    Raises:
+        UserError: there is no question, or the file is missing or cannot be read.
+    """
+    if not question.strip():
+        raise UserError("question: expected some text, found none; ask something")
+    if token := special_token(question):
+        raise UserError(f"question: expected plain text, found the special token {token!r}; leave it out")
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: expected an image or a video, found {found}; correct the path")
+    # Where links lead: a data set refuses those out of its folder, but here a person named the file.
+    path = path.resolve()
+    try:
+        media = files(path.parent, path.name)
+        pictures = media.load(data)
+    except BadRecordError as error:
+        raise UserError(str(error)) from None
+    record = Record("asked", question.strip(), "", (), "open")
+    return Sample("asked", "asked", "asked", media.kind, pictures.frames, pictures.fps, (record,))
+
+
+def seen(sample: Sample) -> str:
+    """What a model sees of a sample's media, in words: "8 frames of 112 x 112 pixels, 2 a second"."""
+    first, *rest = sample.pictures()
+    size = f"{first.width} x {first.height} pixels"
+    if sample.media_kind != "video":
+        return f"an image of {size}"
+    return f"{len(rest) + 1} frames of {size}, {sample.fps:.3g} a second"

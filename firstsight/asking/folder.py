@@ -1,0 +1,23 @@
+"""A model folder as a person names it: there, or one line that says why not."""
+
+from pathlib import Path
+
+from firstsight.acquisition.checks import CONFIG
+from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
+from firstsight.core.variants import LEFT_OUT
+
+
+def check_there(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a model. Whether it is whole is found out when it is loaded."""
+    if (note := folder / LEFT_OUT).is_file():
+        raise UserError(
+            f"{folder}: expected a model, found it left out ({read_json(note, 'quantize-student')}); "
+            "ask for it in params.yaml, and dvc repro makes it"
+        )
+    if not (folder / CONFIG).is_file():
+        found = "a folder without config.json" if folder.is_dir() else "no such folder"
+        raise UserError(
+            f"{folder}: expected a model folder, found {found}; name one, such as models/student-distilled, "
+            "which dvc repro makes"
+        )

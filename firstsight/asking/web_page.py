@@ -1,0 +1,47 @@
+"""The page of `firstsight.demo`: an upload and a question, what the models see, and a row an answer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from firstsight.asking.asked_model import AskedModel
+from firstsight.asking.side_by_side import COLUMNS, answered
+from firstsight.core import params
+from firstsight.core.errors import UserError
+
+# The system's own fonts: Gradio's themes would otherwise bring theirs.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+# Frames are small, few or many, and below the label: one alone would otherwise be as wide as the page, and cut off.
+CSS = """
+#frames .grid-wrap { min-height: 0; max-height: none; padding-top: 2rem }
+#frames .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
+"""
+
+
+def page(models: Sequence[AskedModel], data: params.Data) -> gr.Blocks:
+    """The page that asks `models`, sampling and resizing media as `data` says."""
+
+    def ask(path: str | None, question: str) -> tuple[list[Image.Image], list[list[str]]]:
+        try:
+            return answered(models, Path(path) if path else None, question, data)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    with gr.Blocks(title="FirstSight", analytics_enabled=False) as blocks:
+        gr.Markdown("# FirstSight\nAsk about a picture or a clip. Each model's first answer takes longer: it warms up.")
+        with gr.Row():
+            media = gr.File(label="Image or video", file_types=["image", "video"])
+            with gr.Column():
+                question = gr.Textbox(label="Question", placeholder="What is in your left hand?")
+                button = gr.Button("Ask", variant="primary")
+        found = gr.Dataframe(
+            headers=COLUMNS, column_widths=["35%", "45%", "20%"], label="Answers", wrap=True, interactive=False
+        )
+        frames = gr.Gallery(
+            label="What the models see", elem_id="frames", height="auto", object_fit="contain", interactive=False
+        )
+        for event, name in ((button.click, "ask"), (question.submit, False)):
+            event(ask, [media, question], [frames, found], api_name=name, show_progress_on=found)
+    return blocks

@@ -1,0 +1,20 @@
+"""The reader of each kind of source: `read(data, problems)` gives its questions in order."""
+
+from collections.abc import Callable, Iterator
+
+from firstsight.core.params import Data
+from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa
+from firstsight.readers.problems import Problems
+from firstsight.readers.source_record import Asked
+from firstsight.scenes import synthetic
+
+READERS: dict[str, Callable[[Data, Problems], Iterator[Asked]]] = {
+    "synthetic": synthetic.read,
+    "jsonl": jsonl.read,
+    "csv": csv_file.read,
+    "llava": llava.read,
+    "egoschema": egoschema.read,
+    "openeqa": openeqa.read,
+    "egotempo": egotempo.read,
+    "hub": hub_dataset.read,
+}

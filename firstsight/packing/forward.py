@@ -1,0 +1,66 @@
+"""Run a vision-language model over packed samples (`firstsight.packing.pack`), each record as if asked alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from firstsight.packing.pack import IGNORE
+
+MODEL_INPUTS_OF_PACKING = ("segment_ids", "branch_offsets", "labels")
+
+
+def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, S, S] from segment ids [B, S]: 0 where attention is allowed, the dtype's minimum elsewhere.
+
+    A token attends to itself and to earlier tokens of the prefix (segment 0) and of its own segment. Padding (-1)
+    attends to padding, so that no row is empty (an empty softmax is NaN), and nothing attends to it.
+    """
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    length = segment_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    allowed = causal & ((query == key) | ((key == 0) & (query > 0)))
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segment_ids.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Positions as if each record stood alone: [3, B, S] for multimodal rotary models, else [B, S].
+
+    The model numbers the packed sequence as it would any other; a branch is then moved back by its offset. That is
+    exact because branches hold text only, whose positions grow by one a token in every dimension.
+    """
+    base = model.base_model if not hasattr(model, "model") else model.model
+    if hasattr(base, "get_rope_index"):
+        positions, _ = base.get_rope_index(
+            batch["input_ids"],
+            batch["mm_token_type_ids"],
+            image_grid_thw=batch.get("image_grid_thw"),
+            video_grid_thw=batch.get("video_grid_thw"),
+            attention_mask=(batch["segment_ids"] >= 0).long(),
+        )
+    else:
+        positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device).expand_as(
+            batch["input_ids"]
+        )
+    return positions - batch["branch_offsets"]
+
+
+def last_hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Final hidden states [B, S, H] (after the last norm) of a packed batch; no logits are computed."""
+    inputs = {name: value for name, value in batch.items() if name not in MODEL_INPUTS_OF_PACKING}
+    outputs = model.model(
+        **inputs,
+        position_ids=position_ids(model, batch),
+        use_cache=False,
+        attention_mask=attention_mask(batch["segment_ids"], model.dtype),
+    )
+    return outputs.last_hidden_state
+
+
+def answer_states(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [n, H] that predict the n answer tokens of a packed batch, and those tokens [n]."""
+    # The state before a token predicts it.
+    following = labels[:, 1:]
+    answered = following != IGNORE
+    return last_hidden_states(model, batch)[:, :-1][answered], following[answered]

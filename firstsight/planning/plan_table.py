@@ -1,0 +1,198 @@
+"""The plan as a table, a row a stage, and what it means for a GPU."""
+
+from dataclasses import dataclass
+
+from firstsight.core.params import Evaluate, Optimisation, Params
+from firstsight.models.egogpt import EgoGptConfig
+from firstsight.planning import arithmetic, gpu_memory
+from firstsight.planning.gpu_memory import LOADED, Memory, Shape
+from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
+from firstsight.planning.workload import Workload
+
+HEADER = ("stage", "loads", "weights", "training", "activations", "GPU", "disk", "scratch", "time")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage: what it loads, bytes on the GPU (None where it needs none), bytes on disk, operations.
+
+    `scratch` is on disk while the stage runs: its checkpoints.
+    """
+
+    stage: str
+    loads: str
+    memory: Memory | None = None
+    disk: float = 0.0
+    scratch: float = 0.0
+    operations: float = 0.0
+
+
+def rows(params: Params, work: Workload) -> list[Row]:
+    """The stages that take weights, memory or time; what fine-tuning or caching leaves out is not among them."""
+    teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
+    found = [
+        Row("download-models", f"{_count(shape.parameters)} {role}", disk=_downloaded(shape))
+        for role, shape in (("teacher", teacher), ("student", student))
+    ]
+    media = sum(work.samples.values())
+    found.append(Row("build-egoqa-dataset", f"{_count(media)} media", disk=work.disk))
+    if params.finetune_teacher.enabled:
+        found.append(_finetune_teacher(teacher, params.finetune_teacher, work))
+    if params.targets.kind != "online":
+        found.append(_cache_teacher_targets(student, teacher, params, work))
+    found.append(_distill(student, teacher, params, work))
+    found += [_quantize_student(student, method) for method in params.quantize.methods]
+    variants = {
+        "teacher": (teacher, params.evaluate.precision),
+        **{f"teacher-{method}": (teacher, method) for method in params.evaluate.teacher_methods},
+        "student": (student, params.evaluate.precision),
+        "student-distilled": (student, params.evaluate.precision),
+        **{f"student-{method}": (student, method) for method in params.quantize.methods},
+    }
+    return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]
+
+
+def _downloaded(shape: Shape) -> float:
+    """Bytes of a model on disk; of EgoGPT from the hub the converted one, and the original in the hub's cache."""
+    if shape.name not in KNOWN or shape.model.config.model_type != EgoGptConfig.model_type:
+        return shape.stored_bytes
+    return shape.stored_bytes + shape.stored_bytes / shape.parameters * (shape.parameters + EGOGPT_SPEECH)
+
+
+def _finetune_teacher(teacher: Shape, settings: Optimisation, work: Workload) -> Row:
+    return Row(
+        "finetune-teacher",
+        _training(teacher, settings),
+        gpu_memory.finetuning(teacher, settings, work.largest),
+        disk=teacher.stored_bytes if settings.method == "full" else 4 * teacher.trained(settings),
+        scratch=_checkpoints(teacher, settings),
+        operations=arithmetic.finetuning(teacher, settings, work),
+    )
+
+
+def _cache_teacher_targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> Row:
+    return Row(
+        "cache-teacher-targets",
+        _loaded(teacher, params.targets.precision),
+        gpu_memory.caching(teacher, params, work.largest),
+        disk=_targets(student, teacher, params, work),
+        operations=arithmetic.caching(teacher, work),
+    )
+
+
+def _distill(student: Shape, teacher: Shape, params: Params, work: Workload) -> Row:
+    beside = f", {_loaded(teacher, params.targets.precision)}" if params.targets.kind == "online" else ""
+    return Row(
+        "distill",
+        _training(student, params.train) + beside,
+        gpu_memory.distilling(student, teacher, params, work.largest),
+        disk=student.stored_bytes,
+        scratch=_checkpoints(student, params.train),
+        operations=arithmetic.distilling(student, teacher, params, work),
+    )
+
+
+def _quantize_student(student: Shape, method: str) -> Row:
+    return Row(
+        f"quantize-student {method}",
+        _loaded(student, method),
+        gpu_memory.quantising(student, method),
+        disk=student.weights_bytes(method),
+    )
+
+
+def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, work: Workload) -> Row:
+    return Row(
+        f"evaluate {variant}",
+        _loaded(shape, precision),
+        gpu_memory.answering(
+            shape,
+            precision,
+            max(settings.batch_size, *settings.throughput_batch_sizes),
+            max(settings.max_new_tokens, settings.latency_new_tokens),
+            work.largest,
+        ),
+        operations=arithmetic.answering(shape, work, settings.max_new_tokens),
+    )
+
+
+def render(found: list[Row]) -> str:
+    """The rows, and below them the sum on disk."""
+    operations = sum(row.operations for row in found)
+    cells = [HEADER, *(_cells(row, operations) for row in found)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    kept, scratch = sum(row.disk for row in found), max(row.scratch for row in found)
+    total = f"disk  {_disk(kept)} kept, and {_disk(scratch)} of checkpoints while a stage trains"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", total])
+
+
+def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
+    """Whether all stages fit a GPU, and by how much; which stages do not."""
+    largest = max((row for row in found if row.memory), key=lambda row: row.memory.total)
+    spare = memory_bytes - largest.memory.total
+    if spare >= 0:
+        return f"fits {name} with {_memory(spare)} to spare"
+    stages = [row.stage for row in found if row.memory and row.memory.total > memory_bytes]
+    return f"does not fit {name}: {', '.join(stages)} would take up to {_memory(largest.memory.total)}"
+
+
+def _cells(row: Row, operations: float) -> tuple[str, ...]:
+    used = row.memory
+    parts = (used.weights, used.training, used.activations, used.total) if used else (0,) * 4
+    return (
+        row.stage,
+        row.loads,
+        *(_memory(one) if one else "-" for one in parts),
+        *(_disk(one) if one else "-" for one in (row.disk, row.scratch)),
+        f"{row.operations / operations:.1%}" if row.operations else "-",
+    )
+
+
+def _checkpoints(shape: Shape, settings: Optimisation) -> float:
+    """The last two, the best, and the one being written: trained weights in float32 and AdamW's moments."""
+    return 4 * 12 * shape.trained(settings)
+
+
+def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:
+    """What is cached of the teacher: a row an answer token, and for hidden states the head."""
+    questions = work.questions["train"] + work.questions["validation"]
+    tokens = questions * work.typical.answer_tokens
+    if params.targets.kind == "hidden":
+        return tokens * (4 + 2 * teacher.hidden) + gpu_memory.head_bytes(student, teacher)
+    return tokens * (4 + 8 * min(params.targets.k, student.rows, teacher.rows) + 4)
+
+
+def _training(shape: Shape, settings: Optimisation) -> str:
+    trained = _count(shape.trained(settings))
+    if settings.method == "full":
+        return f"{trained} trained of {_count(shape.parameters)}"
+    return f"{trained} {settings.method}, {_loaded(shape, LOADED[settings.method])}"
+
+
+def _loaded(shape: Shape, precision: str) -> str:
+    return f"{_count(shape.parameters)} {'bfloat16' if precision == 'auto' else precision}"
+
+
+def _count(parameters: float) -> str:
+    """8291375616 -> "8.29 G"."""
+    for divisor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if parameters >= divisor:
+            return f"{parameters / divisor:.3g} {prefix}"
+    return f"{parameters:.0f}"
+
+
+def _memory(count: float) -> str:
+    """2 ** 30 -> "1.0 GiB"; as GPUs are sold."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 20 else f"{count / 2**20:.1f} MiB"
+
+
+def _disk(count: float) -> str:
+    """1e9 -> "1.0 GB"; as disks are."""
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,114 @@
+"""How large and how fast: measured on the spot, warmed up, with the device synchronised; media processing apart."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from firstsight.core.params import Evaluate
+from firstsight.core.stage import log
+from firstsight.generation.answering import Question, generate, model_inputs
+from firstsight.profiling.peak_memory import PeakMemory
+
+# Each question is timed so often: its median is not moved by one disturbance, and they tell how far to trust it.
+_REPEATS = 5
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters by their number, also where 4-bit storage packs two in a byte."""
+    return model.num_parameters()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def representative(questions: Sequence[Question], count: int) -> list[Question]:
+    """So many questions, evenly over the split, and the first with the most frames among them: it sets the peak."""
+    spread = [questions[number * len(questions) // count] for number in range(count)]
+    return [*spread[:-1], max(questions, key=lambda question: len(question[0].frames))]
+
+
+def measure_latency(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate
+) -> dict[str, float]:
+    """Of `settings.latency_runs` questions, one at a time, answered with exactly `settings.latency_new_tokens` tokens.
+
+    Returns milliseconds over the questions, each with the median of its repeats: `latency_ms_p50` and
+    `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; `decode_tokens_per_second` after it;
+    and `latency_spread`, the interquartile range of a question's repeats as a fraction of its median, typically.
+    """
+    asked = representative(questions, settings.latency_runs)
+    batches = [model_inputs(processor, [question], model.device) for question in asked]
+    lengths = (1, settings.latency_new_tokens)
+    # A round over all questions after another, so that a slow spell of the machine touches one repeat of each. The
+    # first one warms up.
+    rounds = [[[_timed(model, inputs, n) for inputs in batches] for n in lengths] for _ in range(1 + _REPEATS)]
+    repeats = np.array(rounds[1:])
+    prefill, whole = np.median(repeats, axis=0)
+    low, high = np.quantile(repeats[:, 1], (0.25, 0.75), axis=0)
+    decoding = max(np.median(whole - prefill), 1e-3)
+    return {
+        "prefill_ms_p50": float(np.median(prefill)),
+        "latency_ms_p50": float(np.median(whole)),
+        "latency_ms_p90": float(np.quantile(whole, 0.9)),
+        "latency_spread": float(np.median((high - low) / whole)),
+        "decode_tokens_per_second": float(1000 * (settings.latency_new_tokens - 1) / decoding),
+    }
+
+
+def measure_throughput(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate, memory: PeakMemory
+) -> dict[str, dict[str, float]]:
+    """By batch size, answers a second and peak memory of answering that many questions at once, as long as those of
+    `measure_latency`; sizes that do not fit the GPU are missing."""
+    measured = {}
+    for size in settings.throughput_batch_sizes:
+        try:
+            inputs = model_inputs(processor, representative(questions, size), model.device)
+            memory.reset()
+            timed = [_timed(model, inputs, settings.latency_new_tokens) for _ in range(1 + _REPEATS)]
+        except torch.OutOfMemoryError:
+            log.warning("evaluate.throughput_batch_sizes: %d questions at once do not fit; left out", size)
+            torch.cuda.empty_cache()
+            continue
+        measured[str(size)] = {
+            "answers_per_second": float(1000 * size / np.median(timed[1:])),
+            "peak_bytes": memory.peak(),
+        }
+    return measured
+
+
+def _timed(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int) -> float:
+    """Milliseconds of an answer of exactly `tokens` tokens."""
+    return _milliseconds(lambda: generate(model, inputs, max_new_tokens=tokens, min_new_tokens=tokens))
+
+
+def _milliseconds(work: Callable[[], Any]) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    work()
+    _synchronise()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def environment(device: str) -> dict[str, str]:
+    """What the figures were measured on: device, its name, and the versions that matter."""
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,143 @@
+"""The model card of a student: what it is, how it was made, what was measured, how to ask it something.
+
+    python -m firstsight.publishing.model_card student-distilled       prints it
+
+The figures are those that git tracks in metrics/, the rest is the data card's and params.yaml's.
+"""
+
+import argparse
+import io
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader
+from ruamel.yaml import YAML
+
+from firstsight.core import params
+from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
+from firstsight.core.stage import main
+from firstsight.core.variants import METHODS
+from firstsight.reporting.comparison import size
+
+DISTILLED = "student-distilled"
+# What can be published, each a folder of models/.
+VARIANTS = (DISTILLED, *(f"student-{method}" for method in METHODS))
+METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
+# Those of the hub's identifiers that base models commonly have; it takes any other licence as "other", by its name.
+IDENTIFIERS = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0")
+# How it was made and measured. Not where models and data lay on the disk: that is nobody's business.
+SECTIONS = ("finetune_teacher", "targets", "train", "quantize", "evaluate")
+
+
+def model_card(variant: str, place: str) -> str:
+    """README.md for the variant's folder.
+
+    Args:
+        place: what its readers load it from, a hub repository or a folder.
+
+    Raises:
+        UserError: there are no figures of the variant.
+    """
+    quality, performance, models = (
+        read_json(METRICS / f"{name}.json", "report") for name in ("quality", "performance", "models")
+    )
+    if variant not in quality or variant not in performance:
+        raise UserError(
+            f"{METRICS}: expected figures of {variant}, found those of {', '.join(performance)}; "
+            "ask for it in params.yaml, and dvc repro measures it"
+        )
+    loaded = params.load()
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    templates.filters["size"] = size
+    return templates.get_template("card.md.jinja").render(
+        metadata=_metadata(models["student"]),
+        variant=variant,
+        place=place,
+        quantised=variant != DISTILLED,
+        rows=_rows(variant, quality, performance),
+        questions=quality[variant]["questions"],
+        parameters=performance[variant]["parameters"],
+        device=read_json(Path("evaluations") / variant / "performance.json", f"evaluate@{variant}")["device"],
+        models={role: source | {"source": _name(source)} for role, source in models.items()},
+        data=read_json(DATA, "build-egoqa-dataset"),
+        sampling=loaded.data,
+        max_new_tokens=loaded.evaluate.max_new_tokens,
+        settings=_yaml(loaded.model_dump(include=set(SECTIONS))),
+    )
+
+
+def _metadata(student: dict[str, Any]) -> str:
+    """What the hub reads: YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards)."""
+    licence = student["licence"]
+    licences = {"license": licence}
+    if licence and licence not in IDENTIFIERS:
+        licences = {"license": "other", "license_name": licence}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        # What has a commit came from the hub; folders and fresh weights mean nothing there.
+        base_model=student["source"] if student["commit"] else None,
+        tags=["egocentric", "distillation", "firstsight"],
+        **licences,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _name(model: dict[str, Any]) -> str:
+    """What to call a model's source: of a folder its own name, without those it lies in."""
+    if model["source"] == "init":
+        return "fresh weights"
+    return model["source"] if model["commit"] else Path(model["source"]).name
+
+
+def _rows(variant: str, quality: dict, performance: dict) -> list[tuple[str, str, str]]:
+    """Name, this model's and the teacher's figure, of every figure that was measured."""
+    own, teacher = ({**quality[name], **performance[name]} for name in (variant, "teacher"))
+
+    def share(figures: dict, name: str) -> str:
+        low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+        interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+        return f"{figures[name]:.3f}{interval}"
+
+    figures = [
+        ("exact match", "exact_match", share),
+        ("F1", "f1", share),
+        ("ROUGE-L", "rouge_l", share),
+        ("accuracy of questions with options", "option_accuracy", share),
+        ("parameters", "parameters", lambda figures, name: size(figures[name], "")),
+        ("weights on disk", "disk_bytes", lambda figures, name: size(figures[name])),
+        ("weights in memory", "weights_bytes", lambda figures, name: size(figures[name])),
+        ("memory at most, batch 1", "peak_bytes", lambda figures, name: size(figures[name])),
+        ("latency of an answer, median", "latency_ms_p50", lambda figures, name: f"{figures[name]:.1f} ms"),
+    ]
+    rows = [
+        (label, shown(own, name), shown(teacher, name) if name in teacher else "")
+        for label, name, shown in figures
+        if name in own
+    ]
+    if "teacher_agreement" in own:
+        rows.append(("the same answer as the teacher", share(own, "teacher_agreement"), ""))
+    if guess := quality.get("question-only"):
+        rows.append(("best guess without looking, exact match", f"{guess['exact_match']:.3f}", ""))
+    return rows
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    text = io.StringIO()
+    YAML().dump(values, text)
+    return text.getvalue().strip()
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser("python -m firstsight.publishing.model_card", description=__doc__.splitlines()[0])
+    parser.add_argument("variant", choices=VARIANTS)
+    variant = parser.parse_args().variant
+    print(model_card(variant, f"models/{variant}"), end="")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,96 @@
+"""QA records from a CSV file (RFC 4180, UTF-8): one question a row, the keys of `jsonl` as columns.
+
+    media,question,answer
+    clips/kitchen.mp4,What do I hold?,a cup
+
+Several options, accepted answers, or frames stand in one cell with `|` between them. An empty cell is an absent value.
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from firstsight.core.errors import UserError
+from firstsight.core.params import Data
+from firstsight.readers.jsonl import KEYS, asked
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.source_record import Asked
+from firstsight.readers.text_files import media_root, read_text
+
+LISTS = ("options", "answers")
+NUMBERS = ("start", "end")
+
+
+def read(data: Data, problems: Problems) -> Iterator[Asked]:
+    """Questions in the order of the rows.
+
+    Raises:
+        UserError: the file is missing, or no UTF-8; or a column is unknown, or there twice, or `question` is not there;
+            or a quote that is not closed makes one row of several.
+    """
+    path, root = Path(data.path), media_root(data)
+    # Strict: a stray quote is told, where else it would swallow the rows after it.
+    rows = csv.reader(io.StringIO(read_text(path, "a CSV file")), strict=True)
+    columns = _header(path, rows)
+    while True:
+        line = rows.line_num + 1
+        place = f"{path}: line {line}"
+        with problems.at(place):
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if rows.line_num > line:
+                    # Whatever data.on_error says: which rows it has swallowed cannot be told.
+                    raise UserError(
+                        f"{place}: expected a row of CSV, found {error}, reading up to line {rows.line_num}; "
+                        "close the quote, or double it"
+                    ) from None
+                raise BadRecordError(
+                    f"expected a row of CSV, found {error}; quote the cell, and double its quotes"
+                ) from None
+            if any(cell.strip() for cell in cells):
+                yield asked(place, _values(columns, cells), f"{path.stem}-{line}", root)
+
+
+def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
+    try:
+        columns = [name.strip() for name in next(rows, [])]
+    except csv.Error as error:
+        raise UserError(f"{path}: line 1: expected the columns' names, found {error}; correct it") from None
+    for name in filter(None, columns):  # spreadsheets leave columns behind without name or content
+        if name not in KEYS:
+            raise UserError(
+                f"{path}: line 1: expected columns of {sorted(KEYS)} with commas between them, found {name[:60]!r}; "
+                "rename or remove it"
+            )
+        if columns.count(name) > 1:
+            raise UserError(f"{path}: line 1: expected each column once, found {name!r} again; remove one")
+    if "question" not in columns:
+        raise UserError(f"{path}: line 1: expected a column 'question', found {columns}; add it")
+    return columns
+
+
+def _values(columns: list[str], cells: list[str]) -> dict[str, Any]:
+    if len(cells) != len(columns):
+        raise BadRecordError(f"expected {len(columns)} cells, found {len(cells)}; quote cells that hold commas")
+    given = {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()}
+    if "" in given:
+        raise BadRecordError(
+            f"expected a name in line 1 for the column of {given[''][:60]!r}, found none; name it, or empty the cell"
+        )
+    return {name: _value(name, cell) for name, cell in given.items()}
+
+
+def _value(name: str, cell: str) -> Any:
+    if name in NUMBERS:
+        try:
+            return float(cell)
+        except ValueError:
+            raise BadRecordError(f"{name}: expected seconds, found {cell[:60]!r}; correct it") from None
+    if name in LISTS or (name == "media" and "|" in cell):
+        return [part.strip() for part in cell.split("|")]
+    return cell.strip() if name == "media" else cell

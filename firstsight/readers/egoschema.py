@@ -1,0 +1,71 @@
+"""EgoSchema: five-way questions about videos of three minutes, cut from Ego4D.
+
+`data.path` is its `questions.json` (`q_uid`, `question`, `option 0` to `option 4`). Of the files beside it,
+`subset_answers.json` has the 500 public answers, and then only its questions are read; `uid_to_ego4d.json` has the
+Ego4D video of each question, which becomes its group. Or the path is a parquet file of lmms-eval's copy on the hub
+(`video_idx`, `question`, `option`, `answer`; its Subset has the answers). Videos are `{q_uid}.mp4` in the media root or
+in `videos/` below it.
+
+Source: the files of egoschema/EgoSchema, and lmms_eval/tasks/egoschema for the hub's.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from firstsight.core.errors import UserError
+from firstsight.core.params import Data
+from firstsight.readers.choices import chosen, plain_options
+from firstsight.readers.media import files, first_there
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.source_record import Asked, question
+from firstsight.readers.text_files import as_object, media_root, read_json, read_records
+
+
+def read(data: Data, problems: Problems) -> Iterator[Asked]:
+    """Questions in the order of the file; those without a public answer where no answers are beside it.
+
+    Raises:
+        UserError: the file, or one beside it, holds something else.
+    """
+    path, root = Path(data.path), media_root(data)
+    answers, videos = (_beside(path, name) for name in ("subset_answers.json", "uid_to_ego4d.json"))
+    for place, raw in read_records(path, "EgoSchema's questions"):
+        with problems.at(place):
+            record = as_object(raw)
+            uid = record.get("q_uid", record.get("video_idx"))
+            if not isinstance(uid, str):
+                raise BadRecordError(f"expected text for 'q_uid', found {uid!r}; correct it")
+            if answers and "answer" not in record and uid not in answers:
+                problems.left_out["question without a public answer"] += 1
+                continue
+            yield _asked(place, uid, {"answer": answers.get(uid)} | record, videos.get(uid), root)
+
+
+def _beside(path: Path, name: str) -> Mapping[str, Any]:
+    """The JSON object in the file of that name beside `path`; empty without one."""
+    if not (file := path.with_name(name)).exists():
+        return {}
+    found = read_json(file, f"EgoSchema's {name}")
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a JSON object by q_uid, found {str(found)[:60]}; correct it")
+    return found
+
+
+def _asked(place: str, uid: str, record: dict[str, Any], video: Any, root: Path) -> Asked:
+    options = record.get("option") or [record[f"option {n}"] for n in range(5) if f"option {n}" in record]
+    if not isinstance(options, list) or len(options) != 5:
+        raise BadRecordError(f"expected five options, found {str(options)[:60]!r}; correct them")
+    media = files(root, first_there(root, [f"{uid}.mp4", f"videos/{uid}.mp4"]))
+    return Asked(
+        question(
+            place,
+            id=uid,
+            question=record.get("question"),
+            options=plain_options(options),
+            answer=chosen(record["answer"], options),
+            question_type="egoschema",
+            group=video.get("video_uid") if isinstance(video, dict) else None,
+        ),
+        media,
+    )

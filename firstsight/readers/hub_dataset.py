@@ -1,0 +1,217 @@
+"""Data sets of the Hugging Face hub, or folders of one: what `datasets` can load without running its authors' code.
+
+`data.hub.fields` says which of their columns is which of ours (`FIELDS`). An answer may be an index into the options,
+from 0. Images are of datasets' Image type, or paths, as videos are: in the media root, where a video without a suffix
+is an mp4. `data.hub.splits` gives each of their splits to one of ours, or lets groups decide; a column that is our
+`split` comes first.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from firstsight.core.errors import UserError
+from firstsight.core.params import Data, Hub
+from firstsight.core.stage import log
+from firstsight.readers.choices import chosen, plain_options
+from firstsight.readers.jsonl import window
+from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.source_record import PLACEHOLDER, Asked, Media, Pictures, question
+from firstsight.readers.text_files import media_root
+from firstsight.records.sample import MediaKind
+
+TEXTS = ("id", "question", "question_type", "group", "split")
+CHOICES = ("answer", "answers", "options")
+MEDIA = ("image", "images", "video")
+FIELDS = (*TEXTS, *CHOICES, *MEDIA, "start", "end")
+_PLACEHOLDERS = re.compile(rf"^(?:\s*{PLACEHOLDER})+\s*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a data set at one commit (None: a local folder)."""
+
+    id: str
+    config: str | None
+    split: str
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Images in a row of a data set, told apart by SHA-256: the same image is the same media in every row and split."""
+
+    source: Source
+    row: int
+    column: str
+    digests: tuple[str, ...]
+    kind: MediaKind
+
+    def key(self) -> str:
+        return "|".join(self.digests)
+
+    def group(self) -> tuple[str, ...]:
+        return self.digests
+
+    def titles(self) -> tuple[str, ...]:
+        return ()
+
+    def origins(self) -> tuple[str, ...]:
+        return self.group()
+
+    def stamp(self) -> object:
+        return None  # the key is of the content
+
+    def load(self, data: Data) -> Pictures:
+        value = _open(self.source)[self.row].column(self.column)[0].as_py()
+        images = value if isinstance(value, list) else [value]
+        name = f"{self.source.split}[{self.row}].{self.column}"
+        return Pictures(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in images))
+
+
+def read(data: Data, problems: Problems) -> Iterator[Asked]:
+    """Questions of each split in `data.hub.splits`, in the order of the rows.
+
+    Raises:
+        UserError: the data set cannot be loaded, or lacks a column or a split.
+    """
+    hub = data.hub
+    if unknown := [name for name in hub.fields if name not in FIELDS]:
+        raise UserError(f"data.hub.fields: expected names of {FIELDS}, found {unknown[0]!r}; correct it")
+    if "question" not in hub.fields or not hub.splits:
+        raise UserError("data.hub: expected a column for 'question' under fields and a split under splits, found none")
+    found = commit(hub)
+    if found:
+        log.info("%s: commit %s", hub.id, found)
+    for theirs, ours in hub.splits.items():
+        yield from _split(
+            Source(hub.id, hub.config, theirs, found), None if ours == "by group" else ours, data, problems
+        )
+
+
+def commit(hub: Hub) -> str | None:
+    """The commit that `hub.revision` stands for, the same in a process once it is known; None for a local folder.
+
+    Raises:
+        UserError: there is no such data set or revision, or the hub does not answer and has not been asked before.
+    """
+    return None if Path(hub.id).is_dir() else _commit(hub.id, hub.revision)
+
+
+@functools.cache
+def _commit(repository: str, revision: str | None) -> str:
+    with _one_line(repository):
+        return HfApi().resolve_revision(repository, repo_type="dataset", revision=revision).resolved
+
+
+@functools.lru_cache(maxsize=8)
+def _open(source: Source) -> Any:
+    """The split as a `datasets.Dataset` whose rows are Arrow tables: images and all stay as they are stored."""
+    import datasets  # takes a second or two, and no other source needs it
+
+    with _one_line(source.id):
+        found = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.commit)
+    return found.with_format("arrow")
+
+
+@contextmanager
+def _one_line(repository: str) -> Iterator[None]:
+    """Turn what the hub's client and `datasets` raise into a UserError with the remedy."""
+    try:
+        yield
+    except GatedRepoError:
+        remedy = f"expected access to a gated data set, found none; accept its terms at hf.co/datasets/{repository} "
+        remedy += "and set HF_TOKEN to a token of that account"
+    except RepositoryNotFoundError:
+        remedy = "expected a data set of the hub or a local folder, found neither; correct data.hub.id, or set "
+        remedy += "HF_TOKEN if it is private"
+    except RevisionNotFoundError:
+        remedy = "expected the revision in data.hub.revision, found none of that name; correct it"
+    except Exception as error:
+        # datasets raises whatever the format's reader does.
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = f"expected a data set, found {first[:200]}; correct data.hub, or check the network and run it again"
+    else:
+        return
+    raise UserError(f"{repository}: {remedy}") from None
+
+
+def _split(source: Source, split: str | None, data: Data, problems: Problems) -> Iterator[Asked]:
+    fields, rows = data.hub.fields, _open(source)
+    if missing := [column for column in fields.values() if column not in rows.column_names]:
+        raise UserError(f"{source.id}: expected the column {missing[0]!r}, found {rows.column_names}; correct data.hub")
+    row = 0
+    for batch in rows.select_columns(list(dict.fromkeys(fields.values()))).iter(batch_size=16):
+        for values in batch.to_pylist():
+            place = f"{source.id}: {source.split}[{row}]"
+            with problems.at(place):
+                yield _asked(place, source, row, {ours: values[theirs] for ours, theirs in fields.items()}, split, data)
+            row += 1
+
+
+def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: str | None, data: Data) -> Asked:
+    texts = {name: _text(values.get(name)) for name in TEXTS}
+    if isinstance(texts["question"], str):
+        texts["question"] = _PLACEHOLDERS.sub("", texts["question"])
+    options = values.get("options") or []
+    if not isinstance(options, list):
+        raise BadRecordError(f"options: expected a list, found {str(options)[:60]!r}; correct it")
+    answers = values.get("answers") or []
+    asked = question(
+        place,
+        **texts | {"id": texts["id"] or f"{source.split}-{row}", "split": texts["split"] or split},
+        options=plain_options(options),
+        answer=_text(chosen(values.get("answer"), options)),
+        answers=[_text(chosen(one, options)) for one in answers] if isinstance(answers, list) else answers,
+    )
+    return Asked(asked, _media(source, row, values, data))
+
+
+def _text(value: Any) -> Any:
+    """A whole number as text: ids and counts are columns of them."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _media(source: Source, row: int, values: dict[str, Any], data: Data) -> Media | None:
+    given = [name for name in MEDIA if values.get(name)]
+    start, end = window(values.get("start"), values.get("end"))
+    if (start or end) and given != ["video"]:
+        raise BadRecordError(
+            f"expected start and end with a video alone, found them with {' and '.join(given) or 'no media'}; "
+            "leave them out of data.hub.fields"
+        )
+    if not given:
+        return None
+    if len(given) > 1:
+        raise BadRecordError(f"expected one of {MEDIA}, found {' and '.join(given)}; leave one out of data.hub.fields")
+    name, value = given[0], values[given[0]]
+    parts = value if isinstance(value, list) else [value]
+    if name != "video" and all(isinstance(one, dict) and one.get("bytes") for one in parts):
+        digests = tuple(hashlib.sha256(one["bytes"]).hexdigest() for one in parts)
+        kind = "frames" if isinstance(value, list) else "image"
+        return Embedded(source, row, data.hub.fields[name], digests, kind)
+    return _files(source, name, value, start, end, data)
+
+
+def _files(source: Source, name: str, value: Any, start: float | None, end: float | None, data: Data) -> Files:
+    """Media that a row has by path: of the media root, or where datasets has put the data set's own files."""
+    parts = value if isinstance(value, list) else [value]
+    root = media_root(data)
+    if all(isinstance(one, dict) and one.get("path") for one in parts):
+        root = Path(source.id if source.commit is None else constants.HF_HUB_CACHE).absolute()
+        parts = [one["path"] for one in parts]
+    if not all(isinstance(one, str) for one in parts):
+        raise BadRecordError(f"{name}: expected an image or a path, found {str(value)[:60]!r}; correct data.hub.fields")
+    if name == "video" and Path(parts[0]).suffix.lower() not in VIDEO_SUFFIXES:
+        parts = [f"{parts[0]}.mp4"]
+    return files(root, parts if isinstance(value, list) else parts[0], start, end)

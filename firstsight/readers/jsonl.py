@@ -1,0 +1,79 @@
+"""QA records from a JSON Lines file: one question a line, with the media it is about.
+
+    {"media": "clips/kitchen.mp4", "question": "What do I hold?", "answer": "a cup"}
+
+`media` is a path: an image, a video, or a list of images that are frames in order; without it the question stands
+alone. Optional keys: `id`, `answers` (all accepted), `options` (a list; `answer` is then a letter or an option's
+text), `question_type`, `group` (what must not straddle splits; the media by default), `start` and `end` (a window of a
+video, in seconds), `split` (train, validation or test; by group otherwise).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from firstsight.core.params import Data
+from firstsight.readers.media import Files, files
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.source_record import Asked, Question, question
+from firstsight.readers.text_files import as_object, media_root, read_lines
+
+MEDIA_KEYS = ("media", "start", "end")
+KEYS = (*MEDIA_KEYS, *(name for name in Question.model_fields if name != "place"))
+# Seconds of a video: a number beyond is broken, and a whole one may be beyond what a float can hold.
+_LONGEST = 10**9
+
+
+def read(data: Data, problems: Problems) -> Iterator[Asked]:
+    """Questions in the order of the lines.
+
+    Raises:
+        UserError: the file is missing, or no UTF-8.
+    """
+    path = Path(data.path)
+    for number, text in read_lines(path, "a JSON Lines file"):
+        place = f"{path}: line {number}"
+        with problems.at(place):
+            yield asked(place, as_object(text), f"{path.stem}-{number}", media_root(data))
+
+
+def asked(place: str, values: dict[str, Any], default_id: str, root: Path) -> Asked:
+    """The question of one line, or row, with our own names as keys.
+
+    Raises:
+        BadRecordError: names the first wrong key or value.
+    """
+    if unknown := [key for key in values if key not in KEYS]:
+        raise BadRecordError(f"expected one of {sorted(KEYS)}, found the key {unknown[0][:60]!r}; rename or remove it")
+    rest = {"id": default_id} | {key: value for key, value in values.items() if key not in MEDIA_KEYS}
+    return Asked(question(place, **rest), _media(values, root))
+
+
+def window(start: Any, end: Any) -> tuple[float | None, float | None]:
+    """Start and end of a window in seconds, where they are given.
+
+    Raises:
+        BadRecordError: one is no number of seconds, or the end is not after the start.
+    """
+    for name, seconds in (("start", start), ("end", end)):
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and 0 <= seconds < _LONGEST):
+            raise BadRecordError(f"{name}: expected seconds, found {repr(seconds)[:60]}; correct it")
+    if end is not None and end <= (start or 0):
+        raise BadRecordError(
+            f"expected a window within the video, found {start or 0:g} to {end:g} s; correct start and end"
+        )
+    return start, end
+
+
+def _media(values: dict[str, Any], root: Path) -> Files | None:
+    media = values.get("media")
+    start, end = window(values.get("start"), values.get("end"))
+    if media is None:
+        if start or end:
+            raise BadRecordError("expected start and end with a video alone, found them without media; remove them")
+        return None
+    names = [media] if isinstance(media, str) else media
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise BadRecordError(f"media: expected a path or a list of paths, found {str(media)[:60]!r}; correct it")
+    return files(root, media, start, end)

@@ -1,0 +1,245 @@
+"""Images and videos as JPEG frames: decoded, sampled and resized once, when the data set is built."""
+
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from qwen_vl_utils import fetch_image
+
+from firstsight.core.params import Data
+from firstsight.readers.problems import BadRecordError
+from firstsight.readers.source_record import Pictures
+from firstsight.records.sample import MediaKind
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"}
+)
+_VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+
+@dataclass(frozen=True)
+class Files:
+    """An image, a video (with a window in seconds; `end` None is its end), or frames in order, below `root`.
+
+    `names` are paths from the root to the files themselves, without links, so that a file has one name; `called` is
+    what the source calls them.
+    """
+
+    kind: MediaKind
+    root: Path
+    names: tuple[str, ...]
+    start: float = 0.0
+    end: float | None = None
+    called: tuple[str, ...] = field(default=(), compare=False)
+
+    def key(self) -> str:
+        window = (self.start, self.end) if self.kind == "video" else ()
+        return json.dumps([*self.names, *window], ensure_ascii=False)
+
+    def group(self) -> tuple[str, ...]:
+        return self.names
+
+    def titles(self) -> tuple[str, ...]:
+        return (*self.names, *self.called)
+
+    def origins(self) -> tuple[str, ...]:
+        return tuple(str(self.root.resolve() / name) for name in self.names)
+
+    def stamp(self) -> object:
+        found = [(self.root / name).stat() for name in self.names]
+        return [str(self.root), *((one.st_size, one.st_mtime_ns) for one in found)]
+
+    def load(self, data: Data) -> Pictures:
+        paths = [self.root / name for name in self.names]
+        if self.kind == "video":
+            return Pictures(*read_video(paths[0], data, self.start, self.end))
+        return Pictures(tuple(read_image(path, data) for path in paths))
+
+
+def files(root: Path, media: str | Sequence[str], start: float | None = None, end: float | None = None) -> Files:
+    """Media by name, relative to `root` or absolute and inside it: a video by its suffix, an image, a list of frames.
+
+    Raises:
+        BadRecordError: a file is missing or outside of `root`; or a window is given with what is no video.
+    """
+    names = [media] if isinstance(media, str) else list(media)
+    if not names:
+        raise BadRecordError("expected media, found an empty list; name files, or remove the record")
+    inside = tuple(_inside(root, name) for name in names)
+    if not isinstance(media, str):
+        kind = "frames"
+    else:
+        kind = "video" if Path(media).suffix.lower() in VIDEO_SUFFIXES else "image"
+    if kind != "video" and (start or end):
+        raise BadRecordError(
+            f"expected start and end with a video alone, found them with media {str(media)[:80]!r}; "
+            f"remove them ({_VIDEOS})"
+        )
+    return Files(kind, root, inside, float(start or 0), None if end is None else float(end), tuple(names))
+
+
+def _inside(root: Path, name: str) -> str:
+    """The path from `root` to the file itself, links followed: it is really below the root, and has no other name."""
+    if "://" in name:
+        raise BadRecordError(
+            f"expected a path, found the address {name[:80]!r}; media are not fetched: download it, and name the file"
+        )
+    try:
+        resolved, base = (root / name).resolve(), root.resolve()
+        found = resolved.is_file()
+        inside = resolved.relative_to(base).as_posix() if resolved.is_relative_to(base) else None
+        f"{name}{resolved}".encode()  # what is written of them is UTF-8
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadRecordError(
+            f"expected a media file, found {name[:80]!r} ({str(error)[:80]}); correct the path"
+        ) from None
+    if inside is None:
+        raise BadRecordError(
+            f"expected media below {root}, found {name[:80]!r}, which is {resolved}; "
+            "move it there, or set media_root to a folder that holds all media"
+        )
+    if not found:
+        raise BadRecordError(
+            f"expected a media file, found no {root / name}; correct the path (it is relative to {root}), "
+            "or remove the record"
+        )
+    return inside
+
+
+def first_there(root: Path, names: Sequence[str]) -> str:
+    """The first of the names that is a file below `root`, else the first of all, for `files` to say that it is not."""
+    return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, which raises
+
+
+def encode(picture: Image.Image, data: Data) -> bytes:
+    """JPEG of the picture, resized to sides divisible by 28 (one merged visual token) within `data.max_pixels`."""
+    buffer = io.BytesIO()
+    fetch_image({"image": picture, "max_pixels": data.max_pixels}).save(buffer, "JPEG", quality=data.jpeg_quality)
+    return buffer.getvalue()
+
+
+def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:
+    """One image file as JPEG bytes. `name` is what an error calls it, the path by default.
+
+    Raises:
+        BadRecordError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            # Cameras that are held upright say so in a tag, and store the picture lying on its side.
+            turned = ImageOps.exif_transpose(picture)
+            return encode(_eight_bits(turned), data)
+    except UnidentifiedImageError:
+        raise BadRecordError(
+            f"expected a readable image, found {name or path} (of no known form; {_VIDEOS}); mend or remove it"
+        ) from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BadRecordError(f"expected a readable image, found {name or path} ({error}); mend or remove it") from None
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Pictures of more bits a pixel in eight: Pillow would cut off what is above 255."""
+    if picture.mode.startswith("I"):
+        return picture.convert("I").point(lambda value: value / 256).convert("L")
+    if picture.mode == "F":
+        values = np.asarray(picture)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(f"with pixels from {low:g} to {high:g}, where 0 to 1 or 0 to 255 is expected")
+        return picture.point(lambda value: value * 255) if high <= 1 else picture
+    return picture
+
+
+def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple[tuple[bytes, ...], float]:
+    """Frames of `path` between `start` and `end` seconds (None: to its end), evenly spaced, and their rate per second.
+
+    `data.fps` frames a second, at least two and at most `data.max_frames`, an even number, because Qwen2-VL merges
+    frames in pairs. Each is the last frame shown at the middle of its share of the time.
+
+    Raises:
+        BadRecordError: it cannot be read, or the window is outside of it.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = _pictures(container)
+            stream.thread_type = "AUTO"
+            length = _length(container, stream)
+            if not 0 <= start < min(end or length, length):
+                raise BadRecordError(
+                    f"expected a window within the {length:.2f} s of {path}, "
+                    f"found {start:g} to {end or length:g} s; correct start and end"
+                )
+            seconds = min(end or length, length) - start
+            count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
+            times = start + (np.arange(count) + 0.5) * seconds / count
+            return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
+    except (OSError, av.FFmpegError, ValueError) as error:
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+
+
+def frame_rate(path: Path) -> float:
+    """Frames per second of a video, on average.
+
+    Raises:
+        BadRecordError: it cannot be read.
+    """
+    try:
+        with av.open(str(path)) as container:
+            return float(_pictures(container).average_rate)
+    except (OSError, av.FFmpegError, ValueError, TypeError) as error:
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+
+
+def _pictures(container: av.container.InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise ValueError("there is no video in it")
+    return container.streams.video[0]
+
+
+def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """Seconds from the first picture to the end of the last, by the packets after the last key frame, or by all.
+
+    What a file says of itself is no help: Matroska has no length of a stream, and the container's is the longest
+    stream's, of sound that goes on, and counts from where the sound begins.
+    """
+    start, said = stream.start_time or 0, container.duration or 0
+    for place in (start + int(said / av.time_base / stream.time_base), start):
+        container.seek(place, stream=stream)
+        packets = (one for one in container.demux(stream) if one.pts is not None and not one.is_discard)
+        if ends := [one.pts + (one.duration or 0) for one in packets]:
+            return float((max(ends) - start) * stream.time_base)
+    raise ValueError("there is no timed frame in it")
+
+
+def _frames_at(
+    container: av.container.InputContainer, stream: av.VideoStream, times: np.ndarray
+) -> Iterator[Image.Image]:
+    """The frame on show at each of the ascending `times`, decoding once from the key frame before the first."""
+    origin = float((stream.start_time or 0) * stream.time_base)
+    container.seek(int((origin + times[0]) / stream.time_base), stream=stream)
+    wanted, shown = list(times), None
+    for frame in container.decode(stream):
+        while wanted and shown is not None and frame.time - origin > wanted[0]:
+            wanted.pop(0)
+            yield _upright(shown)
+        if not wanted:
+            return
+        shown = frame
+    if shown is None:
+        raise ValueError("no frame could be decoded")
+    for _ in wanted:
+        yield _upright(shown)
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """The frame as players show it: cameras that are held upright store a turn beside the pictures."""
+    turns = round(frame.rotation / 90) % 4  # anticlockwise
+    return frame.to_image().rotate(90 * turns, expand=True)

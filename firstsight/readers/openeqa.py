@@ -1,0 +1,78 @@
+"""OpenEQA: open questions about walks through homes (HM3D) and rooms (ScanNet).
+
+`data.path` is `open-eqa-v0.json` (`question_id`, `question`, `answer`, `extra_answers`, `category`,
+`episode_history`). An episode is a folder of frames by that name in the media root, as the project's extraction leaves
+them: `00000-rgb.png` among depth images and poses, of which `data.max_frames` are taken evenly, as its baselines do. Or
+it is a video: `{episode_history}.mp4`, with its folders or without.
+
+The group is the home or room: ScanNet has some rooms twice, `002-scannet-scene0709_00` and `..._01`.
+
+Source: data/README.md, data/*/extract-frames.py and openeqa/baselines/gpt4v.py of facebookresearch/open-eqa.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from firstsight.core.params import Data
+from firstsight.readers.media import IMAGE_SUFFIXES, Files, files, first_there
+from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.source_record import Asked, question
+from firstsight.readers.text_files import as_object, media_root, read_records
+
+
+def read(data: Data, problems: Problems) -> Iterator[Asked]:
+    """Questions in the order of the file.
+
+    Raises:
+        UserError: the file is missing, or no JSON list.
+    """
+    media = functools.cache(functools.partial(_media, media_root(data), data.max_frames))
+    for place, raw in read_records(Path(data.path), "OpenEQA's questions"):
+        with problems.at(place):
+            record = as_object(raw)
+            episode = record.get("episode_history")
+            if not isinstance(episode, str) or not episode.strip("/ "):
+                raise BadRecordError(f"expected text for 'episode_history', found {episode!r}; correct it")
+            extra = record.get("extra_answers")
+            asked = question(
+                place,
+                id=record.get("question_id"),
+                question=record.get("question"),
+                answer=record.get("answer"),
+                # One of them is empty, in v0.
+                answers=[text for text in extra if text != ""] if isinstance(extra, list) else extra,
+                question_type=record.get("category"),
+                group=scene(episode),
+            )
+            yield Asked(asked, media(episode))
+
+
+def scene(episode: str) -> str:
+    """What an episode walks through: `scannet-scene0709` for `scannet-v0/002-scannet-scene0709_00`."""
+    found = re.search(r"/\d{3}-(\w+-\w+?)(?:_\d\d)?$", episode)
+    return found[1] if found else episode
+
+
+def _media(root: Path, most: int, episode: str) -> Files:
+    """The frames of an episode, or its video."""
+    if frames := _frames(root / episode):
+        places = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
+        return files(root, [f"{episode}/{frames[place]}" for place in places])
+    video = first_there(root, [f"{episode}.mp4", f"{Path(episode).name}.mp4"])
+    try:
+        return files(root, video)
+    except BadRecordError as error:
+        raise BadRecordError(f"expected frames in {episode}/, or else: {error}") from None
+
+
+def _frames(folder: Path) -> list[str]:
+    """The names of a folder's frames, in order: those that end in -rgb where any do, else all images."""
+    if not os.path.isdir(folder):  # noqa: PTH112, which raises on names too long
+        return []
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return [path.name for path in images if path.stem.endswith("-rgb")] or [path.name for path in images]

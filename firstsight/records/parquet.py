@@ -1,0 +1,183 @@
+"""Read and write the parquet file of a split; a row is a sample with its records."""
+
+import bisect
+import itertools
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from firstsight.core.errors import UserError
+from firstsight.records.sample import Record, Sample
+
+_RECORD = pa.struct(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("question_type", pa.string()),
+        ("options", pa.list_(pa.string())),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("group", pa.string()),
+        ("source", pa.string()),
+        ("media_kind", pa.string()),
+        ("frames", pa.list_(pa.binary())),
+        ("fps", pa.float64()),
+        ("records", pa.list_(_RECORD)),
+    ]
+)
+
+# A random sample costs one read of a row group: small enough to be cheap, large enough that files keep few of them.
+_ROW_GROUP_BYTES = 256 * 1024
+_GROUPS_KEPT = 64
+
+
+class SplitWriter:
+    """Writes samples to a parquet file, one at a time, holding one row group in memory."""
+
+    def __init__(self, path: Path):
+        # JPEG does not compress further, and the text is small beside it.
+        self._file = pq.ParquetWriter(path, SCHEMA, compression="none", write_page_checksum=True)
+        self._rows: list[dict[str, Any]] = []
+        self._size = 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flush()
+        self._file.close()
+
+    def write(self, sample: Sample) -> None:
+        self._rows.append(asdict(sample))
+        self._size += sum(map(len, sample.frames))
+        if self._size >= _ROW_GROUP_BYTES or len(self._rows) == 1024:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._file.write_table(pa.Table.from_pylist(self._rows, SCHEMA))
+        self._rows, self._size = [], 0
+
+
+class Split(Sequence[Sample]):
+    """A split's samples, read from its parquet file as they are asked for; with a few row groups in memory.
+
+    Raises:
+        UserError: the file is missing, is no parquet file, or holds other columns.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"{path}: expected a split's parquet file, found {_first_line(error)}; run build-egoqa-dataset"
+            ) from None
+        if not self._file.schema_arrow.equals(SCHEMA):
+            raise UserError(
+                f"{path}: expected columns {SCHEMA.names}, found {self._file.schema_arrow.names}; "
+                "run build-egoqa-dataset again"
+            )
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def record_counts(self) -> list[int]:
+        """How many records each sample has, without reading the media."""
+        counts = pc.list_value_length(self._file.read(columns=["records.list.element.id"]).column("records"))
+        return counts.to_pylist()
+
+    def unanswered(self) -> list[tuple[Sample, Record]]:
+        """The questions without an answer."""
+        found = [index for index, answers in enumerate(self._answers()) if "" in answers]
+        return [(sample, one) for sample in map(self.__getitem__, found) for one in sample.records if not one.answer]
+
+    def _answers(self) -> list[list[str]]:
+        """The answers to the questions of each sample, without reading the media."""
+        table = self._file.read(columns=["records.list.element.answer"])
+        return [[one["answer"] for one in records] for records in table.column("records").to_pylist()]
+
+    def answered(self, answers: Mapping[str, str]) -> "AnsweredSplit":
+        """The samples with `answers`, by record id, filled in; without questions that have none even then."""
+        return AnsweredSplit(self, answers)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._starts, index) - 1
+        if number not in self._groups:
+            try:
+                self._groups[number] = self._file.read_row_group(number)
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(
+                    f"{self.path}: expected intact rows, found {_first_line(error)}; run build-egoqa-dataset again"
+                ) from None
+            if len(self._groups) > _GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        return _sample(self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0])
+
+
+class AnsweredSplit(Sequence[Sample]):
+    """A split as it is trained on: every question has an answer; a sample without any such question is left out.
+
+    Raises:
+        UserError: nothing is left.
+    """
+
+    def __init__(self, split: Split, answers: Mapping[str, str]):
+        self.path, self._split, self._given = split.path, split, answers
+        counts = split.record_counts()
+        lacking: dict[str, int] = Counter(sample.id for sample, one in split.unanswered() if not answers.get(one.id))
+        self._places, self._counts = list(range(len(split))), counts
+        if lacking:
+            kept = [(place, count - lacking[split[place].id]) for place, count in enumerate(counts)]
+            self._places = [place for place, count in kept if count]
+            self._counts = [count for _, count in kept if count]
+        if not self._places:
+            raise UserError(
+                f"{self.path}: expected questions with an answer, found none; add some, or set "
+                "finetune_teacher.enabled to false and let a teacher that can answer them do so"
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def record_counts(self) -> list[int]:
+        return self._counts
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._split[self._places[index]]
+        filled = (
+            one if one.answer else replace(one, answer=given, answers=(given,))
+            for one in sample.records
+            if (given := one.answer or self._given.get(one.id, ""))
+        )
+        return replace(sample, records=tuple(filled))
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    records = tuple(
+        Record(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+        for record in row["records"]
+    )
+    return Sample(**row | {"frames": tuple(row["frames"]), "records": records})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,106 @@
+"""The comparison table for a terminal, from the git-tracked metrics, or of some variants as they were measured.
+
+python -m firstsight.reporting.comparison
+python -m firstsight.reporting.comparison teacher teacher-int8
+"""
+
+import sys
+from pathlib import Path
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
+from firstsight.core.stage import main
+from firstsight.core.variants import LEFT_OUT, VARIANTS
+from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
+
+METRICS = Path("metrics")
+HEADER = ("variant", "exact match", "F1", "retention", "parameters", "on disk", "peak memory", "latency", "answers/s")
+
+
+def size(count: float, unit: str = "B") -> str:
+    """1234567 -> "1.23 MB"; decimal prefixes, at most three digits."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(count) < 999.5 or prefix == "G":
+            return f"{count:.3g} {prefix}{unit}".rstrip()
+        count /= 1000
+    raise AssertionError
+
+
+def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
+    """Cells of the table, a row a variant and a baseline, in the order of `HEADER`."""
+    table = []
+    for variant, fast in performance.items():
+        good = quality[variant]
+        together = [batch["answers_per_second"] for batch in fast["throughput"].values()]
+        table.append(
+            (
+                variant,
+                f"{good['exact_match']:.3f} ({good['exact_match_low']:.2f}-{good['exact_match_high']:.2f})",
+                f"{good['f1']:.3f}",
+                f"{good['retention']:.1%}" if "retention" in good else "-",
+                size(fast["parameters"], ""),
+                size(fast["disk_bytes"]),
+                size(fast["peak_bytes"]),
+                f"{fast['latency_ms_p50']:.1f} ms",
+                f"{max(together):.1f}" if together else "-",
+            )
+        )
+    for name in (QUESTION_ONLY, MAJORITY):
+        if name in quality:
+            cells = (name.replace("-", " "), f"{quality[name]['exact_match']:.3f}")
+            table.append(cells + ("",) * (len(HEADER) - len(cells)))
+    return table
+
+
+def render(cells: list[tuple[str, ...]]) -> str:
+    """The cells, the first row a header, as lines; the first column to the left, others to the right."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def show_some(names: list[str]) -> None:
+    """Variants as evaluate measured them, where the report is not made or not wanted."""
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"{unknown[0]}: expected a variant, one of {', '.join(VARIANTS)}")
+    for name in names:
+        if (note := Path("evaluations") / name / LEFT_OUT).exists():
+            raise UserError(
+                f"{note.parent}: expected figures, found that it is left out: {read_json(note, 'evaluate')}"
+            )
+    found = {
+        table: {name: read_json(Path("evaluations") / name / f"{table}.json", f"evaluate@{name}") for name in names}
+        for table in ("quality", "performance")
+    }
+    # The report counts retention, from all answers; of one model, quantised as it is loaded, memory is what differs.
+    place = HEADER.index("retention")
+    weights = ["weights", *(size(row["weights_bytes"]) for row in found["performance"].values())]
+    cells = [HEADER, *rows(found["quality"], found["performance"])]
+    print(render([(*row[:place], own, *row[place + 1 :]) for row, own in zip(cells, weights, strict=True)]))
+
+
+def show() -> None:
+    """All of metrics/, and where to look further."""
+    quality, performance = (read_json(METRICS / f"{table}.json", "report") for table in ("quality", "performance"))
+    try:
+        print(render([HEADER, *rows(quality, performance)]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{METRICS}: expected figures of this version, found no {error}; run dvc repro") from None
+    print(
+        "\nexact match with its 95% interval; without looking at the picture, question only is the best guess,\n"
+        "majority answer the commonest answer to whatever is asked\n"
+    )
+    print(
+        "report   metrics/report.html\nsummary  metrics/summary.txt\nplots    metrics/plots/*.png, or: dvc plots show\n"
+        "models   " + ", ".join(str(VARIANTS[name].model) for name in performance if name.startswith("student-"))
+    )
+
+
+if __name__ == "__main__":
+    main(lambda: show_some(sys.argv[1:]) if sys.argv[1:] else show())

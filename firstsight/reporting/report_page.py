@@ -1,0 +1,119 @@
+"""report.html: tables, pictures, test questions with every variant's answer; one file that needs no network."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from firstsight.evaluation.metrics import score
+from firstsight.records.sample import Record, Sample
+from firstsight.reporting.comparison import HEADER, rows, size
+from firstsight.reporting.contact_sheet import strip
+from firstsight.reporting.criteria import MEANING, Verdict, conclusions
+
+# Questions shown, of the test split's: the page lies in git, with their pictures.
+_GALLERY = 72
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page is made of. `quality`, `performance`, `models` and `quantization` are as in metrics/.
+
+    `environments` says where each variant was measured; `samples` show what is learnt from; `pictures` are PNG files by
+    caption; `predictions` the variants' answers in the order of `questions`.
+    """
+
+    quality: dict
+    performance: dict
+    models: dict
+    quantization: dict
+    verdicts: Sequence[Verdict]
+    environments: dict[str, dict[str, str]]
+    card: dict
+    samples: Sequence[Sample]
+    parameters: str
+    pictures: dict[str, Path]
+    questions: Sequence[tuple[Sample, Record]]
+    predictions: dict[str, list[str]]
+
+
+def write(path: Path, shown: Shown) -> None:
+    """Fill firstsight/reporting/report.html.jinja and write it to `path`."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["jinja"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["count"] = lambda number: size(number, "")
+    page = templates.get_template("report.html.jinja").render(
+        shown=shown,
+        header=HEADER,
+        rows=rows(shown.quality, shown.performance),
+        meanings=MEANING,
+        conclusions=conclusions(shown.verdicts),
+        places=sorted({", torch ".join((one["device"], one["torch"])) for one in shown.environments.values()}),
+        figures={
+            name: list(_figures(name, table))
+            for name, table in (("quality", shown.quality), ("performance", shown.performance))
+        },
+        pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in shown.pictures.items()},
+        samples=[{"picture": _media(sample, 620), "sample": sample} for sample in shown.samples],
+        gallery=_gallery(shown.questions, shown.predictions),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(place, row, figure) of every number in a metrics file, places with dots as `dvc metrics show` has them."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _figures(f"{table}.{key}", value)
+        else:
+            yield f"{table}.{key}", f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Some of every question type and every pattern of who is right, each with its media and all answers."""
+    right = [
+        [variant for variant, given in predictions.items() if score(record, given[number]).exact_match == 1]
+        for number, (_, record) in enumerate(questions)
+    ]
+    groups: dict[tuple, list[int]] = {}
+    for number, (_, record) in enumerate(questions):
+        groups.setdefault((record.question_type, *right[number]), []).append(number)
+    # A round takes one of each group; what is rare comes with what is common.
+    ordered = sorted((place, group[place]) for group in groups.values() for place in range(len(group)))
+    chosen = sorted(number for _, number in ordered[:_GALLERY])
+    return [
+        {
+            "picture": _media(sample, 400),
+            "type": record.question_type,
+            "question": record.prompt(),
+            "answer": " / ".join(record.answers),
+            "right": right[number],
+            "given": {variant: given[number] for variant, given in predictions.items()},
+        }
+        for number, (sample, record) in ((number, questions[number]) for number in chosen)
+    ]
+
+
+def _media(sample: Sample, pixels: int) -> str | None:
+    """All frames, at most so many pixels wide and high together, as a data URI; None without media.
+
+    None are enlarged: that is the browser's to do, and the page lies in git.
+    """
+    if not sample.frames:
+        return None
+    picture, buffer = strip(sample, enlarge=False), io.BytesIO()
+    picture.thumbnail((pixels, pixels))
+    picture.save(buffer, "WEBP", quality=80)
+    return _data_uri(buffer.getvalue(), "webp")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

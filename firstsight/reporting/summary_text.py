@@ -1,0 +1,85 @@
+"""summary.txt: what came of it, for a terminal, a paper or a mail."""
+
+from firstsight.core.variants import TEACHER
+from firstsight.reporting.comparison import render, size
+from firstsight.reporting.criteria import MEANING, Verdict, conclusions
+from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
+
+
+def summary(quality: dict, performance: dict, verdicts: list[Verdict], environments: dict[str, dict[str, str]]) -> str:
+    """Size and compression, memory, speed, accuracy, and which success criteria are met, by variant."""
+    places = sorted(
+        {
+            f"{where['device']}, torch {where['torch']}, transformers {where['transformers']}"
+            for where in environments.values()
+        }
+    )
+    sections = {
+        "Size and compression": [
+            ("", "parameters", "on disk", "compression"),
+            *(
+                (name, size(row["parameters"], ""), size(row["disk_bytes"]), f"{row['compression']:.2f} x")
+                for name, row in performance.items()
+            ),
+        ],
+        "Memory": [
+            ("", "weights", "peak, batch 1", "saved"),
+            *(
+                (name, size(row["weights_bytes"]), size(row["peak_bytes"]), _percent(row.get("memory_saved")))
+                for name, row in performance.items()
+            ),
+        ],
+        "Speed, batch 1": [
+            ("", "latency p50", "p90", "repeats within", "first token", "tokens/s", "speed-up"),
+            *(
+                (
+                    name,
+                    f"{row['latency_ms_p50']:.1f} ms",
+                    f"{row['latency_ms_p90']:.1f} ms",
+                    f"{row['latency_spread']:.1%}",
+                    f"{row['prefill_ms_p50']:.1f} ms",
+                    f"{row['decode_tokens_per_second']:.0f}",
+                    f"{row['speed_up']:.2f} x",
+                )
+                for name, row in performance.items()
+            ),
+        ],
+        f"Accuracy, {quality[TEACHER]['questions']} test questions, with 95% intervals": [
+            ("", "exact match", "F1", "ROUGE-L", "BLEU", "options", "as the teacher", "retention"),
+            *(
+                (
+                    name,
+                    *(_interval(quality[name], key) for key in ("exact_match", "f1", "rouge_l", "bleu")),
+                    *(_interval(quality[name], key) for key in ("option_accuracy", "teacher_agreement")),
+                    _percent(quality[name].get("retention")),
+                )
+                for name in performance
+            ),
+            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 6) for name in (QUESTION_ONLY, MAJORITY)),
+        ],
+        "Success criteria": [
+            ("", "of", "figure", "minimum", "target", "stretch", "reached"),
+            *(
+                (
+                    one.criterion.replace("_", " "),
+                    one.variant,
+                    one.said(),
+                    *(f"{level:g}" for level in (one.levels.minimum, one.levels.target, one.levels.stretch)),
+                    one.judged(),
+                )
+                for one in verdicts
+            ),
+        ],
+    }
+    meanings = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in MEANING.items())
+    opening = ["FirstSight", "Measured on " + "; and on ".join(places), "\n".join(conclusions(verdicts))]
+    parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
+    return "\n\n\n".join(["\n\n".join(opening), *parts]) + f"\n\n{meanings}\n"
+
+
+def _interval(row: dict, key: str) -> str:
+    return f"{row[key]:.3f} ({row[key + '_low']:.2f}-{row[key + '_high']:.2f})" if key in row else "-"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -40,8 +40,8 @@ def run() -> None:
                 egogpt_conversion.convert(folder, converted, model.source)
         if role == "student" and (method := stored_method(folder)):
             raise UserError(
-                f"models.student: expected weights that can be trained, found them quantised to {method} in "
-                f"{model.source}; take the model that it was quantised from"
+                f"models.student: expected weights that can be trained, found them quantized to {method} in "
+                f"{model.source}; take the model that it was quantized from"
             )
         origin = {"source": model.source, "revision": model.revision, "commit": commit}
         write_json(folder / "source.json", origin | checks.facts(folder))

@@ -49,13 +49,13 @@ def run() -> None:
 
         processor = load_processor(variant.model)
         stored = stored_method(variant.model)
-        if stored or variant.quantised_on_loading:
+        if stored or variant.quantized_on_loading:
             importlib.import_module("bitsandbytes")  # seconds, which are no part of a model's load time
         memory = PeakMemory(device)
         started = time.perf_counter()
-        # What is stored quantised stays as it is.
+        # What is stored quantized stays as it is.
         precision = "auto" if stored else settings.precision
-        model = load_model(variant.model, variant.quantised_on_loading or precision, device)
+        model = load_model(variant.model, variant.quantized_on_loading or precision, device)
         load_seconds = time.perf_counter() - started
         weights = weights_bytes(model)  # at its first answer bitsandbytes moves scales to where they are not found
         # Batch 1 first: the memory that larger batches leave in the process would count as its own.
@@ -99,7 +99,7 @@ def run() -> None:
 
 def left_out(name: str, settings: params.Evaluate) -> str | None:
     """Why the variant is not to be measured; None where it is."""
-    method = VARIANTS[name].quantised_on_loading
+    method = VARIANTS[name].quantized_on_loading
     if method and method not in settings.teacher_methods:
         return f"evaluate.teacher_methods is {settings.teacher_methods}, without {method}"
     note = VARIANTS[name].model / LEFT_OUT

@@ -1,9 +1,9 @@
-"""Quantise the distilled student's language model with bitsandbytes; vision tower and head keep their precision.
+"""Quantize the distilled student's language model with bitsandbytes; vision tower and head keep their precision.
 
     python -m stages.quantize_student int8
 
 reads  models/student-distilled and the validation split, by `quantize` in params.yaml
-writes models/student-{method}, a folder that `from_pretrained` loads quantised, with quantization.json: sizes and the
+writes models/student-{method}, a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
        error of each layer; of a method that `quantize.methods` does not have, a note that it is left out
 """
 
@@ -39,7 +39,7 @@ def run() -> None:
         found = quantize_folder(SOURCE, folder, method, settings, device, calibration)
         write_json(folder / FOUND, found)
     log.info(
-        "%s: %d linear layers quantised, %d kept; %.1f MB in memory, were %.1f MB; error of a layer at most %.3f",
+        "%s: %d linear layers quantized, %d kept; %.1f MB in memory, were %.1f MB; error of a layer at most %.3f",
         method,
         found["quantized_layers"],
         found["kept_layers"],

@@ -2,7 +2,7 @@
 
     python -m stages.report
 
-reads  evaluations/*, the training histories, the quantised layers' errors, where the models came from, the data card
+reads  evaluations/*, the training histories, the quantized layers' errors, where the models came from, the data card
        and the train and test splits, by `report` in params.yaml
 writes metrics/{models,quality,performance,training,quantization}.json, metrics/summary.txt, metrics/plots/ and
        metrics/report.html
@@ -45,11 +45,11 @@ def run() -> None:
     variants = {variant: one for variant, one in found.items() if one}
     sources = {role: read_json(path, "download-models") for role, path in MODELS.items()}
     histories = {stage: read_json(path, stage) for stage, path in HISTORIES.items()}
-    quantised = {
+    quantized = {
         method: read_json(VARIANTS[f"student-{method}"].model / "quantization.json", f"quantize-student@{method}")
         for method in METHODS
     }
-    quantised = {method: one for method, one in quantised.items() if one}
+    quantized = {method: one for method, one in quantized.items() if one}
 
     train = Split(DATA / "train.parquet")
     guesses = summary.baselines(train, records)
@@ -57,7 +57,7 @@ def run() -> None:
     quality = summary.quality_table(variants, records, groups, guesses, *resampling)
     performance = summary.performance_table(variants)
     models = summary.models_table(sources)
-    quantization = summary.quantization_table(quantised)
+    quantization = summary.quantization_table(quantized)
     verdicts = criteria.verdicts(settings.report.criteria, quality, performance)
     curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
     environments = {
@@ -77,7 +77,7 @@ def run() -> None:
         summary_lines = summary_text.summary(quality, performance, verdicts, environments)
         (folder / "summary.txt").write_text(summary_lines, encoding="utf-8")
         samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
-        pictures = draw(folder / "plots", variants, quality, performance, quantised, curves, samples)
+        pictures = draw(folder / "plots", variants, quality, performance, quantized, curves, samples)
         report_page.write(
             folder / "report.html",
             report_page.Shown(
@@ -141,7 +141,7 @@ def draw(
     variants: dict[str, Measured],
     quality: dict,
     performance: dict,
-    quantised: dict[str, dict],
+    quantized: dict[str, dict],
     curves: dict[str, dict],
     samples: Sequence[Sample],
 ) -> dict[str, Path]:
@@ -170,9 +170,9 @@ def draw(
         "Answers a second by batch size": plots / "throughput.png",
         "Training and validation loss": plots / "training.png",
     }
-    if quantised:
-        figures.quantization({method: one["errors"] for method, one in quantised.items()}, plots / "quantization.png")
-        pictures["What quantising changes in each layer's output"] = plots / "quantization.png"
+    if quantized:
+        figures.quantization({method: one["errors"] for method, one in quantized.items()}, plots / "quantization.png")
+        pictures["What quantizing changes in each layer's output"] = plots / "quantization.png"
     return pictures
 
 

@@ -53,8 +53,8 @@ STAGES = (
 )
 # The same as DVC names them.
 EVALUATIONS = {f"evaluate@{variant}" for variant in VARIANTS}
-QUANTISATIONS = {f"quantize-student@{method}" for method in METHODS}
-AFTER_DISTILL = QUANTISATIONS | {"evaluate@student-distilled", "evaluate@student-nf4", "report"}
+QUANTIZATIONS = {f"quantize-student@{method}" for method in METHODS}
+AFTER_DISTILL = QUANTIZATIONS | {"evaluate@student-distilled", "evaluate@student-nf4", "report"}
 ALL = EVALUATIONS | AFTER_DISTILL | {
     "download-models@teacher",
     "download-models@student",

@@ -92,9 +92,9 @@ def test_the_seed_decides_an_adapters_first_weights(smoke, settings):
 
 def test_qlora_trains_over_nf4_weights_of_the_language_model_alone(smoke, settings):
     tuning = Tuning(smoke / "models/student", optimisation(settings, method="qlora", train_vision=False), "cpu", 10)
-    quantised = [name for name, module in tuning.model.named_modules() if isinstance(module, Linear4bit)]
-    assert quantised
-    assert all("language_model" in name for name in quantised)
+    quantized = [name for name, module in tuning.model.named_modules() if isinstance(module, Linear4bit)]
+    assert quantized
+    assert all("language_model" in name for name in quantized)
     assert all("lora" in name for name, parameter in tuning.model.named_parameters() if parameter.requires_grad)
 
 
@@ -119,7 +119,7 @@ def test_a_target_that_is_no_layer_is_refused(smoke, settings):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_be_trained_is_refused_before_training(smoke_copy, settings, method):
     with pytest.raises(
-        UserError, match="student-nf4: expected weights that can be trained, found them quantised to nf4"
+        UserError, match="student-nf4: expected weights that can be trained, found them quantized to nf4"
     ):
         Tuning(smoke_copy / "models/student-nf4", optimisation(settings, method=method), "cpu", 10)
     student = smoke_copy / "models/student"

@@ -1,4 +1,4 @@
-"""Checkpoints of several architectures through one path: loading, quantising, packing, asking."""
+"""Checkpoints of several architectures through one path: loading, quantizing, packing, asking."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_an_architecture_loads_and_packs_exactly(architecture):
 
 @pytest.mark.parametrize(("method", "kind", "bound"), [("int8", Linear8bitLt, 0.05), ("nf4", Linear4bit, 0.4)])
 @torch.inference_mode()
-def test_a_quantised_load_keeps_sight_and_head_and_reloads_exactly(architecture, tmp_path, method, kind, bound):
+def test_a_quantized_load_keeps_sight_and_head_and_reloads_exactly(architecture, tmp_path, method, kind, bound):
     name, folder = architecture
     whole, model = load_model(folder, "float32", "cpu"), load_model(folder, method, "cpu")
     linear = {key: type(module) for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -93,7 +93,7 @@ def test_a_text_model_refuses_pictures(settings, processor, tmp_path):
 
 
 @torch.inference_mode()
-def test_a_16_bit_checkpoint_stays_so_beside_quantised_weights(settings, processor, tmp_path):
+def test_a_16_bit_checkpoint_stays_so_beside_quantized_weights(settings, processor, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     for path in (source, target):
         path.mkdir()

@@ -12,7 +12,7 @@ import pytest
 from conftest import (
     AFTER_DISTILL,
     EVALUATIONS,
-    QUANTISATIONS,
+    QUANTIZATIONS,
     ROOT,
     YAML_SAFE,
     command,
@@ -46,9 +46,9 @@ def test_another_temperature_reruns_the_student_alone_and_going_back_restores_it
     assert command(project, "git", "diff", "--stat", "metrics/quality.json") == ""
 
 
-def test_another_quantisation_leaves_distill_alone(project):
+def test_another_quantization_leaves_distill_alone(project):
     changed = stages_run(project, "exp", "run", "-S", "quantize.methods=[int8]")
-    assert changed == QUANTISATIONS | {"evaluate@student-int8", "evaluate@student-nf4", "report"}
+    assert changed == QUANTIZATIONS | {"evaluate@student-int8", "evaluate@student-nf4", "report"}
 
 
 def test_another_evaluation_leaves_the_models_alone(project):
@@ -63,7 +63,7 @@ def test_runtime_settings_rerun_nothing(project):
     ("file", "expected"),
     [
         ("firstsight/reporting/comparison.py", {"report"}),
-        ("firstsight/quantization/quantize.py", QUANTISATIONS),
+        ("firstsight/quantization/quantize.py", QUANTIZATIONS),
         ("firstsight/distillation/vocabulary.py", {"cache-teacher-targets", "distill"}),
     ],
 )

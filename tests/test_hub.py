@@ -266,14 +266,14 @@ def several_kinds(folder):
     return "found model_type ['qwen2_vl']"
 
 
-def quantised_by_awq(folder):
+def quantized_by_awq(folder):
     edit(folder, "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    return "expected weights as they are, or quantised by bitsandbytes, found them quantised by 'awq'"
+    return "expected weights as they are, or quantized by bitsandbytes, found them quantized by 'awq'"
 
 
-def quantised_by_nobody(folder):
+def quantized_by_nobody(folder):
     edit(folder, "config.json", quantization_config=[4])
-    return "found them quantised by [4]"
+    return "found them quantized by [4]"
 
 
 def adapter_in_its_folder(folder):
@@ -326,8 +326,8 @@ EARLY = [
     pickle_in_the_index,
     code_in_the_index,
     several_kinds,
-    quantised_by_awq,
-    quantised_by_nobody,
+    quantized_by_awq,
+    quantized_by_nobody,
     adapter_in_its_folder,
     adapter_of_pickles,
     no_tokenizer,
@@ -517,7 +517,7 @@ def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_a_quantised_folder_is_taken_as_it_is_and_compared_with_its_config(smoke, tmp_path, method):
+def test_a_quantized_folder_is_taken_as_it_is_and_compared_with_its_config(smoke, tmp_path, method):
     folder = tmp_path / "mine"
     load_model(smoke / "models/student", method, "cpu").save_pretrained(folder)
     load_processor(smoke / "models/student").save_pretrained(folder)
@@ -531,7 +531,7 @@ def test_a_quantised_folder_is_taken_as_it_is_and_compared_with_its_config(smoke
             checks.check_weights(folder, "mine")
 
 
-def test_a_quantised_student_is_refused_when_it_is_fetched(smoke, tmp_path):
+def test_a_quantized_student_is_refused_when_it_is_fetched(smoke, tmp_path):
     folder = workspace(tmp_path / "project")
     values = YAML_SAFE.load(folder / "params.yaml")
     values["models"]["student"] |= {"source": str(smoke / "models/student-nf4"), "init": None}

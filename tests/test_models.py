@@ -1,4 +1,4 @@
-"""Model folders: plain Hugging Face, loaded whole or refused, quantised where they should be."""
+"""Model folders: plain Hugging Face, loaded whole or refused, quantized where they should be."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.core.params import Initialisation
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.generation.answering import model_inputs
-from firstsight.models.loading import check_quantised, load_model, load_processor
+from firstsight.models.loading import check_quantized, load_model, load_processor
 from firstsight.quantization.quantize import quantize_folder
 
 
@@ -127,11 +127,11 @@ CALIBRATION = [(sample, sample.records[0]) for sample in [make_sample("image", "
 
 
 @pytest.mark.parametrize(("method", "kind"), [("int8", Linear8bitLt), ("nf4", Linear4bit)])
-def test_quantised_folders_answer_like_the_original(smoke, settings, tmp_path, method, kind):
+def test_quantized_folders_answer_like_the_original(smoke, settings, tmp_path, method, kind):
     source = smoke / "models/student-distilled"
     found = quantize_folder(source, tmp_path, method, settings.quantize, "cpu", CALIBRATION)
-    original, quantised = load_model(source, "auto", "cpu"), load_model(tmp_path, "auto", "cpu")
-    layers = {name: module for name, module in quantised.named_modules() if isinstance(module, nn.Linear)}
+    original, quantized = load_model(source, "auto", "cpu"), load_model(tmp_path, "auto", "cpu")
+    layers = {name: module for name, module in quantized.named_modules() if isinstance(module, nn.Linear)}
     inside = [name for name, module in layers.items() if isinstance(module, kind)]
     assert len(inside) == found["quantized_layers"] == 7 * original.config.text_config.num_hidden_layers
     assert found["kept_layers"] == len(layers) - len(inside)
@@ -144,15 +144,15 @@ def test_quantised_folders_answer_like_the_original(smoke, settings, tmp_path, m
     assert found["original_bytes"] - found["bytes"] == pytest.approx(4 * weights - now, rel=0.01)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
-        exact, approximate = original(input_ids=ids).logits, quantised(input_ids=ids).logits
+        exact, approximate = original(input_ids=ids).logits, quantized(input_ids=ids).logits
     error = (approximate - exact).norm() / exact.norm()
     assert 0 < error < {"int8": 0.03, "nf4": 0.35}[method]
 
 
-def test_a_quantised_folder_is_loaded_as_it_is_and_not_by_another_method(smoke):
+def test_a_quantized_folder_is_loaded_as_it_is_and_not_by_another_method(smoke):
     folder = smoke / "models/student-nf4"
     for precision in ("auto", "nf4"):
-        assert check_quantised(load_model(folder, precision, "cpu"))["quantized_layers"]
+        assert check_quantized(load_model(folder, precision, "cpu"))["quantized_layers"]
     for precision in ("int8", "float32", "bfloat16"):
         with pytest.raises(
             UserError, match=rf"weights that can be loaded as {precision}, found .* to nf4; set the .*auto"
@@ -184,11 +184,11 @@ def test_the_error_of_a_layer_is_that_of_its_weights_on_its_own_inputs(smoke, se
     model, processor = load_model(source, "float32", "cpu"), load_processor(source)
     name, block = "model.language_model.layers.0.self_attn.v_proj", model.model.language_model.layers[0]
     weight = load_model(tmp_path, "auto", "cpu").get_submodule(name).weight
-    dequantised = dequantize_4bit(weight.data, weight.quant_state).float()
+    dequantized = dequantize_4bit(weight.data, weight.quant_state).float()
     with torch.inference_mode():
         seen = model(**model_inputs(processor, CALIBRATION, "cpu"), output_hidden_states=True).hidden_states[0]
         inputs = block.input_layernorm(seen)
-        lost = inputs @ (dequantised - block.self_attn.v_proj.weight).T
+        lost = inputs @ (dequantized - block.self_attn.v_proj.weight).T
         expected = lost.norm() / block.self_attn.v_proj(inputs).norm()
     assert errors[name] == pytest.approx(float(expected), rel=0.02)
     assert len(errors) == 7 * len(model.model.language_model.layers)
@@ -207,13 +207,13 @@ def test_how_nf4_is_made_is_a_parameter(smoke, settings, tmp_path):
     assert [any("nested_absmax" in name for name in names) for names in scales] == [False, True]
 
 
-def test_a_quantised_vision_tower_is_caught(smoke):
+def test_a_quantized_vision_tower_is_caught(smoke):
     model = load_model(smoke / "models/student-distilled", "int8", "cpu")
-    check_quantised(model)
+    check_quantized(model)
     block = model.model.visual.blocks[0].mlp
     block.fc1 = Linear8bitLt(block.fc1.in_features, block.fc1.out_features)
     with pytest.raises(RuntimeError, match=r"visual.blocks.0.mlp.fc1.* outside it"):
-        check_quantised(model)
+        check_quantized(model)
 
 
 def test_another_vocabulary_names_the_first_token_that_differs(processor, settings, tmp_path):

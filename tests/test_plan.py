@@ -255,7 +255,7 @@ def test_weights_gradients_and_moments_of_the_default_are_the_real_ones(processo
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_quantised_weights_are_the_real_ones(precision, tmp_path):
+def test_quantized_weights_are_the_real_ones(precision, tmp_path):
     """At widths that fill NF4's blocks of 64, and but for its scales, which bitsandbytes keeps beside the weights."""
     config = Qwen2VLConfig(
         text_config={

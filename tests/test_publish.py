@@ -31,7 +31,7 @@ from firstsight.records.sample import Record
 NAME = "me/tiny"
 TOKEN = "hf_secretsecretsecret"
 STUDENT = "models/student-distilled"
-QUANTISED = model_card.VARIANTS[-1]  # the one that the smoke preset asks for
+QUANTIZED = model_card.VARIANTS[-1]  # the one that the smoke preset asks for
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: fingerprint_files([path]) for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("variant", [model_card.DISTILLED, QUANTISED])
+@pytest.mark.parametrize("variant", [model_card.DISTILLED, QUANTIZED])
 def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project, monkeypatch, tmp_path, variant):
     before = contents(project / "models" / variant)
     run(monkeypatch, variant, NAME, "--push")
@@ -159,9 +159,9 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
 
 
 def test_the_card_can_be_printed_alone(project, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["card", QUANTISED])
+    monkeypatch.setattr(sys, "argv", ["card", QUANTIZED])
     model_card.run()
-    assert capsys.readouterr().out == model_card.model_card(QUANTISED, f"models/{QUANTISED}")
+    assert capsys.readouterr().out == model_card.model_card(QUANTIZED, f"models/{QUANTIZED}")
 
 
 def test_a_second_push_replaces_the_first_and_leaves_what_is_not_a_model(served, project, monkeypatch, tmp_path):
@@ -216,9 +216,9 @@ def unmeasured(project):
     for name in ("quality", "performance"):
         path = project / f"metrics/{name}.json"
         figures = json.loads(path.read_text())
-        del figures[QUANTISED]
+        del figures[QUANTIZED]
         write_json(path, figures)
-    return [QUANTISED, NAME], f"metrics: expected figures of {QUANTISED}, found those of teacher, "
+    return [QUANTIZED, NAME], f"metrics: expected figures of {QUANTIZED}, found those of teacher, "
 
 
 def pickle(project):
@@ -327,7 +327,7 @@ def test_make_publish_pushes_only_when_it_is_told_to(project):
     for words, expected in (
         ((), "student-distilled me/tiny"),
         (("PUSH=0",), "student-distilled me/tiny"),
-        (("PUSH=1", f"VARIANT={QUANTISED}"), f"{QUANTISED} me/tiny --push"),
+        (("PUSH=1", f"VARIANT={QUANTIZED}"), f"{QUANTIZED} me/tiny --push"),
     ):
         told = make(project, "--just-print", f"REPO={NAME}", *words).stdout.splitlines()[-1]
         assert told.strip() == f"python -m firstsight.publish {expected}"

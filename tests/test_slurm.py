@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import QUANTISATIONS, ROOT, command, stages_run
+from conftest import QUANTIZATIONS, ROOT, command, stages_run
 
 from slurm.set_params import set_params
 
@@ -149,7 +149,7 @@ def test_a_sweep_runs_a_job_a_point_and_its_experiments_arrive_here(slurm, commi
         assert state["JobState"] == "COMPLETED", log
         # All else comes from the cache they share.
         ran = set(re.findall(r"Running stage '([^']+)'", log))
-        assert ran <= QUANTISATIONS | {"evaluate@student-nf4", "report"}
+        assert ran <= QUANTIZATIONS | {"evaluate@student-nf4", "report"}
     shown = subprocess.run(["dvc", "exp", "show", "--csv"], cwd=project, capture_output=True, text=True, check=True)
     rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(shown.stdout))}
     for doubly in ("true", "false"):

@@ -1,4 +1,4 @@
-"""Qwen2-VL-2B at its true size, with random weights: it loads, answers and is quantised on the CPU."""
+"""Qwen2-VL-2B at its true size, with random weights: it loads, answers and is quantized on the CPU."""
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from firstsight.quantization.quantize import quantize_folder
 pytestmark = pytest.mark.slow
 
 
-def test_the_2b_student_loads_answers_and_is_quantised(processor, settings, tmp_path):
-    folder, quantised = tmp_path / "student", tmp_path / "quantised"
-    for path in (folder, quantised):
+def test_the_2b_student_loads_answers_and_is_quantized(processor, settings, tmp_path):
+    folder, quantized = tmp_path / "student", tmp_path / "quantized"
+    for path in (folder, quantized):
         path.mkdir()
     write_random(config(QWEN2_VL_2B, 1, processor.tokenizer), folder, torch.bfloat16)
     processor.save_pretrained(folder)
@@ -30,13 +30,13 @@ def test_the_2b_student_loads_answers_and_is_quantised(processor, settings, tmp_
     del model
 
     # Seven layers in each of 28 blocks; the head and all of the vision tower are kept.
-    counts = quantize_folder(folder, quantised, "nf4", settings.quantize, "cpu", [(sample, sample.records[0])])
+    counts = quantize_folder(folder, quantized, "nf4", settings.quantize, "cpu", [(sample, sample.records[0])])
     assert counts["quantized_layers"] == 28 * 7 == len(counts["errors"])
     # What NF4 does to normally distributed weights, whatever the inputs.
     assert 0.05 < min(counts["errors"].values()) <= max(counts["errors"].values()) < 0.15
-    sizes = [sum(path.stat().st_size for path in one.glob("*.safetensors")) for one in (folder, quantised)]
+    sizes = [sum(path.stat().st_size for path in one.glob("*.safetensors")) for one in (folder, quantized)]
     assert sizes[0] == pytest.approx(2 * 2_208_985_600, rel=1e-3)
     # 1.31 of the 2.21 billion parameters go from 16 bits to about 4.1.
     assert sizes[1] < 0.6 * sizes[0]
-    model = load_model(quantised, "auto", "cpu")
-    assert len(list(answers(model, load_processor(quantised), [(sample, sample.records[0])], 1, 2))) == 1
+    model = load_model(quantized, "auto", "cpu")
+    assert len(list(answers(model, load_processor(quantized), [(sample, sample.records[0])], 1, 2))) == 1

@@ -30,7 +30,7 @@ TEXT = ("*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
 _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 # peft's: of an adapter beside the model, and of one in the model's own folder, which transformers would add to it.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What bitsandbytes stores beside a quantised weight.
+# What bitsandbytes stores beside a quantized weight.
 _SCALES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -45,7 +45,7 @@ def check_texts(folder: Path, present: Collection[str], place: str) -> list[str]
     Returns the names of the large files: the weights, and the adapter in its folder, if there is one.
 
     Raises:
-        UserError: the config or the processor cannot be used, the architecture is unknown or quantised in a way that
+        UserError: the config or the processor cannot be used, the architecture is unknown or quantized in a way that
             is not read here, an adapter is not where it belongs, or as `weight_files`.
     """
     if ADAPTER_CONFIG in present:
@@ -130,13 +130,13 @@ def check_config(folder: Path, place: str) -> None:
         ) from None
     if egogpt_conversion.is_original(folder / CONFIG):
         return
-    quantised = config.get("quantization_config", config.get("compression_config"))
-    if quantised is not None:
-        known = isinstance(quantised, dict) and (quantised.get("load_in_8bit") or quantised.get("load_in_4bit"))
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    quantized = config.get("quantization_config", config.get("compression_config"))
+    if quantized is not None:
+        known = isinstance(quantized, dict) and (quantized.get("load_in_8bit") or quantized.get("load_in_4bit"))
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         if not known or method not in (None, "bitsandbytes"):
             raise UserError(
-                f"{place}: expected weights as they are, or quantised by bitsandbytes, found them quantised by "
+                f"{place}: expected weights as they are, or quantized by bitsandbytes, found them quantized by "
                 f"{method!r}; take the checkpoint that this one was made from"
             )
     # Many repositories carry code from before transformers had their class; then it is not needed.
@@ -157,7 +157,7 @@ def check_weights(folder: Path, place: str) -> None:
     """Raise UserError unless every weight is there, whole, and of the shape that config.json says.
 
     transformers loads the checkpoint onto the meta device: its names for old and new layouts and its rules for tied
-    weights, and no memory for weights. Of quantised weights, the number is compared.
+    weights, and no memory for weights. Of quantized weights, the number is compared.
     """
     present = names(folder)
     for name in weight_files(folder, present, place) + adapter_files(present, place)[1:]:
@@ -180,8 +180,8 @@ def _differing(folder: Path) -> list[str]:
     """Weights that are missing, not in the model, or of another shape than its config gives, a line each."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Built as if it were not: packed weights cannot be unpacked without memory.
-    quantised = hasattr(config, "quantization_config")
-    if quantised:
+    quantized = hasattr(config, "quantization_config")
+    if quantized:
         del config.quantization_config
     _, info = auto_class(config.model_type).from_pretrained(
         folder,
@@ -195,7 +195,7 @@ def _differing(folder: Path) -> list[str]:
     )
     unexpected = info["unexpected_keys"]
     mismatched = info["mismatched_keys"]
-    if quantised:
+    if quantized:
         unexpected = [name for name in unexpected if not name.endswith(_SCALES) and ".quant_state." not in name]
         # Two weights of 4 bits a byte, in one column.
         mismatched = [
@@ -227,7 +227,7 @@ def complete_tokenizer(folder: Path, place: str) -> None:
 def facts(folder: Path) -> dict[str, Any]:
     """Of a checked checkpoint: licence, architecture, and sizes, from its text files and the weights' headers.
 
-    `parameters` and `dtypes` (a number of parameters each) count what is stored: tied weights once, quantised weights
+    `parameters` and `dtypes` (a number of parameters each) count what is stored: tied weights once, quantized weights
     as they are packed. `licence` is what the model card says, else the name of a licence file, else None. `bytes` are
     those of all files.
     """

@@ -264,9 +264,9 @@ class Train(Optimisation):
 
 
 class Quantize(Section):
-    """How the distilled student is quantised, by each of `methods`: each gives a model, and a variant in evaluation.
+    """How the distilled student is quantized, by each of `methods`: each gives a model, and a variant in evaluation.
 
-    `double_quantization` (nf4's scales are quantised too; Dettmers et al., 2023, arXiv:2305.14314) and `compute_dtype`
+    `double_quantization` (nf4's scales are quantized too; Dettmers et al., 2023, arXiv:2305.14314) and `compute_dtype`
     (of nf4's products; auto is that of the other weights) are bitsandbytes'. The error of each layer is measured on
     `calibration_samples` samples of the validation split.
     """
@@ -280,7 +280,7 @@ class Quantize(Section):
 class Evaluate(Section):
     """Quality on the whole test split in batches of `batch_size`; intervals from `bootstrap_samples` resamplings.
 
-    `teacher_methods` are ways in which the teacher too is quantised and measured, as targets.precision may load it.
+    `teacher_methods` are ways in which the teacher too is quantized and measured, as targets.precision may load it.
     Speed is that of `latency_runs` questions, each answered with exactly `latency_new_tokens` tokens, at batch 1, and
     together in batches of each of `throughput_batch_sizes`.
     """

@@ -6,10 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Variant:
-    """A model folder, and the method by which it is quantised on loading; with None, `evaluate.precision` decides."""
+    """A model folder, and the method by which it is quantized on loading; with None, `evaluate.precision` decides."""
 
     model: Path
-    quantised_on_loading: str | None = None
+    quantized_on_loading: str | None = None
 
 
 METHODS = ("int8", "nf4")

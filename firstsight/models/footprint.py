@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, quantised ones with their scales and code books; what is shared, once."""
+    """Bytes of parameters and buffers, quantized ones with their scales and code books; what is shared, once."""
     tensors = {
         tensor.data_ptr(): tensor for one in chain(model.parameters(), model.buffers()) for tensor in _parts(one)
     }

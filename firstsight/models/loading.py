@@ -131,34 +131,34 @@ def load_model(
     double_quantization: bool = True,
     compute_dtype: str = "auto",
 ) -> PreTrainedModel:
-    """The folder's model, on `device`, in eval mode; its adapter, if there is one, merged, or over quantised weights.
+    """The folder's model, on `device`, in eval mode; its adapter, if there is one, merged, or over quantized weights.
 
     The architecture is what its config says: any of transformers' image-text models, or a text-only language model.
 
     Args:
-        precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantises the language model on loading, and
-            nothing else; "auto" is bfloat16 on CUDA and float32 on the CPU, and of a quantised folder all is
+        precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantizes the language model on loading, and
+            nothing else; "auto" is bfloat16 on CUDA and float32 on the CPU, and of a quantized folder all is
             as it is stored.
-        double_quantization: of "nf4": its scales are quantised too.
+        double_quantization: of "nf4": its scales are quantized too.
         compute_dtype: of "nf4": what its products are computed in; "auto" is what the other weights are in.
 
     Raises:
         UserError: the folder lacks files, a file is broken, weights are missing or of another shape, transformers
-            does not know the architecture, or the folder is quantised and `precision` says otherwise.
-        RuntimeError: a layer that should keep its precision was quantised, or none was; never expected.
+            does not know the architecture, or the folder is quantized and `precision` says otherwise.
+        RuntimeError: a layer that should keep its precision was quantized, or none was; never expected.
     """
     if (stored := stored_method(folder)) and precision not in ("auto", stored):
         raise UserError(
-            f"{folder}: expected weights that can be loaded as {precision}, found them quantised to {stored}; set the "
-            "precision to auto, leave this method out, or take the model that it was quantised from"
+            f"{folder}: expected weights that can be loaded as {precision}, found them quantized to {stored}; set the "
+            "precision to auto, leave this method out, or take the model that it was quantized from"
         )
-    quantising = precision in ("int8", "nf4") and not stored
+    quantizing = precision in ("int8", "nf4") and not stored
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
-        # Left out where there is none: None would undo the quantisation that a quantised folder declares.
+        # Left out where there is none: None would undo the quantization that a quantized folder declares.
         quantization = {}
-        if quantising:
+        if quantizing:
             computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
             quantization["quantization_config"] = quantization_config(precision, computed, double_quantization)
         model, info = auto_class(config.model_type).from_pretrained(
@@ -177,26 +177,26 @@ def load_model(
         raise _broken(folder, error) from None
     if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise _broken(folder, f"no fitting weight for {absent[0]} and {len(absent) - 1} more")
-    if quantising:
-        check_quantised(model)
+    if quantizing:
+        check_quantized(model)
     if device == "cpu":
-        if quantising or stored:
+        if quantizing or stored:
             keep_weights_as_stored(model)
         align_weights(model)
     if (folder / ADAPTER).is_dir():
-        model = _with_adapter(model, folder / ADAPTER, merge=not (quantising or stored))
+        model = _with_adapter(model, folder / ADAPTER, merge=not (quantizing or stored))
     return model.eval()
 
 
 def stored_method(folder: Path) -> str | None:
-    """How bitsandbytes quantised the weights stored in `folder`: "int8", "nf4" or "fp4"; None if it did not."""
+    """How bitsandbytes quantized the weights stored in `folder`: "int8", "nf4" or "fp4"; None if it did not."""
     try:
-        quantised = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        quantized = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None  # what is wrong with it is said when it is loaded
-    if not quantised:
+    if not quantized:
         return None
-    return "int8" if quantised.get("load_in_8bit") else quantised.get("bnb_4bit_quant_type", "fp4")
+    return "int8" if quantized.get("load_in_8bit") else quantized.get("bnb_4bit_quant_type", "fp4")
 
 
 def language_model_name(model: PreTrainedModel) -> str:
@@ -204,22 +204,22 @@ def language_model_name(model: PreTrainedModel) -> str:
     return "model.language_model." if hasattr(model.model, "language_model") else "model."
 
 
-def check_quantised(model: PreTrainedModel) -> dict[str, int]:
-    """Number of quantised and of other linear layers. Names of modules to skip fail silently, so types are asserted.
+def check_quantized(model: PreTrainedModel) -> dict[str, int]:
+    """Number of quantized and of other linear layers. Names of modules to skip fail silently, so types are asserted.
 
     Raises:
-        RuntimeError: a layer outside the language model was quantised, or none was.
+        RuntimeError: a layer outside the language model was quantized, or none was.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantised
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantized
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    quantised = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
-    wrong = [name for name in quantised if not name.startswith(language_model_name(model))]
-    if wrong or not quantised:
+    quantized = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
+    wrong = [name for name in quantized if not name.startswith(language_model_name(model))]
+    if wrong or not quantized:
         raise RuntimeError(
-            f"expected quantised layers in the language model only, found {len(quantised)}, and {wrong[:3]} outside it"
+            f"expected quantized layers in the language model only, found {len(quantized)}, and {wrong[:3]} outside it"
         )
-    return {"quantized_layers": len(quantised), "kept_layers": len(linear) - len(quantised)}
+    return {"quantized_layers": len(quantized), "kept_layers": len(linear) - len(quantized)}
 
 
 def keep_weights_as_stored(model: nn.Module) -> None:
@@ -232,7 +232,7 @@ def keep_weights_as_stored(model: nn.Module) -> None:
     stored, in the precision that was asked for, and figures of one machine hold on another. To be removed when the
     library computes layers of every shape in `compute_dtype` (`_convert_weight_packed_for_cpu` in its functional.py).
     """
-    from bitsandbytes.nn import Linear4bit  # absent where nothing is quantised
+    from bitsandbytes.nn import Linear4bit  # absent where nothing is quantized
 
     repacked = [m for m in model.modules() if isinstance(m, Linear4bit) and m.support_avx512bf16_for_cpu]
     for module in repacked:
@@ -259,7 +259,7 @@ def align_weights(model: nn.Module) -> None:
 
 
 def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = True) -> BitsAndBytesConfig:
-    """bitsandbytes settings for "int8" (LLM.int8) or "nf4" (by default with double quantisation)."""
+    """bitsandbytes settings for "int8" (LLM.int8) or "nf4" (by default with double quantization)."""
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_IN_HIGH_PRECISION)
     return BitsAndBytesConfig(
@@ -272,13 +272,13 @@ def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = 
 
 
 def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
-    """The precision of the weights that are not quantised; on a CPU, beside quantised ones, that of the checkpoint."""
+    """The precision of the weights that are not quantized; on a CPU, beside quantized ones, that of the checkpoint."""
     if precision in ("float32", "bfloat16", "float16"):
         return getattr(torch, precision)
     if device == "cuda":
         return torch.bfloat16
-    quantised = precision in ("int8", "nf4") or hasattr(config, "quantization_config")
-    return (config.dtype or torch.float32) if quantised else torch.float32
+    quantized = precision in ("int8", "nf4") or hasattr(config, "quantization_config")
+    return (config.dtype or torch.float32) if quantized else torch.float32
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

@@ -10,7 +10,7 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     """The output head's weight [V, H], with what LoRA adds to it; differentiable where the head or its adapter is.
 
     Raises:
-        UserError: the head is quantised, has a bias, or is wrapped in what cannot be written as one weight.
+        UserError: the head is quantized, has a bias, or is wrapped in what cannot be written as one weight.
     """
     head, adapters = model.get_output_embeddings(), []
     if hasattr(head, "base_layer") or hasattr(head, "original_module"):
@@ -44,5 +44,5 @@ def _unwrap(model: PreTrainedModel, head: nn.Module) -> tuple[nn.Module, list[Te
 def _refused(model: PreTrainedModel, found: str) -> UserError:
     return UserError(
         f"{model.name_or_path}: expected an output head that is a plain linear layer without bias, or plain LoRA over "
-        f"one, because the loss works from its weight; found {found}; keep lm_head out of quantisation and adapters"
+        f"one, because the loss works from its weight; found {found}; keep lm_head out of quantization and adapters"
     )

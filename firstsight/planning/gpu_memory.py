@@ -4,7 +4,7 @@ Weights, in bytes a parameter:
     float32 4, bfloat16 2; "auto" is bfloat16
     int8    1 for the linear layers of the language model (Dettmers et al., 2022, arXiv:2208.07339), 2 for the rest
     nf4     0.516 for those: half a byte, an 8-bit scale for 64 of them, and a float32 for 256 scales (double
-            quantisation, Dettmers et al., 2023, arXiv:2305.14314, 4.127 bits); 2 for the rest
+            quantization, Dettmers et al., 2023, arXiv:2305.14314, 4.127 bits); 2 for the rest
 
 Training, for n trained parameters (mixed precision; 18 bytes a parameter with the float32 weights themselves, as in
 Hugging Face's "Model training anatomy"):
@@ -171,8 +171,8 @@ def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> 
     return Memory(weights, _optimisation(student, settings), activations + _loss(student, settings, teacher, sizes))
 
 
-def quantising(shape: Shape, method: str) -> Memory:
-    """Of quantize-student: at most the 16-bit weights and the quantised ones at once."""
+def quantizing(shape: Shape, method: str) -> Memory:
+    """Of quantize-student: at most the 16-bit weights and the quantized ones at once."""
     return Memory(shape.weights_bytes("bfloat16") + shape.weights_bytes(method))
 
 
@@ -247,8 +247,8 @@ def _inference(shape: Shape, precision: str, batch_size: int, sizes: Sizes) -> f
     patches, tokens = (batch_size * one for one in patches_and_tokens(shape.model, sizes))
     mask = 2 * tokens**2 / batch_size
     language = tokens * (16 * shape.hidden + 6 * shape.intermediate) + mask
-    dequantised = 2 * shape.largest_linear if precision == "nf4" else 0
-    return (max(language, _block(shape, patches)) + mask) * (2 if precision == "float32" else 1) + dequantised
+    dequantized = 2 * shape.largest_linear if precision == "nf4" else 0
+    return (max(language, _block(shape, patches)) + mask) * (2 if precision == "float32" else 1) + dequantized
 
 
 def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Sizes) -> float:

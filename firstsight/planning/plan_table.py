@@ -96,7 +96,7 @@ def _quantize_student(student: Shape, method: str) -> Row:
     return Row(
         f"quantize-student {method}",
         _loaded(student, method),
-        gpu_memory.quantising(student, method),
+        gpu_memory.quantizing(student, method),
         disk=student.weights_bytes(method),
     )
 

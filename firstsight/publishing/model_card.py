@@ -57,7 +57,7 @@ def model_card(variant: str, place: str) -> str:
         metadata=_metadata(models["student"]),
         variant=variant,
         place=place,
-        quantised=variant != DISTILLED,
+        quantized=variant != DISTILLED,
         rows=_rows(variant, quality, performance),
         questions=quality[variant]["questions"],
         parameters=performance[variant]["parameters"],

@@ -1,4 +1,4 @@
-"""Quantising a model folder with bitsandbytes into another that `from_pretrained` loads quantised."""
+"""Quantizing a model folder with bitsandbytes into another that `from_pretrained` loads quantized."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from firstsight.core.params import Quantize
 from firstsight.generation.answering import Question, model_inputs
 from firstsight.models.footprint import weights_bytes
-from firstsight.models.loading import check_quantised, load_model, load_processor
+from firstsight.models.loading import check_quantized, load_model, load_processor
 
 
 def quantize_folder(
@@ -20,31 +20,31 @@ def quantize_folder(
 ) -> dict[str, Any]:
     """Load `source` as "int8" or "nf4", save it with its processor in `target`, and measure what that changed.
 
-    Returns, as JSON: number of quantised and of other linear layers, bytes of all weights in memory before and after,
+    Returns, as JSON: number of quantized and of other linear layers, bytes of all weights in memory before and after,
     and the `layer_errors` on the `calibration` questions.
     """
     processor = load_processor(source)
-    quantised = load_model(source, method, device, settings.double_quantization, settings.compute_dtype)
-    counts = check_quantised(quantised)
-    quantised.save_pretrained(target)
+    quantized = load_model(source, method, device, settings.double_quantization, settings.compute_dtype)
+    counts = check_quantized(quantized)
+    quantized.save_pretrained(target)
     processor.save_pretrained(target)
     original = load_model(source, "auto", device)
-    sizes = {"original_bytes": weights_bytes(original), "bytes": weights_bytes(quantised)}
-    return {"method": method, **counts, **sizes, "errors": layer_errors(original, quantised, processor, calibration)}
+    sizes = {"original_bytes": weights_bytes(original), "bytes": weights_bytes(quantized)}
+    return {"method": method, **counts, **sizes, "errors": layer_errors(original, quantized, processor, calibration)}
 
 
 @torch.inference_mode()
 def layer_errors(
-    original: PreTrainedModel, quantised: PreTrainedModel, processor: ProcessorMixin, questions: Iterable[Question]
+    original: PreTrainedModel, quantized: PreTrainedModel, processor: ProcessorMixin, questions: Iterable[Question]
 ) -> dict[str, float]:
-    """By name of each quantised layer, its relative error |quantised(x) - original(x)| / |original(x)|.
+    """By name of each quantized layer, its relative error |quantized(x) - original(x)| / |original(x)|.
 
     x are the inputs that the layer has in the original model when it reads the questions, so that a layer is not
     blamed for those before it; norms are Frobenius', over all tokens.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantised
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantized
 
-    counterparts = {n: layer for n, layer in quantised.named_modules() if isinstance(layer, (Linear4bit, Linear8bitLt))}
+    counterparts = {n: layer for n, layer in quantized.named_modules() if isinstance(layer, (Linear4bit, Linear8bitLt))}
     squares = {name: torch.zeros(2, dtype=torch.float64) for name in counterparts}
 
     def compare(name: str) -> Any:

@@ -78,7 +78,7 @@ def show_some(names: list[str]) -> None:
         table: {name: read_json(Path("evaluations") / name / f"{table}.json", f"evaluate@{name}") for name in names}
         for table in ("quality", "performance")
     }
-    # The report counts retention, from all answers; of one model, quantised as it is loaded, memory is what differs.
+    # The report counts retention, from all answers; of one model, quantized as it is loaded, memory is what differs.
     place = HEADER.index("retention")
     weights = ["weights", *(size(row["weights_bytes"]) for row in found["performance"].values())]
     cells = [HEADER, *rows(found["quality"], found["performance"])]

@@ -145,7 +145,7 @@ def throughput(performance_rows: dict, path: Path) -> None:
 
 
 def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
-    """Relative error of each quantised layer by its block and kind, one panel a method."""
+    """Relative error of each quantized layer by its block and kind, one panel a method."""
     figure, axes = plt.subplots(
         1, len(errors), figsize=(4.2 * len(errors) + 1.4, 3.4), sharey=True, squeeze=False, layout="constrained"
     )

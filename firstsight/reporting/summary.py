@@ -185,7 +185,7 @@ def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def quantization_table(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By method: layers quantised and kept, bytes in memory before and after, and the layers' errors: middle, worst."""
+    """By method: layers quantized and kept, bytes in memory before and after, and the layers' errors: middle, worst."""
     return {
         method: {key: one[key] for key in ("quantized_layers", "kept_layers", "original_bytes", "bytes")}
         | {"error_median": float(np.median(list(one["errors"].values()))), "error_most": max(one["errors"].values())}

@@ -39,15 +39,15 @@ class Tuning:
         steps: optimizer steps that training will take; AdaLoRA plans its ranks over them.
 
     Raises:
-        UserError: the folder's weights are quantised, or have an adapter already and are to get another; no layer has
+        UserError: the folder's weights are quantized, or have an adapter already and are to get another; no layer has
             one of the names in `adapter.targets`, or none is as wide as `adapter.rank`; and as `load_model`.
     """
 
     def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
         if method := stored_method(folder):
             raise UserError(
-                f"{folder}: expected weights that can be trained, found them quantised to {method}; take the model "
-                "that it was quantised from, with method: qlora where memory is short"
+                f"{folder}: expected weights that can be trained, found them quantized to {method}; take the model "
+                "that it was quantized from, with method: qlora where memory is short"
             )
         if settings.method != "full" and (folder / ADAPTER).is_dir():
             raise UserError(
@@ -121,7 +121,7 @@ class Tuning:
         if self._method in ("lora", "adalora"):
             self._save_whole(self._peft.merge_and_unload(), folder)
         elif self._method == "qlora":
-            self._save_whole(self._dequantised(), folder)
+            self._save_whole(self._dequantized(), folder)
         else:
             self._save_whole(self.model, folder)
 
@@ -129,12 +129,12 @@ class Tuning:
         dtype = AutoConfig.from_pretrained(self._folder).dtype
         (model.to(dtype) if dtype is not None else model).save_pretrained(folder)
 
-    def _dequantised(self) -> PreTrainedModel:
+    def _dequantized(self) -> PreTrainedModel:
         """The model that was trained, its NF4 weights as the numbers they stand for, with what the adapters add.
 
         Merging into the original weights instead would hand on another model than the one that was trained.
         """
-        import bitsandbytes as bnb  # absent where nothing is quantised
+        import bitsandbytes as bnb  # absent where nothing is quantized
 
         whole = load_model(self._folder, "auto", self._device)
         for name, layer in list(self.model.named_modules()):

@@ -1,0 +1,103 @@
+"""README, CONTRIBUTING and docs/ name only files, commands and modules that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from firstsight.core import params
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+CLI = ROOT / "firstsight/cli/app.py"
+# Folders of the repository whose paths are checked where a page names one without a link. The pipeline's outputs
+# (models/, evaluations/, most of data/) need not exist.
+CHECKED = ("benchmarks", "docs", "firstsight", "metrics", "presets", "slurm", "stages", "tests")
+# Patterns, and stand-ins for a name.
+STANDS_FOR_MANY = re.compile(r"[*{}]|\bX\b|NAME")
+# Where a command may begin.
+START = r"(?:^|[;&(] *)"
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def page(request) -> Path:
+    return request.param
+
+
+def code(text: str) -> str:
+    """Return the code of a page: fenced blocks and inline code, one piece a line."""
+    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M))])
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
+
+
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    links = re.findall(r"\]\((docs/\w[^)#]*|CONTRIBUTING\.md)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {ROOT / link for link in links} == {*DOCS, ROOT / "CONTRIBUTING.md"}
+
+
+def test_paths_that_are_named_exist(page):
+    pattern = rf"(?<![\w./-])(?:{'|'.join(CHECKED)})/[\w./*{{}}-]*"
+    for path in re.findall(pattern, code(page.read_text(encoding="utf-8"))):
+        assert STANDS_FOR_MANY.search(path) or (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_make_targets_that_are_named_exist(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    named = set(re.findall(rf"{START}make ([a-z][a-z-]*)", code(page.read_text(encoding="utf-8")), re.MULTILINE))
+    assert named <= targets, named - targets
+
+
+def test_modules_that_are_named_exist(page):
+    for module in re.findall(r"python -m ((?:stages|benchmarks)\.\w+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_parameters_that_are_named_exist(page):
+    values = params.load(ROOT / "params.yaml").model_dump()
+    pattern = rf"(?<![\w./-])(?:{'|'.join(values)})(?:\.[a-z]\w*)+"
+    for name in re.findall(pattern, code(page.read_text(encoding="utf-8"))):
+        section = values
+        for key in name.split("."):
+            assert key in section, name
+            section = section[key]
+
+
+@pytest.mark.skipif(not CLI.exists(), reason="there is no firstsight/cli/app.py")
+def test_commands_that_are_named_exist(page):
+    tree = list(ast.walk(ast.parse(CLI.read_text(encoding="utf-8"))))
+    known = {node.id.replace("_", "-") for node in tree if isinstance(node, ast.Name)}
+    known |= {node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    pattern = rf"{START}firstsight ((?:--)?[a-z][a-z-]*)"
+    named = set(re.findall(pattern, code(page.read_text(encoding="utf-8")), re.MULTILINE))
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_a_page_opens_with_what_it_answers(path):
+    title, blank, opening = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert title.startswith("# ")
+    assert blank == ""
+    assert re.match(r"This page answers \w", opening), opening

@@ -1,6 +1,7 @@
 """README, CONTRIBUTING and docs/ name only files, commands and modules that exist."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from firstsight.core import params
+from firstsight.scenes.templates import TEMPLATES
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -40,6 +42,25 @@ def anchors(path: Path) -> set[str]:
 
 def test_the_readme_is_read_in_one_sitting():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
+
+
+def test_the_readme_shows_the_recorded_figures():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    quality, performance = (
+        json.loads((ROOT / f"metrics/{name}.json").read_text(encoding="utf-8")) for name in ("quality", "performance")
+    )
+    for variant, row in performance.items():
+        (line,) = [line for line in lines if line.startswith(f"{variant} ")]
+        figures = quality[variant]["exact_match"], quality[variant]["f1"]
+        assert line.split()[1] == f"{figures[0]:.3f}"
+        assert f"  {figures[1]:.3f}  " in line
+        assert f"  {row['latency_ms_p50']:.1f} ms" in line
+
+
+def test_the_templates_are_counted():
+    for name in ("README.md", "docs/data.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.findall(r"(\d+)\s+question templates", text) == [str(len(TEMPLATES))], name
 
 
 def test_links_lead_somewhere(page):

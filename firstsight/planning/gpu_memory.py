@@ -107,10 +107,11 @@ class Shape:
         """
         if settings.method == "full":
             return self.parameters if settings.train_vision else self.language
-        targets, last = settings.adapter.targets, {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
+        targets = settings.adapter.target_modules
+        last = {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
         if absent := sorted(set(targets) - set(last.values())):
             raise UserError(
-                f"adapter.targets: expected linear layers of {self.name}'s language model "
+                f"adapter.target_modules: expected linear layers of {self.name}'s language model "
                 f"({', '.join(sorted(set(last.values())))}), found {absent[0]}; correct it"
             )
         adapted = [module for name, module in self.language_linears.items() if last[name] in targets]

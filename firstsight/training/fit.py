@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
 from firstsight.core.errors import UserError
-from firstsight.core.faults import check_room
+from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
 from firstsight.packing.dataset import PackedDataset
@@ -62,7 +62,8 @@ def train(
     if optimisation.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
     size = 12 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    check_room(scratch, 2 * size)  # the first checkpoint and the next: weights and two moments, in float32
+    # The first checkpoint and the next: weights and two moments, in float32.
+    check_disk_space(scratch, 2 * size, "free some space (dvc gc --workspace, make clean-scratch)")
     halving = optimisation.auto_batch and processes == 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}

@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json, write_json
+from firstsight.core.params import Precision
 from firstsight.core.stage import log
 from firstsight.core.validation import describe
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
@@ -54,7 +55,7 @@ class Index:
 
     kind: Literal["hidden", "topk", "online"]
     teacher: str
-    precision: Literal["auto", "float32", "bfloat16", "int8", "nf4"]
+    precision: Precision
     data: dict[str, str]
     vocabulary: str
     shared_vocabulary: int

@@ -21,10 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import ADAPTER, language_model_name, load_model, stored_method
-
-# How weights are loaded that are, or are not, trained.
-_PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
+from firstsight.models.loading import ADAPTER, TRAINING_PRECISIONS, language_model_name, load_model, stored_method
 
 # What AdaLoRA keeps of every weight of an adapter: sensitivity, its average, and the average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -56,7 +53,7 @@ class Tuning:
             )
         self._folder, self._method, self._device = folder, settings.method, device
         set_seed(settings.seed)  # of the adapters' first weights
-        model = load_model(folder, _PRECISIONS[settings.method], device)
+        model = load_model(folder, TRAINING_PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
             prefix = language_model_name(model)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from ruamel.yaml import YAML
 
 from benchmarks.measuring import environment, process_tree, write
+from firstsight.core import yaml12
 from firstsight.core.stage import log, main
 
 PICTURES, QUESTIONS, SIDE = (1_250, 5_000, 20_000), 5, 224
@@ -25,11 +25,10 @@ ROOT = Path.cwd()
 
 def prepare(folder: Path, pictures: int) -> None:
     """A workspace: params.yaml, the pictures, and a file of questions about them."""
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load(ROOT / "presets/smoke.yaml")
+    values = yaml12.load(ROOT / "presets/smoke.yaml")
     values["data"] |= {"source": "jsonl", "path": "qa.jsonl", "max_pixels": SIDE**2}
     values["data"]["benchmark"]["path"] = "qa.jsonl"
-    yaml.dump(values, folder / "params.yaml")
+    (folder / "params.yaml").write_text(yaml12.dump(values))
     noise = np.random.default_rng(0)
     with (folder / "qa.jsonl").open("w") as file:
         for number in range(pictures):

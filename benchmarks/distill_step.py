@@ -98,7 +98,7 @@ def measure(case: str, method: str, device: str) -> dict[str, float]:
     divisor, side = SCALE[device]
     loaded = params.load()
     corpus = Path(loaded.models.student.init.corpus).read_text(encoding="utf-8").splitlines()
-    tokenizer = train_tokenizer(corpus, loaded.models.student.init.words)
+    tokenizer = train_tokenizer(corpus, loaded.models.student.init.vocabulary_size)
     processor = build_processor(tokenizer, side * side)
     features = [pack(processor, one, encode(processor, one, one.records)) for one in scenes(loaded.data, side)]
     batch = {name: one.to(device) for name, one in collate(features, tokenizer.pad_token_id).items()}
@@ -149,9 +149,9 @@ def steps(
         student = AutoModelForImageTextToText.from_config(student_config, dtype=dtype).train()
     if settings.method == "lora":
         adapter = settings.adapter
-        targets = rf".*language_model.*\.({'|'.join(adapter.targets)})"
+        targets = rf".*language_model.*\.({'|'.join(adapter.target_modules)})"
         student = get_peft_model(
-            student, LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets)
+            student, LoraConfig(r=adapter.rank, lora_alpha=adapter.lora_alpha, target_modules=targets)
         ).get_base_model()
     model = DistillationModel(student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=shared)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)

@@ -12,9 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from benchmarks.measuring import environment, process_tree, write
+from firstsight.core import yaml12
 from firstsight.core.stage import log, main
 
 LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa", "data/teacher-targets")
@@ -23,8 +22,7 @@ ROOT = Path.cwd()
 
 def run() -> None:
     epochs = float(sys.argv[1]) if len(sys.argv) > 1 else 0.5
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load(ROOT / "params.yaml")
+    values = yaml12.load(ROOT / "params.yaml")
     values["train"]["epochs"] = epochs
     values["runtime"]["device"] = "cpu"
     rows = []
@@ -34,7 +32,7 @@ def run() -> None:
             for path in LINKED:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).symlink_to(ROOT / path)
-            yaml.dump(values, folder / "params.yaml")
+            (folder / "params.yaml").write_text(yaml12.dump(values))
             # By torch's own launcher: accelerate's starts one process on the CPU, however many it is asked for.
             launched = ["--standalone", "--nproc_per_node", str(processes), "-m", "stages.distill"]
             words = [sys.executable, "-m", "torch.distributed.run", *launched]

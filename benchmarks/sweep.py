@@ -15,10 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from benchmarks.measuring import environment, write
-from firstsight.core import params
+from firstsight.core import params, yaml12
 from firstsight.core.stage import log, main
 from firstsight.models.loading import pick_device
 
@@ -38,8 +36,7 @@ def stage(folder: Path, name: str) -> float:
 def run() -> None:
     epochs = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
     device = pick_device(params.load().runtime.device)
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load(ROOT / "params.yaml")
+    values = yaml12.load(ROOT / "params.yaml")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -48,12 +45,12 @@ def run() -> None:
             (folder / path).symlink_to(ROOT / path)
         for kind in ("hidden", "online"):
             values["targets"]["kind"] = kind
-            yaml.dump(values, folder / "params.yaml")
+            (folder / "params.yaml").write_text(yaml12.dump(values))
             spent = stage(folder, "cache_teacher_targets")
             rows.append(row(kind, "cache-teacher-targets", "", "", epochs, spent, "", device))
             for temperature, alpha in POINTS:
                 values["train"] |= {"temperature": temperature, "alpha": alpha, "epochs": epochs}
-                yaml.dump(values, folder / "params.yaml")
+                (folder / "params.yaml").write_text(yaml12.dump(values))
                 spent = stage(folder, "distill")
                 history = json.loads((folder / "models/student-distilled/history.json").read_text())
                 loss = [entry["eval_objective"] for entry in history if "eval_objective" in entry][-1]

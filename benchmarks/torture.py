@@ -22,8 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
+from firstsight.core import yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
 from firstsight.core.stage import log, main
@@ -47,11 +46,10 @@ def new_project(folder: Path, **training: float) -> Path:
             if path.is_file() and path.name != ".gitignore":
                 path.unlink()
     (folder / "dvc.lock").unlink(missing_ok=True)
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load(folder / "presets/smoke.yaml")
+    values = yaml12.load(folder / "presets/smoke.yaml")
     for section in ("finetune_teacher", "train"):
         values[section] |= training
-    yaml.dump(values, folder / "params.yaml")
+    (folder / "params.yaml").write_text(yaml12.dump(values))
     subprocess.run(["dvc", "config", "--local", "core.no_scm", "true"], cwd=folder, check=True)
     return folder
 

@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 
 from benchmarks.checkpoints import padded_tokenizer, write_random
 from benchmarks.distill_step import SCALE, SHARED, config
 from benchmarks.measuring import environment, write
 from firstsight.acquisition.initialise import build_processor
-from firstsight.core import params
+from firstsight.core import params, yaml12
 from firstsight.core.stage import log, main
 from firstsight.core.variants import METHODS, TEACHER, VARIANTS
 from firstsight.planning import plan_table
@@ -61,8 +60,7 @@ CLAIMS = {"parameters": 8.29e9 / 2.21e9, "memory": 13.8 / 4.4, "speed_up": 5.16}
 def prepare(folder: Path, preset: Path, device: str) -> None:
     """A workspace as it is before cache-teacher-targets: params.yaml, both models and the data."""
     divisor, (frames, side) = SCALE[device][0], VIDEO[device]
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load(preset)
+    values = yaml12.load(preset)
     values["finetune_teacher"]["enabled"] = False
     values["train"] |= {"epochs": 1, "gradient_accumulation_steps": 1, "warmup_fraction": 0.0}
     values["quantize"] |= {"methods": list(METHODS), "calibration_samples": 2}
@@ -71,11 +69,11 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
     values["runtime"] = {"device": device, "data_workers": 0}
     for role, place in (("teacher", "models/teacher-finetuned"), ("student", "models/student")):
         values["models"][role] = {"source": place, "revision": None, "init": None}
-    yaml.dump(values, folder / "params.yaml")
+    (folder / "params.yaml").write_text(yaml12.dump(values))
 
     init = params.load(ROOT / "params.yaml").models.student.init
     corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
-    processor = build_processor(padded_tokenizer(corpus, init.words, SHARED // divisor), side**2)
+    processor = build_processor(padded_tokenizer(corpus, init.vocabulary_size, SHARED // divisor), side**2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for place, sizes in (("models/teacher-finetuned", QWEN2_VL_7B), ("models/student", QWEN2_VL_2B)):
         (folder / place).mkdir(parents=True)

@@ -7,7 +7,6 @@ writes data/teacher-targets; for `targets.kind: online` hardly more than its ind
 """
 
 import math
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from firstsight.core import params, scratch
-from firstsight.core.errors import UserError
+from firstsight.core.faults import check_disk_space
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder
 from firstsight.core.stage import log, main
 from firstsight.distillation.builder import Builder
@@ -89,7 +88,11 @@ def build(
     """Write the shards into `kept`, going on after those that are there; what the index says of them."""
     total = sum(tokens.values())
     batches = {split: math.ceil(len(dataset) / settings.batch_size) for split, dataset in splits.items()}
-    check_space(total * builder.bytes_per_token + builder.head_bytes)
+    size = total * builder.bytes_per_token + builder.head_bytes
+    log.info("writing about %.1f MB of targets", size / 1e6)
+    for place in (OUTPUT, scratch.root()):
+        # A twentieth more, for what shards hold besides.
+        check_disk_space(place, size * 20 // 19, "free some space, or set targets.kind to topk or online")
     rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
     error_sums: Counter[str] = Counter()
     for split, dataset in splits.items():
@@ -104,18 +107,6 @@ def build(
         error_sums.update(writer.close())
     error = {temperature: sums / total for temperature, sums in error_sums.items()}
     return {"bytes_per_token": builder.bytes_per_token, "topk_error": error}
-
-
-def check_space(needed: int) -> None:
-    """Say how much will be written, and raise UserError when output or scratch are on a disk without room for it."""
-    scratch.root().mkdir(parents=True, exist_ok=True)
-    free = min(shutil.disk_usage(place).free for place in (OUTPUT.parent, scratch.root()))
-    log.info("writing about %.1f MB of targets; %.1f GB are free", needed / 1e6, free / 1e9)
-    if needed > 0.95 * free:
-        raise UserError(
-            f"{OUTPUT}: expected room for {needed / 1e9:.1f} GB of targets, found {free / 1e9:.1f} GB free; "
-            "free some space, or set targets.kind to topk or online"
-        )
 
 
 def rehearse(builder: Builder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:

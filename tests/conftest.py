@@ -191,7 +191,7 @@ def settings() -> params.Params:
 def processor(settings):
     init = settings.models.student.init
     corpus = (ROOT / init.corpus).read_text().splitlines()
-    return build_processor(train_tokenizer(corpus, init.words), init.max_pixels)
+    return build_processor(train_tokenizer(corpus, init.vocabulary_size), init.max_pixels)
 
 
 @pytest.fixture(scope="session")

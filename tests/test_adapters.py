@@ -109,7 +109,7 @@ def test_adalora_shares_out_its_ranks(smoke, settings, sets, tmp_path):
 
 
 def test_a_target_that_is_no_layer_is_refused(smoke, settings):
-    adapter = settings.train.adapter.model_copy(update={"targets": ["q_proj", "w1"]})
+    adapter = settings.train.adapter.model_copy(update={"target_modules": ["q_proj", "w1"]})
     with pytest.raises(
         UserError, match=r"expected a linear layer named 'w1' in the language model.*found \['down_proj'"
     ):

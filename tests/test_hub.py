@@ -32,7 +32,7 @@ TOKEN = "hf_secretsecretsecret"
 def save_as_on_the_hub(init: Initialisation, folder: Path) -> None:
     """A checkpoint in the layout of Qwen/Qwen2-VL-2B-Instruct: flat config, old names, bfloat16 shards, split texts."""
     torch.manual_seed(init.seed)
-    tokenizer = train_tokenizer((ROOT / init.corpus).read_text().splitlines(), init.words)
+    tokenizer = train_tokenizer((ROOT / init.corpus).read_text().splitlines(), init.vocabulary_size)
     model = build_model(init, tokenizer).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
@@ -200,9 +200,8 @@ def test_missing_and_gated_repositories_and_revisions(served, tmp_path, monkeypa
 
 
 def test_too_small_a_disk_is_said_before_the_weights_are_fetched(served, tmp_path, monkeypatch):
-    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(hub_client, "shutil", full)
-    assert "GB free under" in refusal(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert f"MB; free some for {NAME}, or point HF_HUB_CACHE to a larger disk" in refusal(tmp_path)
     assert not [name for name in served.fetched() if name.endswith(".safetensors")]
 
 

@@ -66,8 +66,8 @@ def test_the_same_seed_makes_the_same_model(settings, tmp_path, monkeypatch):
 
 def test_too_few_rows_for_the_tokens_are_refused(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(__file__.rsplit("/tests", 1)[0])
-    init = Initialisation(**settings.models.student.init.model_dump() | {"vocabulary_rows": 300})
-    with pytest.raises(UserError, match=r"init\.vocabulary_rows: expected at least \d+, a row for every token"):
+    init = Initialisation(**settings.models.student.init.model_dump() | {"embedding_rows": 300})
+    with pytest.raises(UserError, match=r"init\.embedding_rows: expected at least \d+, a row for every token"):
         initialise(init, tmp_path)
 
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 from conftest import ROOT
+from dvc.utils.serialize import YAMLError, parse_yaml
 from ruamel.yaml import YAML
 
-from firstsight.core import params
+from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 
 DEFAULT = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
@@ -57,8 +58,8 @@ def test_every_parameter_file_is_valid(path):
         ("train.batch_size", 10**30, "train.batch_size: expected at most 65536, found 1000"),
         ("train.epochs", 1e308, "train.epochs: expected at most 10000, found 1e+308"),
         ("models.student.init.hidden_size", 10**12, "models.student.init.hidden_size: expected at most 1e+09, found"),
-        ("models.teacher.source", "", "models.teacher.source: expected text, not nothing, found ''"),
-        ("train.adapter.targets", [], "train.adapter.targets: expected a list of at least 1, found []"),
+        ("models.teacher.source", "", "models.teacher.source: expected text that is not empty, found ''"),
+        ("train.adapter.target_modules", [], "train.adapter.target_modules: expected a list of at least 1, found []"),
         ("evaluate.seed", -1, "evaluate.seed: expected at least 0, found -1"),
     ],
 )
@@ -72,6 +73,40 @@ def test_a_wrong_value_is_one_line_that_names_it(tmp_path, key, value, line):
     said = message(tmp_path, values)
     assert line in said
     assert "more)" not in said
+
+
+def under_the_old_name(values: dict, old: str) -> list[str]:
+    """Give the renamed key its old name in each section of that name; returns the paths of the old keys."""
+    parent, key = old.split(".")
+    paths = []
+
+    def walk(section: dict, path: str) -> None:
+        for name, value in section.items():
+            if name == parent and isinstance(value, dict):
+                value[key] = value.pop(params.RENAMED[old])
+                paths.append(f"{path}{name}.{key}")
+            elif isinstance(value, dict):
+                walk(value, f"{path}{name}.")
+
+    walk(values, "")
+    return paths
+
+
+@pytest.mark.parametrize("old", params.RENAMED)
+def test_an_old_name_is_refused_with_its_new_one(tmp_path, old):
+    values = copy.deepcopy(DEFAULT)
+    first, second = under_the_old_name(values, old)
+    new, key = params.RENAMED[old], old.split(".")[1]
+    line = f"{tmp_path / 'params.yaml'}: {first}: expected {new}, its new name, found {key}; rename it (and 1 more)"
+    assert message(tmp_path, values) == line
+    assert second != first
+
+
+def test_a_file_of_old_names_counts_each_once(tmp_path):
+    values = copy.deepcopy(DEFAULT)
+    old = [path for name in params.RENAMED for path in under_the_old_name(values, name)]
+    assert len(old) == 2 * len(params.RENAMED)
+    assert message(tmp_path, values).endswith(f"; rename it (and {len(old) - 1} more)")
 
 
 def test_a_stages_output_is_no_source_of_a_model(tmp_path, monkeypatch):
@@ -93,16 +128,28 @@ def test_a_stages_output_is_no_source_of_a_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize("section", DEFAULT)
 def test_a_missing_section_is_named(tmp_path, section):
     values = {name: value for name, value in DEFAULT.items() if name != section}
-    assert f"{section}: expected this section, found none" in message(tmp_path, values)
+    assert f"{section}: expected a value, found none" in message(tmp_path, values)
 
 
 def test_a_missing_key_is_named(tmp_path):
     values = copy.deepcopy(DEFAULT)
     del values["train"]["alpha"]
-    assert "train.alpha: expected this key, found none" in message(tmp_path, values)
+    assert "train.alpha: expected a value, found none" in message(tmp_path, values)
 
 
-@pytest.mark.parametrize("text", ["", "- a list", "train: [", "a: !!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- a list",
+        "train: [",
+        "a: !!python/object:os.system {}",
+        "a: 1\nb: 2\na: 3",
+        "a: 1\n--- {}\n",
+        "a: \x00",
+        "&a [*a]",
+    ],
+)
 def test_no_mapping_is_one_line(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text(text)
@@ -117,12 +164,75 @@ def test_no_file_says_where_to_find_one(tmp_path):
         params.load(tmp_path / "params.yaml")
 
 
-def test_numbers_are_read_as_dvc_writes_them(tmp_path):
-    """1e-4 is text to a YAML 1.1 reader."""
+# Plain scalars and what holds them, where YAML 1.1 and 1.2 part or readers of either differ.
+_TABLE = r"""
+1e-4 1E-4 1e3 1.5e-3 -2e+5 .5 -.5 +.5 5. 1.e3 .5e3 .5e-3 1_000 1_000.5 1__0 1_ 0_7 0 -0 +7 000 007 010 0.10 -0.0
+0o7 0o17 0O7 0x1F 0X1f -0x1f 0b101 -0b1 0o8 08 0x 1e 1e+ e3 - -. . .. ._ 7e1234 12e03a 4e-400
+1:30 1:30:00 190:20:30.15 .inf -.Inf +.INF inf .nan .NaN nan 1.7976931348623157e309 9007199254740993
+yes Yes no NO on On off OFF y n true True TRUE tRUE false False null Null NULL nULL ~ None none = << é
+2024-01-31 2024-1-31 2024-01-31T10:00:00 10:00 12-31 1.2.3 a#b '' "" 'yes' "1e-4" 'it''s' "\u00e9\n" a:b {a:b}
+"""
+_SPACED = ["2024-01-31 10:00:00", "a b", "!!str 1e-4", "!!float 1", "!!int 0o7", "&a 5", "{a: 1, b: yes}"]
+SCALARS = _TABLE.split() + _SPACED
+LISTS = ["['a:b',c]", "[http://x]", "[1e-4,yes,~,0o7]", "[[], {}]"]
+
+
+@pytest.mark.parametrize("value", SCALARS + LISTS)
+def test_a_value_means_what_it_means_to_dvc(tmp_path, value):
     path = tmp_path / "params.yaml"
-    text = (ROOT / "params.yaml").read_text().replace("learning_rate: 1.5e-3", "learning_rate: 1e-4")
-    path.write_text(text)
-    assert params.load(path).finetune_teacher.learning_rate == 1e-4
+    for text in (f"a: {value}\n", f"a: [{value}, x]\n", *([f"{value}: 1\n"] if value in SCALARS else [])):
+        path.write_text(text, encoding="utf-8")
+        assert repr(read(yaml12.load, path)) == repr(read(dvc_load, path)), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x {b: 1, c: 2}\nd:\n  <<: *x\n  b: 3\n",
+        "a: 1\na: 2\n",
+        "a: {b: 1, b: 1}\n",
+        "'a': 1\na: 2\n",
+        "a: |\n  b\n  c\nd: >\n  e\n  f\n",
+        "a: b\n  c\n",
+        "? a\n: b\n",
+        "a:\n\tb: 1\n",
+        "a: b: c\n",
+        "a: [1, 2\n",
+        "a: *b\n",
+        "a: @b\n",
+        "%YAML 1.2\n---\na: yes\n",
+        "a: 1 # comment\n# another\n",
+        "\ufeffa: 1\n",
+        "a: !!set {b, c}\n",
+        "a: !mine b\n",
+    ],
+)
+def test_a_file_means_what_it_means_to_dvc(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert read(yaml12.load, path) == read(dvc_load, path)
+
+
+def dvc_load(path):
+    return parse_yaml(path.read_text("utf-8"), path)
+
+
+def read(reader, path):
+    """What a reader makes of a file; None where it refuses it."""
+    try:
+        return reader(path)
+    except (UserError, YAMLError, ValueError, IndexError):
+        return None
+
+
+@pytest.mark.parametrize(
+    "value", [*SCALARS, 1e-4, 1e-5, 1e22, 0.1, True, None, 7, "a: b", "# c", " d", "", [], {}, ["é"]]
+)
+def test_what_is_dumped_is_read_back(tmp_path, value):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml12.dump({"a": value}), encoding="utf-8")
+    assert yaml12.load(path) == {"a": value}
+    assert parse_yaml(path.read_text("utf-8"), path) == {"a": value}
 
 
 def message(folder, values) -> str:

@@ -287,7 +287,7 @@ def test_adapters_are_as_large_as_pefts(train_vision, processor):
     settings = but(loaded.train, method="lora", train_vision=train_vision)
     model = build_model(loaded.models.teacher.init, processor.tokenizer)
     shape = Shape("init", model)
-    names = "|".join(settings.adapter.targets)
+    names = "|".join(settings.adapter.target_modules)
     pattern = rf".*language_model.*\.({names})"
     if train_vision:
         pattern += r"|.*visual\.blocks\..*\.(qkv|proj|fc1|fc2)|.*visual\.merger\.mlp\.(0|2)"
@@ -296,8 +296,8 @@ def test_adapters_are_as_large_as_pefts(train_vision, processor):
 
 
 def test_an_adapter_on_no_layer_is_one_line(student, preset):
-    settings = but(preset.train, adapter=but(preset.train.adapter, targets=["query"]))
-    with pytest.raises(UserError, match=r"adapter.targets: expected linear layers of .*, found query"):
+    settings = but(preset.train, adapter=but(preset.train.adapter, target_modules=["query"]))
+    with pytest.raises(UserError, match=r"adapter.target_modules: expected linear layers of .*, found query"):
         student.trained(settings)
 
 
@@ -320,7 +320,7 @@ def test_activations_are_what_autograd_saves(method, processor, tmp_path):
     if method == "lora":
         model = model.to(torch.bfloat16)
         batch["pixel_values_videos"] = batch["pixel_values_videos"].to(torch.bfloat16)
-        config = LoraConfig(r=4, target_modules=settings.adapter.targets)
+        config = LoraConfig(r=4, target_modules=settings.adapter.target_modules)
         model = get_peft_model(model, config).get_base_model()
         copies = 0
     kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -403,7 +403,7 @@ def test_original_egogpt_is_planned_as_it_will_be_converted(tmp_path):
     ("init", "line"),
     [
         ({"corpus": "/bin/true"}, r"init\.corpus: expected a text file to train the tokenizer on, found 'utf-8' codec"),
-        ({"vocabulary_rows": 300}, r"init\.vocabulary_rows: expected at least \d+, a row for every token, found 300"),
+        ({"embedding_rows": 300}, r"init\.embedding_rows: expected at least \d+, a row for every token, found 300"),
     ],
 )
 def test_an_init_that_makes_no_model_is_one_line(init, line, in_root):

@@ -20,7 +20,7 @@ from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.training import checkpoints, fit, trainer
 
 STAGES = {"finetune_teacher": "models/teacher-finetuned", "distill": "models/student-distilled"}
-ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj"]}
+ADAPTER = {"rank": 4, "lora_alpha": 8.0, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
 
 
 class Killed(BaseException):

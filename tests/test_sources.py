@@ -82,11 +82,14 @@ def test_a_line_is_a_question_about_media(folder, settings):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"media": "a.jpg", "answer": "x"}, "line 1: expected a value for 'question', found none"),
-        ({"media": "a.jpg", "question": "What?", "answer": " "}, "line 1: expected text for 'answer', found an empty"),
+        ({"media": "a.jpg", "answer": "x"}, "line 1: question: expected a value, found none"),
+        (
+            {"media": "a.jpg", "question": "What?", "answer": " "},
+            "line 1: answer: expected text that is not empty, found ' '",
+        ),
         ({"media": "gone.jpg", "question": "What?", "answer": "x"}, "line 1: expected a media file, found no"),
         ({"question": "What?", "answer": "x", "anwser": "y"}, "found the key 'anwser'"),
-        ({"question": "What?", "answer": 3}, "line 1: expected text for 'answer', found '3'"),
+        ({"question": "What?", "answer": 3}, "line 1: answer: expected text, found 3"),
         ({"question": "What?", "answer": "C", "options": ["x", "y"]}, "line 1: expected the answer to be a letter of"),
         ({"media": "a.jpg", "question": "What?", "end": 1}, "expected start and end with a video alone"),
         ({"media": "clip.mp4", "question": "What?", "start": 2, "end": 2}, "within the video, found 2 to 2 s"),
@@ -155,7 +158,7 @@ def test_a_row_is_what_the_line_is(folder, settings, row, expected):
         (["question,", "What?,so"], "line 2: expected a name in line 1 for the column of 'so', found none"),
         (["question,start", "What?,nan"], "line 2: start: expected seconds, found nan"),
         (["question,end", "What?,soon"], "line 2: end: expected seconds, found 'soon'"),
-        (["question,options", "What?,a|"], "line 2: expected text for 'options.1'"),
+        (["question,options", "What?,a|"], "line 2: options.1: expected text"),
         ([""], "expected a CSV file, found an empty file"),
     ],
 )

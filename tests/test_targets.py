@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
+from firstsight.core.params import Precision
 from firstsight.distillation import targets
-from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
+from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, read_index, write_index
 from firstsight.distillation.teacher_answers import own_answers
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
@@ -102,7 +104,9 @@ def test_every_divergence_trains(smoke, smoke_copy, divergence):
 
 def test_a_disk_without_room_is_refused_before_the_teacher_runs(smoke_copy, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"data/teacher-targets: expected room for .* found 0\.0 GB free"):
+    with pytest.raises(
+        UserError, match=r"data/teacher-targets: expected .* MB free on the file system .*, found 0\.0 MB; .*kind"
+    ):
         run_stage(smoke_copy, "cache_teacher_targets")
 
 
@@ -264,9 +268,15 @@ def test_a_flipped_byte_stops_the_run(smoke_copy, name):
 def test_a_wrong_index_is_one_line(smoke_copy, changes):
     path = smoke_copy / "data/teacher-targets/index.json"
     write_json(path, json.loads(path.read_text()) | changes)
-    with pytest.raises(UserError, match=r"index\.json: expected an index of targets, found") as error:
+    with pytest.raises(UserError, match=r"index\.json: .*expected .*, found .*; run cache") as error:
         run_stage(smoke_copy, "distill")
     assert next(iter(changes)) in str(error.value)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_an_index_holds_every_precision_that_parameters_may_ask_for(tmp_path, precision):
+    write_index(tmp_path, replace(INDEX, precision=precision), None)
+    assert read_index(tmp_path).precision == precision
 
 
 def test_another_config_of_the_teacher_does_not_go_on_with_what_it_left(smoke_copy, monkeypatch):

@@ -21,6 +21,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from firstsight.acquisition import checks, egogpt_conversion
 from firstsight.core.errors import UserError
+from firstsight.core.faults import check_disk_space
 from firstsight.core.files import link_file
 from firstsight.models.loading import ADAPTER
 
@@ -103,7 +104,7 @@ def _fetch(repository: str, commit: str) -> Path:
     weights = checks.check_texts(snapshot, names, repository)
     planned = snapshot_download(repository, revision=commit, allow_patterns=weights, dry_run=True)
     needed = sum(file.file_size or 0 for file in planned if file.will_download)
-    _check_free(snapshot, needed, repository, "make room there, or point HF_HUB_CACHE to a larger disk")
+    check_disk_space(snapshot, needed, f"free some for {repository}, or point HF_HUB_CACHE to a larger disk")
     _snapshot(repository, commit, weights, None)
     _check_sums(repository, commit)
     return snapshot
@@ -147,21 +148,13 @@ def _place(source: Path, folder: Path, place: str, place_file: PlaceFile) -> Non
     texts = filter_repo_objects(present, allow_patterns=list(checks.TEXT), ignore_patterns=SUBFOLDERS)
     wanted = [*texts, *large]
     if place_file is not link_file or source.stat().st_dev != folder.stat().st_dev:
-        _check_free(folder, sum((source / name).stat().st_size for name in wanted), place)
+        needed = sum((source / name).stat().st_size for name in wanted)
+        check_disk_space(folder, needed, f"free some for a copy of {place}")
     for name in wanted:
         (folder / name).parent.mkdir(exist_ok=True)
         place_file(source / name, folder / name)
     if not egogpt_conversion.is_original(source / checks.CONFIG):
         checks.complete_tokenizer(folder, place)
-
-
-def _check_free(folder: Path, needed: int, place: str, remedy: str = "make room there") -> None:
-    """Raise UserError unless the disk of `folder` has `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{place}: expected {needed / 1e9:.3g} GB free under {folder}, found {free / 1e9:.3g} GB; {remedy}"
-        )
 
 
 @contextmanager

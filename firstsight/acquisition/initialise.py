@@ -24,7 +24,7 @@ from transformers import (
 from firstsight.core.errors import UserError
 from firstsight.core.params import Initialisation
 
-# In the order in which Qwen2-VL numbers them, after the words.
+# In the order in which Qwen2-VL numbers them, after the vocabulary that is learned.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -86,17 +86,17 @@ def fresh_tokenizer(init: Initialisation) -> Qwen2Tokenizer:
         raise UserError(
             f"models: init.corpus: expected a text file to train the tokenizer on, found {error}; correct the path"
         ) from None
-    tokenizer = train_tokenizer(corpus, init.words)
-    if len(tokenizer) > init.vocabulary_rows:
+    tokenizer = train_tokenizer(corpus, init.vocabulary_size)
+    if len(tokenizer) > init.embedding_rows:
         raise UserError(
-            f"models: init.vocabulary_rows: expected at least {len(tokenizer)}, a row for every token, "
-            f"found {init.vocabulary_rows}; raise it, or lower init.words"
+            f"models: init.embedding_rows: expected at least {len(tokenizer)}, a row for every token, "
+            f"found {init.embedding_rows}; raise it, or lower init.vocabulary_size"
         )
     return tokenizer
 
 
-def train_tokenizer(corpus: list[str], words: int) -> Qwen2Tokenizer:
-    """Byte-level BPE with Qwen2's pre-tokenizer, of at most `words` tokens besides the special ones.
+def train_tokenizer(corpus: list[str], vocabulary_size: int) -> Qwen2Tokenizer:
+    """Train byte-level BPE with Qwen2's pre-tokenizer: at most `vocabulary_size` tokens, and the special ones.
 
     The 256 bytes are always among them, so that no text is unknown, whatever the corpus.
     """
@@ -104,7 +104,7 @@ def train_tokenizer(corpus: list[str], words: int) -> Qwen2Tokenizer:
     learner.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=words, initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=vocabulary_size, initial_alphabet=alphabet, show_progress=False)
     )
     learned = json.loads(learner.to_str())["model"]
     vocab = learned["vocab"] | {token: len(learned["vocab"]) + n for n, token in enumerate(SPECIAL_TOKENS)}
@@ -137,7 +137,7 @@ def build_model(init: Initialisation, tokenizer: Qwen2Tokenizer) -> PreTrainedMo
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]  # Qwen2-VL's 16, 24, 24 in proportion
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": init.vocabulary_rows,
+            "vocab_size": init.embedding_rows,
             "hidden_size": init.hidden_size,
             "intermediate_size": init.intermediate_size,
             "initializer_range": init.initializer_range,
@@ -145,7 +145,7 @@ def build_model(init: Initialisation, tokenizer: Qwen2Tokenizer) -> PreTrainedMo
             "num_attention_heads": init.heads,
             "num_key_value_heads": init.kv_heads,
             "max_position_embeddings": 32768,
-            "tie_word_embeddings": init.tied_head,
+            "tie_word_embeddings": init.tie_word_embeddings,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
@@ -162,7 +162,7 @@ def build_model(init: Initialisation, tokenizer: Qwen2Tokenizer) -> PreTrainedMo
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=init.tied_head,
+        tie_word_embeddings=init.tie_word_embeddings,
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = token("<|im_end|>")

@@ -29,13 +29,14 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def check_room(path: Path, needed: int) -> None:
-    """Raises UserError when the file system of `path` has no room for so many bytes."""
-    free = shutil.disk_usage(_file_system(path)).free
+def check_disk_space(place: Path, needed: int, remedy: str) -> None:
+    """Raise UserError, ending with the remedy, when the file system of `place` has fewer than `needed` bytes free."""
+    system = _file_system(place)
+    free = shutil.disk_usage(system).free
     if needed > free:
         raise UserError(
-            f"{path}: expected room for {needed / 1e6:,.1f} MB on the file system {_file_system(path)}, found "
-            f"{free / 1e6:,.1f} MB free; free some (dvc gc --workspace, make clean-scratch)"
+            f"{place}: expected {needed / 1e6:,.1f} MB free on the file system {system}, found {free / 1e6:,.1f} MB; "
+            f"{remedy}"
         )
 
 
@@ -81,8 +82,8 @@ def _unwritable(error: BaseException, path: Path) -> str | None:
 
 
 def _file_system(path: Path) -> Path:
-    """Where the file system that holds a path, or will hold it, is mounted."""
-    place = path.absolute()
+    """Return where the file system is mounted that holds a path, or will hold it; links are followed."""
+    place = path.resolve()
     while not (place.exists() and place.is_mount()) and place != place.parent:
         place = place.parent
     return place

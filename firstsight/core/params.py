@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
+from firstsight.core import yaml12
 from firstsight.core.errors import UserError
+from firstsight.core.validation import mistakes
 
 PARAMS_FILE = Path("params.yaml")
 # Model folders that stages write, and therefore replace or remove.
 MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", "student-distilled", "student-int8", "student-nf4")
+
+# Keys that were called otherwise in earlier versions, the last section in front, and what they are called now.
+RENAMED = {
+    "adapter.alpha": "lora_alpha",
+    "adapter.targets": "target_modules",
+    "init.tied_head": "tie_word_embeddings",
+    "init.vocabulary_rows": "embedding_rows",
+    "init.words": "vocabulary_size",
+}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -51,9 +60,9 @@ class Initialisation(Section):
 
     seed: Seed
     corpus: str
-    words: Annotated[int, Field(ge=256)]
-    vocabulary_rows: Annotated[int, Field(ge=270)]
-    tied_head: bool
+    vocabulary_size: Annotated[int, Field(ge=256)]
+    embedding_rows: Annotated[int, Field(ge=270)]
+    tie_word_embeddings: bool
     hidden_size: Count
     intermediate_size: Count
     layers: Count
@@ -196,9 +205,9 @@ class Adapter(Section):
     """peft's low-rank adapters: of `rank`, scaled by `alpha / rank`, on the modules whose names end in `targets`."""
 
     rank: Count
-    alpha: Positive
+    lora_alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    targets: Annotated[list[str], Field(min_length=1)]
+    target_modules: Annotated[list[str], Field(min_length=1)]
 
 
 class Optimisation(Section):
@@ -352,15 +361,12 @@ def load(path: Path = PARAMS_FILE) -> Params:
             names the first wrong key, what was expected and what was found, and how many more there are.
     """
     try:
-        # YAML 1.2, as DVC reads it: 1e-4 is a number there, and text to a YAML 1.1 reader.
-        values = YAML(typ="safe", pure=True).load(path)
+        values = yaml12.load(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: expected a parameter file, found none; run in the repository's root, "
             "or copy a file from presets/ to params.yaml"
         ) from None
-    except (OSError, YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected YAML, found {' '.join(str(error).split())[:200]}; correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections ({', '.join(Params.model_fields)}), found {values!r}")
     try:
@@ -369,40 +375,22 @@ def load(path: Path = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: {_describe(error)}") from None
 
 
-# What pydantic calls an expectation, in the words of a params file.
-_EXPECTED = {
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "model_type": "a section of keys",
-    "too_short": "a list of at least {min_length}",
-    "string_too_short": "text, not nothing",
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
-    "literal_error": "one of {expected}",
-    "finite_number": "a finite number",
+_REMEDIES = {
+    "missing": "; presets/ and params.yaml in git show the complete form",
+    "extra_forbidden": "; check its spelling or remove it",
 }
 
 
 def _describe(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line."""
-    # A misspelt key is both unknown and missing: what was written says more.
-    complaints = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
-    first = complaints[0]
-    key = ".".join(str(part) for part in first["loc"])
-    kind, context = first["type"], first.get("ctx", {})
-    if kind == "missing":
-        section = "section" if len(first["loc"]) == 1 else "key"
-        line = f"{key}: expected this {section}, found none; presets/ and params.yaml in git show the complete form"
-    elif kind == "extra_forbidden":
-        line = f"{key}: expected a known key, found an unknown one; check its spelling or remove it"
-    elif kind == "value_error":
-        line = f"{key}: {context['error']}"
+    """Return the first mistake as one line with its remedy, and how many more there are."""
+    found = mistakes(error)
+    renamed = {one.path: new for one in found if (new := RENAMED.get(".".join(map(str, one.path[-2:]))))}
+    # A key under its old name is unknown, and missing under its new one: one mistake, not two.
+    absent = {(*path[:-1], new) for path, new in renamed.items()}
+    found = [one for one in found if not (one.kind == "missing" and one.path in absent)]
+    first = found[0]
+    if new := renamed.get(first.path):
+        line = f"{'.'.join(map(str, first.path))}: expected {new}, its new name, found {first.path[-1]}; rename it"
     else:
-        expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else first["msg"]
-        line = f"{key}: expected {expected}, found {first['input']!r}"
-    return line + (f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else "")
+        line = first.sentence + _REMEDIES.get(first.kind, "")
+    return line + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
+
+from firstsight.core.params import Method
 
 
 @dataclass(frozen=True)
@@ -12,7 +15,7 @@ class Variant:
     quantized_on_loading: str | None = None
 
 
-METHODS = ("int8", "nf4")
+METHODS: tuple[str, ...] = get_args(Method)
 TEACHER = "teacher"
 _TEACHER = Path("models/teacher-finetuned")
 VARIANTS = {

@@ -34,8 +34,8 @@ class Builder:
     def bytes_per_token(self) -> int:
         """Bytes that one answer token takes, besides the 4 of the token itself."""
         if self._kind == "hidden":
-            return self._head.shape[1] * self._teacher.dtype.itemsize
-        return self._k * (4 + 4) + 4
+            return HiddenTeacher.bytes_per_token(self._head.shape[1], self._teacher.dtype.itemsize)
+        return TopKTeacher.bytes_per_token(self._k)
 
     @property
     def kept_head(self) -> Tensor | None:

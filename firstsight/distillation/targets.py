@@ -34,7 +34,9 @@ from transformers import PreTrainedTokenizerBase
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json, write_json
+from firstsight.core.params import Precision
 from firstsight.core.stage import log
+from firstsight.core.validation import describe
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
 from firstsight.records.sample import Sample
 
@@ -53,7 +55,7 @@ class Index:
 
     kind: Literal["hidden", "topk", "online"]
     teacher: str
-    precision: Literal["auto", "float32", "bfloat16", "int8", "nf4"]
+    precision: Precision
     data: dict[str, str]
     vocabulary: str
     shared_vocabulary: int
@@ -170,15 +172,15 @@ def read_answers(folder: Path) -> dict[str, str]:
 
 
 def read_index(folder: Path) -> Index:
-    values = read_json(folder / "index.json", MADE_BY)
+    path = folder / "index.json"
+    values = read_json(path, MADE_BY)
     try:
         return Index(**values)
-    except (TypeError, ValidationError) as error:
-        found = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {"loc": (), "msg": error}
-        raise UserError(
-            f"{folder / 'index.json'}: expected an index of targets, found "
-            f"{' '.join([*map(str, found['loc']), str(found['msg'])])[:120]}; run {MADE_BY} again"
-        ) from None
+    except TypeError:
+        found = f"expected an index of targets, found {type(values).__name__}"
+    except ValidationError as error:
+        found = describe(error)
+    raise UserError(f"{path}: {found}; run {MADE_BY} again")
 
 
 def check_files(folder: Path, index: Index) -> None:

@@ -26,7 +26,7 @@ from firstsight.loss.teachers import Teacher
 
 # Rows that the softmaxes work on at once. On a CPU their temporaries then stay in cache, which is what makes them fast;
 # a GPU wants fewer, larger kernels.
-_BLOCK = {"cpu": 8, "cuda": 64}
+BLOCK = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _sums_and_gradients(
     # Summed in full precision over the chunks, whatever the head's own.
     head_grad = torch.empty_like(head, dtype=precision) if wants_head else None
     sums = hidden.new_zeros(3, dtype=precision)
-    block = _BLOCK[hidden.device.type]
+    block = BLOCK[hidden.device.type]
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
         chunk = hidden[rows].to(precision)

@@ -27,6 +27,11 @@ class HiddenTeacher:
     def logits(self, rows: slice, shared: int, precision: torch.dtype) -> Tensor:
         return products.logits(self.hidden[rows].to(precision), self.head[:shared])
 
+    @staticmethod
+    def bytes_per_token(width: int, number: int) -> int:
+        """Return the bytes of one token's hidden state of `width` numbers, `number` bytes each."""
+        return width * number
+
 
 @dataclass(frozen=True)
 class TopKTeacher:
@@ -48,3 +53,8 @@ class TopKTeacher:
         # None of the others is likelier than the k best.
         rest = torch.minimum(rest, best.amin(-1, keepdim=True))
         return rest.expand(-1, shared).scatter(-1, self.ids[rows].long(), best)
+
+    @staticmethod
+    def bytes_per_token(k: int) -> int:
+        """Return the bytes of one token's `ids` (int32), `best` and `logsumexp` (float32)."""
+        return k * (4 + 4) + 4

@@ -24,6 +24,7 @@ from transformers import (
 
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
+from firstsight.core.variants import METHODS
 from firstsight.models.architecture import auto_class
 
 # It says at every layer that inputs are cast to float16, which is what LLM.int8 does.
@@ -32,6 +33,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # The vision tower loses most from 8 and 4 bits and holds least of the weights. Whole names, because "visual" alone
 # would not match the tower's blocks; and with the head's, because naming any module drops the default that skips it.
 KEPT_IN_HIGH_PRECISION = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# What the precision "auto" means on each device, for weights that are not quantized.
+AUTO = {"cuda": "bfloat16", "cpu": "float32"}
+# The precision in which each method of training loads a model: float32 for weights that are trained themselves.
+TRAINING_PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
+# Where training computes under bfloat16 autocast.
+AUTOCAST = {"cuda": True, "cpu": False}
 # The folder of an adapter that belongs to the model it lies in.
 ADAPTER = "adapter"
 
@@ -152,7 +159,7 @@ def load_model(
             f"{folder}: expected weights that can be loaded as {precision}, found them quantized to {stored}; set the "
             "precision to auto, leave this method out, or take the model that it was quantized from"
         )
-    quantizing = precision in ("int8", "nf4") and not stored
+    quantizing = precision in METHODS and not stored
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
@@ -273,12 +280,12 @@ def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = 
 
 def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
     """The precision of the weights that are not quantized; on a CPU, beside quantized ones, that of the checkpoint."""
-    if precision in ("float32", "bfloat16", "float16"):
+    if precision not in ("auto", *METHODS):
         return getattr(torch, precision)
-    if device == "cuda":
-        return torch.bfloat16
-    quantized = precision in ("int8", "nf4") or hasattr(config, "quantization_config")
-    return (config.dtype or torch.float32) if quantized else torch.float32
+    quantized = precision in METHODS or hasattr(config, "quantization_config")
+    if quantized and device == "cpu" and config.dtype:
+        return config.dtype
+    return getattr(torch, AUTO[device])
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

@@ -46,17 +46,22 @@ from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation, Params
-from firstsight.loss.products import CHUNK
+from firstsight.loss.distillation_loss import BLOCK
+from firstsight.loss.products import CHUNK, HEAD_ROWS
+from firstsight.models.loading import AUTO, TRAINING_PRECISIONS
 from firstsight.planning.workload import Sizes, patches_and_tokens
 
 OVERHEAD = 1 << 30
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2, "int8": 1, "nf4": _NF4}
-_KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2, "int8": 2, "nf4": 2}
-# How a model is loaded for training.
-LOADED = {"full": "float32", "lora": "bfloat16", "adalora": "bfloat16", "qlora": "nf4"}
-# Rows of the loss's temporaries and how many there are; rows of a 16-bit head converted at once.
-_BLOCK, _TEMPORARIES, _HEAD_ROWS = 64, 6, 16_384
+_LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
+_KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2}
+# How many temporaries of a block of rows the loss has at once.
+_TEMPORARIES = 6
+
+
+def on_gpu(precision: str) -> str:
+    """Return the precision that weights have on CUDA: that of "auto" by name."""
+    return AUTO["cuda"] if precision == "auto" else precision
 
 
 class Shape:
@@ -97,6 +102,7 @@ class Shape:
 
     def weights_bytes(self, precision: str) -> float:
         """Of the model loaded in `precision`."""
+        precision = on_gpu(precision)
         return self.linear * _LINEAR[precision] + (self.parameters - self.linear) * _KEPT[precision]
 
     def trained(self, settings: Optimisation) -> int:
@@ -107,10 +113,11 @@ class Shape:
         """
         if settings.method == "full":
             return self.parameters if settings.train_vision else self.language
-        targets, last = settings.adapter.targets, {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
+        targets = settings.adapter.target_modules
+        last = {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
         if absent := sorted(set(targets) - set(last.values())):
             raise UserError(
-                f"adapter.targets: expected linear layers of {self.name}'s language model "
+                f"adapter.target_modules: expected linear layers of {self.name}'s language model "
                 f"({', '.join(sorted(set(last.values())))}), found {absent[0]}; correct it"
             )
         adapted = [module for name, module in self.language_linears.items() if last[name] in targets]
@@ -193,7 +200,7 @@ def head_bytes(student: Shape, teacher: Shape) -> int:
 
 def _trained_weights(shape: Shape, settings: Optimisation) -> float:
     adapters = 0 if settings.method == "full" else 4 * shape.trained(settings)
-    return shape.weights_bytes(LOADED[settings.method]) + adapters
+    return shape.weights_bytes(TRAINING_PRECISIONS[settings.method]) + adapters
 
 
 def _optimisation(shape: Shape, settings: Optimisation) -> float:
@@ -255,8 +262,8 @@ def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Si
     """The loss's buffers; `teacher` is None for supervised fine-tuning."""
     answers = settings.batch_size * sizes.questions * sizes.answer_tokens
     models = 1 if teacher is None else 2
-    logits = (models * min(CHUNK, answers) + _TEMPORARIES * min(_BLOCK, answers)) * shape.rows * 4
+    logits = (models * min(CHUNK, answers) + _TEMPORARIES * min(BLOCK["cuda"], answers)) * shape.rows * 4
     trained_head = shape.head * 4 if settings.method == "full" else 0
     narrow = [teacher.hidden] if teacher else []
     narrow += [] if settings.method == "full" else [shape.hidden]
-    return logits + trained_head + _HEAD_ROWS * max(narrow, default=0) * 4
+    return logits + trained_head + HEAD_ROWS * max(narrow, default=0) * 4

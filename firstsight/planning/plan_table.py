@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 from firstsight.core.params import Evaluate, Optimisation, Params
+from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.egogpt import EgoGptConfig
+from firstsight.models.loading import TRAINING_PRECISIONS
 from firstsight.planning import arithmetic, gpu_memory
-from firstsight.planning.gpu_memory import LOADED, Memory, Shape
+from firstsight.planning.gpu_memory import Memory, Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Workload
+from firstsight.training.checkpoints import BYTES_PER_PARAMETER
 
 HEADER = ("stage", "loads", "weights", "training", "activations", "GPU", "disk", "scratch", "time")
 
@@ -157,7 +160,7 @@ def _cells(row: Row, operations: float) -> tuple[str, ...]:
 
 def _checkpoints(shape: Shape, settings: Optimisation) -> float:
     """The last two, the best, and the one being written: trained weights in float32 and AdamW's moments."""
-    return 4 * 12 * shape.trained(settings)
+    return 4 * BYTES_PER_PARAMETER * shape.trained(settings)
 
 
 def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:
@@ -165,19 +168,20 @@ def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
     questions = work.questions["train"] + work.questions["validation"]
     tokens = questions * work.typical.answer_tokens
     if params.targets.kind == "hidden":
-        return tokens * (4 + 2 * teacher.hidden) + gpu_memory.head_bytes(student, teacher)
-    return tokens * (4 + 8 * min(params.targets.k, student.rows, teacher.rows) + 4)
+        row = HiddenTeacher.bytes_per_token(teacher.hidden, 2)
+        return tokens * (4 + row) + gpu_memory.head_bytes(student, teacher)
+    return tokens * (4 + TopKTeacher.bytes_per_token(min(params.targets.k, student.rows, teacher.rows)))
 
 
 def _training(shape: Shape, settings: Optimisation) -> str:
     trained = _count(shape.trained(settings))
     if settings.method == "full":
         return f"{trained} trained of {_count(shape.parameters)}"
-    return f"{trained} {settings.method}, {_loaded(shape, LOADED[settings.method])}"
+    return f"{trained} {settings.method}, {_loaded(shape, TRAINING_PRECISIONS[settings.method])}"
 
 
 def _loaded(shape: Shape, precision: str) -> str:
-    return f"{_count(shape.parameters)} {'bfloat16' if precision == 'auto' else precision}"
+    return f"{_count(shape.parameters)} {on_gpu(precision)}"
 
 
 def _count(parameters: float) -> str:

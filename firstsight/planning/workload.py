@@ -12,11 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
+from firstsight.core import yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import PARAMS_FILE, Data
@@ -105,9 +104,9 @@ def workload(data: Data, path: Path) -> Workload:
 def _built_from(data: Data, card: dict) -> bool:
     """Whether the data set is of these settings, as far as its card and dvc.lock say."""
     try:
-        stages = YAML(typ="safe", pure=True).load(LOCK)["stages"]
+        stages = yaml12.load(LOCK)["stages"]
         return Data.model_validate(stages["build-egoqa-dataset"]["params"]["params.yaml"]["data"]) == data
-    except (OSError, YAMLError, KeyError, TypeError):  # built without DVC
+    except (FileNotFoundError, UserError, KeyError, TypeError):  # built without DVC
         return card["source"] == data.source
     except ValidationError:  # of another version
         return False

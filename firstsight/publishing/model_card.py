@@ -6,15 +6,13 @@ The figures are those that git tracks in metrics/, the rest is the data card's a
 """
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader
-from ruamel.yaml import YAML
 
-from firstsight.core import params
+from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.stage import main
@@ -66,7 +64,7 @@ def model_card(variant: str, place: str) -> str:
         data=read_json(DATA, "build-egoqa-dataset"),
         sampling=loaded.data,
         max_new_tokens=loaded.evaluate.max_new_tokens,
-        settings=_yaml(loaded.model_dump(include=set(SECTIONS))),
+        settings=yaml12.dump(loaded.model_dump(include=set(SECTIONS))).strip(),
     )
 
 
@@ -124,12 +122,6 @@ def _rows(variant: str, quality: dict, performance: dict) -> list[tuple[str, str
     if guess := quality.get("question-only"):
         rows.append(("best guess without looking, exact match", f"{guess['exact_match']:.3f}", ""))
     return rows
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    text = io.StringIO()
-    YAML().dump(values, text)
-    return text.getvalue().strip()
 
 
 def run() -> None:

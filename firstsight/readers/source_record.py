@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from firstsight.core.params import Data
+from firstsight.core.validation import describe
 from firstsight.readers.problems import BadRecordError
 from firstsight.records.sample import LETTERS, MediaKind, Record
 
@@ -153,33 +154,3 @@ def question(place: str, **values: Any) -> Question:
         raise BadRecordError(f"{describe(error)}; correct it") from None
     made.accepted()
     return made
-
-
-# What pydantic calls an expectation, in the words of a record.
-_EXPECTED = {
-    "missing": "a value",
-    "string_type": "text",
-    "string_too_short": "text",
-    "string_unicode": "text",
-    "string_too_long": "at most {max_length} characters",
-    "tuple_type": "a list",
-    "too_long": "at most {max_length} values",
-    "literal_error": "{expected}",
-}
-_FOUND = {
-    "missing": "none",
-    "string_too_short": "an empty one",
-    "string_unicode": "half of a character (a lone surrogate)",
-    "too_long": "{actual_length}",
-}
-
-
-def describe(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line."""
-    first = error.errors(include_url=False)[0]
-    kind, context, key = first["type"], first.get("ctx", {}), ".".join(map(str, first["loc"]))
-    if kind == "value_error":
-        return f"{key}: {context['error']}".removeprefix(": ")
-    expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else first["msg"]
-    found = _FOUND[kind].format(**context) if kind in _FOUND else f"{str(first['input'])[:60]!r}"
-    return f"expected {expected} for {key!r}, found {found}"

@@ -21,10 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import ADAPTER, language_model_name, load_model, stored_method
-
-# How weights are loaded that are, or are not, trained.
-_PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
+from firstsight.models.loading import ADAPTER, TRAINING_PRECISIONS, language_model_name, load_model, stored_method
 
 # What AdaLoRA keeps of every weight of an adapter: sensitivity, its average, and the average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -40,7 +37,7 @@ class Tuning:
 
     Raises:
         UserError: the folder's weights are quantized, or have an adapter already and are to get another; no layer has
-            one of the names in `adapter.targets`, or none is as wide as `adapter.rank`; and as `load_model`.
+            one of the names in `adapter.target_modules`, or none is as wide as `adapter.rank`; and as `load_model`.
     """
 
     def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
@@ -56,7 +53,7 @@ class Tuning:
             )
         self._folder, self._method, self._device = folder, settings.method, device
         set_seed(settings.seed)  # of the adapters' first weights
-        model = load_model(folder, _PRECISIONS[settings.method], device)
+        model = load_model(folder, TRAINING_PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
             prefix = language_model_name(model)
@@ -152,7 +149,7 @@ class Tuning:
 def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps: int) -> PeftConfig:
     adapter = settings.adapter
     common = {
-        "lora_alpha": adapter.alpha,
+        "lora_alpha": adapter.lora_alpha,
         "lora_dropout": adapter.dropout,
         "target_modules": _targets(model, folder, settings),
     }
@@ -171,18 +168,18 @@ def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps:
 
 
 def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
-    """A pattern of the layers to adapt: in the language model those named by `adapter.targets`, in the rest, if it is
-    trained at all, every linear layer."""
+    """Return a pattern of the layers to adapt: in the language model those that `adapter.target_modules` names, in the
+    rest, if it is trained at all, every linear layer."""
     prefix = language_model_name(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     language = {name.rsplit(".", 1)[-1] for name in layers if name.startswith(prefix)}
-    for target in settings.adapter.targets:
+    for target in settings.adapter.target_modules:
         if target not in language:
             raise UserError(
-                f"{folder}: expected a linear layer named {target!r} in the language model, as adapter.targets says, "
-                f"found {sorted(language)}; correct adapter.targets"
+                f"{folder}: expected a linear layer named {target!r} in the language model, as adapter.target_modules "
+                f"says, found {sorted(language)}; correct adapter.target_modules"
             )
-    chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, settings.adapter.targets))})"]
+    chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, settings.adapter.target_modules))})"]
     if settings.train_vision:
         chosen += [re.escape(name) for name in layers if not name.startswith((prefix, "lm_head"))]
     pattern = "|".join(f"(?:{one})" for one in chosen)

@@ -21,6 +21,8 @@ from firstsight.core.stage import log
 
 # SHA-256 of every other file of a checkpoint. Written last: a folder without it is one that was being written.
 _SEAL = "checkpoint.json"
+# Of a trained parameter in a checkpoint: its weight and AdamW's two moments, in float32.
+BYTES_PER_PARAMETER = 3 * 4
 _VARIABLE = "FIRSTSIGHT_CHECKPOINT_SECONDS"
 
 

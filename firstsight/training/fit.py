@@ -13,9 +13,10 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
 from firstsight.core.errors import UserError
-from firstsight.core.faults import check_room
+from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
+from firstsight.models.loading import AUTOCAST
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import Tuning
@@ -61,8 +62,9 @@ def train(
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
-    size = 12 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    check_room(scratch, 2 * size)  # the first checkpoint and the next: weights and two moments, in float32
+    size = checkpoints.BYTES_PER_PARAMETER * sum(one.numel() for one in model.parameters() if one.requires_grad)
+    # The first checkpoint and the next.
+    check_disk_space(scratch, 2 * size, "free some space (dvc gc --workspace, make clean-scratch)")
     halving = optimisation.auto_batch and processes == 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
@@ -143,7 +145,7 @@ def _trainer(
         lr_scheduler_type="cosine",
         seed=optimisation.seed,
         use_cpu=device == "cpu",
-        bf16=device == "cuda",
+        bf16=AUTOCAST[device],
         eval_strategy="epoch",
         save_strategy="epoch",
         restore_callback_states_from_checkpoint=True,

@@ -22,7 +22,7 @@ from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.readers import hub_dataset
 from firstsight.readers.problems import Problems
-from firstsight.readers.source_record import Asked, Question
+from firstsight.readers.source_record import Asked, SourceRecord
 from firstsight.records.parquet import SplitWriter
 from firstsight.records.sample import SPLITS, Sample
 
@@ -56,11 +56,11 @@ def sources(data: params.Data, problems: Problems) -> Iterator[tuple[str, Iterat
     if benchmark.source != "none":
         other = data.model_copy(update=benchmark.model_dump())
         asked = READERS[benchmark.source](other, problems)
-        yield f"benchmark {name(other)}", (Asked(of_benchmark(one.question), one.media) for one in asked)
+        yield f"benchmark {name(other)}", (Asked(of_benchmark(one.record), one.media) for one in asked)
 
 
-def of_benchmark(question: Question) -> Question:
-    return question.model_copy(update={"id": f"benchmark-{question.id}", "split": "test"})
+def of_benchmark(record: SourceRecord) -> SourceRecord:
+    return record.model_copy(update={"id": f"benchmark-{record.id}", "split": "test"})
 
 
 def name(data: params.Data) -> str:
@@ -74,11 +74,11 @@ def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]]) -
     units = {unit.key: unit for unit, _ in written}
     with ExitStack() as files:
         writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet")) for split in SPLITS}
-        for key, pictures in decoder.pictures():
+        for key, decoded in decoder.media():
             if unit := units.get(key):
                 kind = unit.media.kind if unit.media else "none"
                 writers[unit.split].write(
-                    Sample(key, unit.group, unit.source, kind, pictures.frames, pictures.fps, unit.records())
+                    Sample(key, unit.group, unit.source, kind, decoded.frames, decoded.fps, unit.records())
                 )
 
 

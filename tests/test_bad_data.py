@@ -255,7 +255,7 @@ def folder(tmp_path):
 def learnt(folder):
     """The pictures of the line that is not one of the good ones."""
     split = Split(folder / "data/egoqa/train.parquet")
-    return next(sample for sample in split if sample.records[0].answer == "a ball").pictures()
+    return next(sample for sample in split if sample.records[0].answer == "a ball").images()
 
 
 def build(folder, *lines, good=GOOD):

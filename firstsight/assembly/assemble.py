@@ -8,7 +8,7 @@ from firstsight.assembly.splits import HELD_BACK, SplitName, split_of, stratifie
 from firstsight.core.params import Data
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, Media, Question
+from firstsight.readers.source_record import Asked, Media, SourceRecord
 from firstsight.records.sample import Record
 
 
@@ -21,10 +21,10 @@ class Unit:
     media: Media | None
     group: str
     split: SplitName
-    questions: tuple[Question, ...]
+    questions: tuple[SourceRecord, ...]
 
     def records(self) -> tuple[Record, ...]:
-        return tuple(one.record() for one in self.questions)
+        return tuple(one.to_record() for one in self.questions)
 
 
 def assemble(
@@ -47,31 +47,31 @@ def assemble(
     splits = _splits(asked, groups, data)
     by_media: dict[tuple[str, str], list[Asked]] = {}
     for name, one in asked:
-        if one.question.split in (None, splits[name, groups[one.question.id]]):
+        if one.record.split in (None, splits[name, groups[one.record.id]]):
             by_media.setdefault((name, media_key(one)), []).append(one)
         else:
             dropped["group of another split"] += 1
     units = []
     for (name, key), same_media in by_media.items():
-        group = groups[same_media[0].question.id]
-        questions = _without_repetition([one.question for one in same_media], dropped)
+        group = groups[same_media[0].record.id]
+        questions = _without_repetition([one.record for one in same_media], dropped)
         units.append(Unit(f"{name}:{key}", name, same_media[0].media, group, splits[name, group], questions))
     return _limited(_without_overlap(units, dropped), data, dropped)
 
 
 def media_key(one: Asked) -> str:
     """What makes two questions be about the same media. One without media is alone with itself."""
-    return one.media.key() if one.media else f"text {one.question.id}"
+    return one.media.key() if one.media else f"text {one.record.id}"
 
 
-def repeated(asked: Iterable[tuple[Hashable, Question]], dropped: Counter[str]) -> set[str]:
+def repeated(asked: Iterable[tuple[Hashable, SourceRecord]], dropped: Counter[str]) -> set[str]:
     """Ids of questions that were asked before about the same; two that differ in their options are two.
 
     Args:
         asked: what each is about, and the question; the first of several stays.
         dropped: they are counted here, apart where their answer is another.
     """
-    first: dict[tuple[Hashable, str, tuple[str, ...]], Question] = {}
+    first: dict[tuple[Hashable, str, tuple[str, ...]], SourceRecord] = {}
     again = set()
     for about, one in asked:
         before = first.setdefault((about, one.question, one.options), one)
@@ -86,14 +86,14 @@ def _answerable(asked: list[tuple[str, Asked]], data: Data, problems: Problems) 
     """The questions with an id of their own and an answer, or whose answer the teacher is to give."""
     places, kept = {}, []
     for name, one in asked:
-        question = one.question
-        with problems.at(question.place):
-            if (other := places.setdefault(question.id, question.place)) != question.place:
+        record = one.record
+        with problems.at(record.place):
+            if (other := places.setdefault(record.id, record.place)) != record.place:
                 raise BadRecordError(
-                    f"expected an id of its own, found {question.id[:80]!r} again, as at {other}; "
+                    f"expected an id of its own, found {record.id[:80]!r} again, as at {other}; "
                     "rename one (a record without an id is called by its line)"
                 )
-            if not question.accepted() and data.unanswered == "refuse":
+            if not record.accepted() and data.unanswered == "refuse":
                 raise BadRecordError(
                     "expected an answer, found none; add it, or remove the record, or set data.unanswered to teacher"
                 )
@@ -118,8 +118,7 @@ def _groups(asked: list[tuple[str, Asked]]) -> dict[str, str]:
             first, second = sorted((find(parts[0]), find(part)))
             leader[second] = first
     return {
-        one.question.id: one.question.group
-        or (find((name, one.media.group()[0]))[1] if one.media else one.question.question)
+        one.record.id: one.record.group or (find((name, one.media.group()[0]))[1] if one.media else one.record.question)
         for name, one in asked
     }
 
@@ -129,7 +128,7 @@ def _agreeing(asked: list[tuple[str, Asked]], groups: dict[str, str], problems: 
     group_of: dict[tuple[str, str], tuple[str, str]] = {}
     kept = []
     for name, one in asked:
-        place, group = one.question.place, groups[one.question.id]
+        place, group = one.record.place, groups[one.record.id]
         with problems.at(place):
             other, expected = group_of.setdefault((name, media_key(one)), (place, group))
             if expected != group:
@@ -145,14 +144,14 @@ def _splits(asked: list[tuple[str, Asked]], groups: dict[str, str], data: Data) 
     """The split of each source's groups: of those that its questions name the most held back, else by its hash."""
     named: dict[tuple[str, str], set[SplitName | None]] = defaultdict(set)
     for name, one in asked:
-        named[name, groups[one.question.id]].add(one.question.split)
+        named[name, groups[one.record.id]].add(one.record.split)
     return {
         (name, group): next((split for split in HELD_BACK if split in splits), None) or split_of(group, data)
         for (name, group), splits in named.items()
     }
 
 
-def _without_repetition(questions: list[Question], dropped: Counter[str]) -> tuple[Question, ...]:
+def _without_repetition(questions: list[SourceRecord], dropped: Counter[str]) -> tuple[SourceRecord, ...]:
     """Questions about one media, each once, whatever its id, and answered where it is so once."""
     again = repeated(((None, one) for one in sorted(questions, key=lambda one: not one.accepted())), dropped)
     return tuple(one for one in questions if one.id not in again)

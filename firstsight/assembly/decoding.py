@@ -29,7 +29,7 @@ from firstsight.core.launchers import end_with
 from firstsight.core.params import Data
 from firstsight.core.stage import log
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Media, Pictures
+from firstsight.readers.source_record import DecodedMedia, Media
 
 CHUNK = 16
 # Starting workers takes longer than decoding so few.
@@ -98,13 +98,13 @@ class Decoder:
                 progress.update(len(chunk))
         return kept
 
-    def pictures(self) -> Iterator[tuple[str, Pictures]]:
+    def media(self) -> Iterator[tuple[str, DecodedMedia]]:
         """Key and pictures of every unit whose media could be decoded, in order, a chunk in memory at a time."""
         for chunk, path in zip(self._chunks, self._paths, strict=True):
             rows = pq.read_table(path, columns=["frames", "fps"]).to_pylist()
             for unit, row in zip(chunk, rows, strict=True):
                 if row["frames"] is not None:
-                    yield unit.key, Pictures(tuple(row["frames"]), row["fps"])
+                    yield unit.key, DecodedMedia(tuple(row["frames"]), row["fps"])
 
     def _written(self) -> Iterator[Path]:
         """The chunks' files, in order, each when it is there."""
@@ -168,14 +168,14 @@ def _decode(media: Media | None, data: Data) -> dict:
     if media is None:
         return {"frames": [], "fps": 0.0, "digest": b"", "look": bytes(9 * LOOK**2), "size": [0] * 4, "problem": None}
     try:
-        pictures = media.load(data)
+        decoded = media.load(data)
     except BadRecordError as error:
         return {"problem": str(error)}
-    frames = pictures.frames
+    frames = decoded.frames
     shown = [Image.open(io.BytesIO(frames[place])) for place in (0, len(frames) // 2, -1)]
     return {
         "frames": list(frames),
-        "fps": pictures.fps,
+        "fps": decoded.fps,
         "digest": hashlib.sha256(b"".join(hashlib.sha256(frame).digest() for frame in frames)).digest(),
         "look": b"".join(one.resize((LOOK, LOOK), Image.Resampling.BOX).tobytes() for one in shown),
         "size": [len(frames), *shown[0].size, sum(map(len, frames))],

@@ -18,7 +18,7 @@ from firstsight.core.params import Data
 from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.media import files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_json, read_records
 
 
@@ -58,7 +58,7 @@ def _asked(place: str, uid: str, record: dict[str, Any], video: Any, root: Path)
         raise BadRecordError(f"expected five options, found {str(options)[:60]!r}; correct them")
     media = files(root, first_there(root, [f"{uid}.mp4", f"videos/{uid}.mp4"]))
     return Asked(
-        question(
+        source_record(
             place,
             id=uid,
             question=record.get("question"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from firstsight.core.params import Data
 from firstsight.readers.media import Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 
@@ -29,7 +29,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
         with problems.at(place):
             record = as_object(raw)
             video, start, end = _parts(record.get("clip_id"))
-            asked = question(
+            asked = source_record(
                 place,
                 id=record.get("question_id"),
                 question=record.get("question"),

@@ -26,7 +26,7 @@ from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.jsonl import window
 from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import PLACEHOLDER, Asked, Media, Pictures, question
+from firstsight.readers.source_record import PLACEHOLDER, Asked, DecodedMedia, Media, source_record
 from firstsight.readers.text_files import media_root
 from firstsight.records.sample import MediaKind
 
@@ -72,11 +72,11 @@ class Embedded:
     def stamp(self) -> object:
         return None  # the key is of the content
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         value = _open(self.source)[self.row].column(self.column)[0].as_py()
         images = value if isinstance(value, list) else [value]
         name = f"{self.source.split}[{self.row}].{self.column}"
-        return Pictures(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in images))
+        return DecodedMedia(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in images))
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
@@ -167,7 +167,7 @@ def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: 
     if not isinstance(options, list):
         raise BadRecordError(f"options: expected a list, found {str(options)[:60]!r}; correct it")
     answers = values.get("answers") or []
-    asked = question(
+    asked = source_record(
         place,
         **texts | {"id": texts["id"] or f"{source.split}-{row}", "split": texts["split"] or split},
         options=plain_options(options),

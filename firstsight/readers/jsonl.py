@@ -15,11 +15,11 @@ from typing import Any
 from firstsight.core.params import Data
 from firstsight.readers.media import Files, files
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, Question, question
+from firstsight.readers.source_record import Asked, SourceRecord, source_record
 from firstsight.readers.text_files import as_object, media_root, read_lines
 
 MEDIA_KEYS = ("media", "start", "end")
-KEYS = (*MEDIA_KEYS, *(name for name in Question.model_fields if name != "place"))
+KEYS = (*MEDIA_KEYS, *(name for name in SourceRecord.model_fields if name != "place"))
 # Seconds of a video: a number beyond is broken, and a whole one may be beyond what a float can hold.
 _LONGEST = 10**9
 
@@ -46,7 +46,7 @@ def asked(place: str, values: dict[str, Any], default_id: str, root: Path) -> As
     if unknown := [key for key in values if key not in KEYS]:
         raise BadRecordError(f"expected one of {sorted(KEYS)}, found the key {unknown[0][:60]!r}; rename or remove it")
     rest = {"id": default_id} | {key: value for key, value in values.items() if key not in MEDIA_KEYS}
-    return Asked(question(place, **rest), _media(values, root))
+    return Asked(source_record(place, **rest), _media(values, root))
 
 
 def window(start: Any, end: Any) -> tuple[float | None, float | None]:

@@ -22,7 +22,7 @@ from firstsight.core.params import Data
 from firstsight.readers.media import Files, files, frame_rate
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import PLACEHOLDER, Asked, question
+from firstsight.readers.source_record import PLACEHOLDER, Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 _PLACEHOLDER = re.compile(rf"\s*{PLACEHOLDER}\s*")
@@ -67,7 +67,7 @@ def _questions(place: str, name: str, record: dict[str, Any], media: Files | Non
     texts[::2] = [_PLACEHOLDER.sub("\n", text).strip() if isinstance(text, str) else text for text in texts[::2]]
     return [
         Asked(
-            question(place, id=f"{name}-{turn}" if turn else name, question=asked, answer=answer, group=group),
+            source_record(place, id=f"{name}-{turn}" if turn else name, question=asked, answer=answer, group=group),
             media,
         )
         for turn, (asked, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True))

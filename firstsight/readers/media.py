@@ -15,7 +15,7 @@ from qwen_vl_utils import fetch_image
 
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError
-from firstsight.readers.source_record import Pictures
+from firstsight.readers.source_record import DecodedMedia
 from firstsight.records.sample import MediaKind
 
 VIDEO_SUFFIXES = frozenset(
@@ -57,11 +57,11 @@ class Files:
         found = [(self.root / name).stat() for name in self.names]
         return [str(self.root), *((one.st_size, one.st_mtime_ns) for one in found)]
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         paths = [self.root / name for name in self.names]
         if self.kind == "video":
-            return Pictures(*read_video(paths[0], data, self.start, self.end))
-        return Pictures(tuple(read_image(path, data) for path in paths))
+            return DecodedMedia(*read_video(paths[0], data, self.start, self.end))
+        return DecodedMedia(tuple(read_image(path, data) for path in paths))
 
 
 def files(root: Path, media: str | Sequence[str], start: float | None = None, end: float | None = None) -> Files:
@@ -169,7 +169,7 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
     """
     try:
         with av.open(str(path)) as container:
-            stream = _pictures(container)
+            stream = _video_stream(container)
             stream.thread_type = "AUTO"
             length = _length(container, stream)
             if not 0 <= start < min(end or length, length):
@@ -193,12 +193,12 @@ def frame_rate(path: Path) -> float:
     """
     try:
         with av.open(str(path)) as container:
-            return float(_pictures(container).average_rate)
+            return float(_video_stream(container).average_rate)
     except (OSError, av.FFmpegError, ValueError, TypeError) as error:
         raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
 
 
-def _pictures(container: av.container.InputContainer) -> av.VideoStream:
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise ValueError("there is no video in it")
     return container.streams.video[0]

@@ -21,7 +21,7 @@ import numpy as np
 from firstsight.core.params import Data
 from firstsight.readers.media import IMAGE_SUFFIXES, Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 
@@ -39,7 +39,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             if not isinstance(episode, str) or not episode.strip("/ "):
                 raise BadRecordError(f"expected text for 'episode_history', found {episode!r}; correct it")
             extra = record.get("extra_answers")
-            asked = question(
+            asked = source_record(
                 place,
                 id=record.get("question_id"),
                 question=record.get("question"),

@@ -21,7 +21,7 @@ SplitName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class DecodedMedia:
     """Decoded media: JPEG bytes, one for an image, several for frames or a video; `fps` is a video's sampled rate."""
 
     frames: tuple[bytes, ...] = ()
@@ -48,7 +48,7 @@ class Media(Protocol):
     def stamp(self) -> object:
         """As JSON, what tells that the pictures have changed under the same key."""
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         """Decoded, sampled and resized.
 
         Raises:
@@ -62,7 +62,7 @@ def special_token(text: str) -> str | None:
     return found and found[0]
 
 
-class Question(BaseModel):
+class SourceRecord(BaseModel):
     """One question as a source has it, validated.
 
     `options` are texts, and `answer` and `answers` then the letter of one, or its text; letters come out. Without an
@@ -93,7 +93,7 @@ class Question(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _distinct_options(self) -> "Question":
+    def _distinct_options(self) -> "SourceRecord":
         if len(set(self.options)) < len(self.options) or len(self.options) == 1:
             raise ValueError(f"expected two or more different options, found {list(self.options)!r}")
         return self
@@ -109,7 +109,7 @@ class Question(BaseModel):
             answers = [self._letter(text) for text in answers]
         return tuple(dict.fromkeys(answers))
 
-    def record(self) -> Record:
+    def to_record(self) -> Record:
         """As it is kept in the data set; an unanswered question has an empty answer there."""
         accepted = self.accepted()
         return Record(
@@ -136,11 +136,11 @@ class Question(BaseModel):
 class Asked:
     """A question about media; None is a question that stands alone."""
 
-    question: Question
+    record: SourceRecord
     media: Media | None
 
 
-def question(place: str, **values: Any) -> Question:
+def source_record(place: str, **values: Any) -> SourceRecord:
     """A validated question; values that are None are left out.
 
     Raises:
@@ -148,7 +148,7 @@ def question(place: str, **values: Any) -> Question:
     """
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
     try:
-        made = Question(place=place, **given)
+        made = SourceRecord(place=place, **given)
     except ValidationError as error:
         raise BadRecordError(f"{describe(error)}; correct it") from None
     made.accepted()

@@ -15,7 +15,7 @@ def media_inputs(sample: Sample) -> dict[str, Any]:
     """The sample's decoded media as keyword arguments of a processor; a video keeps its frames as they were sampled."""
     if sample.media_kind == "none":
         return {}
-    frames = sample.pictures()
+    frames = sample.images()
     if sample.media_kind != "video":
         return {"images": frames}
     metadata = {"fps": sample.fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}

@@ -54,6 +54,6 @@ class Sample:
     fps: float
     records: tuple[Record, ...]
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         """The frames, decoded, as RGB images."""
         return [Image.open(io.BytesIO(frame)).convert("RGB") for frame in self.frames]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from firstsight.core.params import Data, Synthetic
 from firstsight.readers.media import encode
 from firstsight.readers.problems import Problems
-from firstsight.readers.source_record import Asked, Pictures, question
+from firstsight.readers.source_record import Asked, DecodedMedia, source_record
 from firstsight.records.sample import MediaKind
 from firstsight.scenes.rendering import render
 from firstsight.scenes.scene import Scene, describe, inventory, narrate, sample_scene
@@ -50,9 +50,9 @@ class Rendered:
         rng = random.Random(f"{self.seed}:{self.number}")
         return sample_scene(rng, self.clip_fraction, self.max_clip_frames), rng
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         scene, rng = self.draw()
-        return Pictures(tuple(encode(frame, data) for frame in render(scene, rng)), FPS if scene.clip else 0.0)
+        return DecodedMedia(tuple(encode(frame, data) for frame in render(scene, rng)), FPS if scene.clip else 0.0)
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
@@ -78,7 +78,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 def _asked(media: Rendered, template: str, **values: object) -> Asked:
     name = f"{media.key()}-{template}"
-    return Asked(question(name, id=name, **values), media)
+    return Asked(source_record(name, id=name, **values), media)
 
 
 def _dense(scene: Scene) -> list[tuple[str, str, str, str]]:

@@ -647,7 +647,7 @@ def test_columns_of_the_hub_are_named_by_the_fields(settings, folder):
     pq.write_table(pa.Table.from_pylist([row]), folder / "train.parquet")
     fields = {"question": "q", "answer": "a", "answers": "also", "options": "o", "question_type": "t", "group": "g"}
     (asked,) = from_hub(settings, folder, fields | {"split": "s"}, {"train": "train"})
-    found = asked.question
+    found = asked.record
     assert (found.accepted(), found.question_type, found.group, found.split) == (("B", "A"), "3", "home", "validation")
 
 

@@ -130,7 +130,7 @@ def test_a_wrong_line_is_named_or_counted(folder, settings, line, message):
 def test_a_row_is_what_the_line_is(folder, settings, row, expected):
     row = row.replace(",b,", ",a ball,")
     (asked,) = read(folder, settings, "media,question,answer,answers,options,start,end", row, source="csv")
-    media, question = asked.media, asked.question
+    media, question = asked.media, asked.record
     window = (media.start, media.end) if media and media.kind == "video" else None
     assert (media and media.kind, window, question.accepted(), question.options) == expected
     assert question.question == ('What, "now"?\nOr then?' if "now" in row else "What?")

@@ -91,7 +91,7 @@ class Decoder:
                 for unit, row in zip(chunk, table, strict=True):
                     if row["problem"]:
                         for question in unit.questions:
-                            problems.meet(question.place, row["problem"])
+                            problems.report(question.place, row["problem"])
                     else:
                         look = np.frombuffer(row["look"], np.uint8).reshape(3, LOOK, LOOK, 3)
                         kept.append((unit, Decoded(row["digest"], look, tuple(row["size"]))))

@@ -198,7 +198,7 @@ BAD = {
     "number as media": (given(media=3), "media: expected a path"),
     "no frames": (given(media=[]), "expected media, found an empty list"),
     "a missing frame": (given(media=["train.jpg", "gone.jpg"]), "expected a media file, found no"),
-    "an address": (given(media="https://host/a.jpg"), "found the address 'https://host/a.jpg', which is not downloaded"),
+    "an address": (given(media="https://host/a.jpg"), "found the address 'https://host/a.jpg'"),
     "a lone surrogate in a path": (given(media="\udc80.jpg"), "expected a media file, found '\\udc80.jpg'"),
     "a name that is no UTF-8": (badly_named, "expected a media file, found 'link.jpg'"),
     "nul in the path": (given(media="a\0b.jpg"), "expected a media file"),
@@ -493,7 +493,7 @@ def test_fewer_records_than_asked_for_are_told(folder, caplog):
     logging.getLogger("firstsight").addHandler(caplog.handler)
     card = build(folder, line(media="broken.jpg"), line(media="a.jpg"))
     logging.getLogger("firstsight").removeHandler(caplog.handler)
-    assert "data.train_samples: 3 records were asked for, and 2 are there" in caplog.text
+    assert "data.train_samples: 3 records were asked for, and only 2 found" in caplog.text
     assert "data.test_samples" not in caplog.text
     assert [card["splits"][split].get("asked_for") for split in SPLITS] == [3, None, 1]
 

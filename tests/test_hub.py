@@ -565,7 +565,7 @@ def test_hub_models_go_through_the_stages(served, published, tmp_path, caplog):
         commit = served.repositories[f"tiny/{role}"].commit
         assert (source["source"], source["revision"], source["commit"]) == (f"tiny/{role}", None, commit)
         assert source["licence"] == "apache-2.0"
-        assert f"main is a moving name; to pin it: models.{role}.revision: {commit}" in caplog.text
+        assert f"main can move to another commit; to pin it, set models.{role}.revision: {commit}" in caplog.text
     for stage in ("build_egoqa_dataset", "finetune_teacher", "cache_teacher_targets", "distill"):
         run_stage(folder, stage)
     assert load_model(folder / "models/student-distilled", "auto", "cpu")

@@ -87,7 +87,7 @@ def scenes(data: params.Data, side: int) -> list[Sample]:
     found = []
     for sample in preview.samples(images, SAMPLES):
         picture = BytesIO()
-        sample.pictures()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
+        sample.images()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
         asked = tuple(record for record in sample.records if record.question_type not in data.train_only_types)
         found.append(replace(sample, frames=(picture.getvalue(),), records=asked))
     return found

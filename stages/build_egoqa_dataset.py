@@ -1,4 +1,4 @@
-"""Build the EgoQA data set: records from a source, media decoded once, three splits by group, and a data card.
+"""Build the EgoQA data set: read a source's records, decode images and videos, split by group, and write a data card.
 
     python -m stages.build_egoqa_dataset
 
@@ -22,7 +22,7 @@ from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.readers import hub_dataset
 from firstsight.readers.problems import Problems
-from firstsight.readers.source_record import Asked, Question
+from firstsight.readers.source_record import Asked, SourceRecord
 from firstsight.records.parquet import SplitWriter
 from firstsight.records.sample import SPLITS, Sample
 
@@ -46,43 +46,46 @@ def run() -> None:
             write(folder, decoder, written)
             commit = hub_dataset.commit(data.hub) if data.source == "hub" else None
             write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
-    tell(data, counts, problems)
+    log_result(data, counts, problems)
 
 
 def sources(data: params.Data, problems: Problems) -> Iterator[tuple[str, Iterator[Asked]]]:
-    """Name and questions of the source, and of the benchmark, whose questions are all of the test split."""
+    """Yield name and questions of the source, then of the benchmark if there is one, all of it for the test split."""
     yield name(data), READERS[data.source](data, problems)
     benchmark = data.benchmark
     if benchmark.source != "none":
         other = data.model_copy(update=benchmark.model_dump())
         asked = READERS[benchmark.source](other, problems)
-        yield f"benchmark {name(other)}", (Asked(of_benchmark(one.question), one.media) for one in asked)
+        yield f"benchmark {name(other)}", (Asked(of_benchmark(one.record), one.media) for one in asked)
 
 
-def of_benchmark(question: Question) -> Question:
-    return question.model_copy(update={"id": f"benchmark-{question.id}", "split": "test"})
+def of_benchmark(record: SourceRecord) -> SourceRecord:
+    """Return the record with an id that is marked as the benchmark's, in the test split."""
+    return record.model_copy(update={"id": f"benchmark-{record.id}", "split": "test"})
 
 
 def name(data: params.Data) -> str:
+    """Return what samples and the data card call the source: its kind, hub id or file name."""
     if data.source == "synthetic":
         return "synthetic"
     return data.hub.id if data.source == "hub" else Path(data.path).name
 
 
 def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]]) -> None:
-    """The splits' files, in the order of the source."""
+    """Write each split's parquet file, with samples in the order of the source."""
     units = {unit.key: unit for unit, _ in written}
     with ExitStack() as files:
         writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet")) for split in SPLITS}
-        for key, pictures in decoder.pictures():
+        for key, decoded in decoder.media():
             if unit := units.get(key):
                 kind = unit.media.kind if unit.media else "none"
                 writers[unit.split].write(
-                    Sample(key, unit.group, unit.source, kind, pictures.frames, pictures.fps, unit.records())
+                    Sample(key, unit.group, unit.source, kind, decoded.frames, decoded.fps, unit.records())
                 )
 
 
 def check_splits(counts: dict[str, int], problems: Problems) -> None:
+    """Raise UserError if a split has no records, saying what was left out and skipped."""
     if empty := [split for split in SPLITS if not counts[split]]:
         left_out = f"; left out: {listed(problems.left_out)}" if problems.left_out else ""
         skipped = (
@@ -94,11 +97,12 @@ def check_splits(counts: dict[str, int], problems: Problems) -> None:
         )
 
 
-def tell(data: params.Data, counts: dict[str, int], problems: Problems) -> None:
+def log_result(data: params.Data, counts: dict[str, int], problems: Problems) -> None:
+    """Log how many records each split has, and what was left out and skipped."""
     log.info("wrote %s: %s", OUTPUT, ", ".join(f"{split} {count:,} records" for split, count in counts.items()))
     for split, count in counts.items():
         if (asked_for := getattr(data, f"{split}_samples") or 0) > count:
-            log.warning("data.%s_samples: %d records were asked for, and %d are there", split, asked_for, count)
+            log.warning("data.%s_samples: %d records were asked for, and only %d found", split, asked_for, count)
     if problems.left_out:
         log.info("left out: %s", listed(problems.left_out))
     if problems.count:
@@ -106,6 +110,7 @@ def tell(data: params.Data, counts: dict[str, int], problems: Problems) -> None:
 
 
 def listed(dropped: Counter[str]) -> str:
+    """Return the counts and reasons of questions left out as one line."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
 
 

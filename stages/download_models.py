@@ -1,10 +1,10 @@
-"""Bring one model into models/: from the hub, from a local folder, or freshly initialised.
+"""Put one model into models/: from the hub, from a local folder, or freshly initialised.
 
     python -m stages.download_models teacher|student
 
 reads  what `models.teacher` or `models.student` names in params.yaml
 writes models/teacher or models/student, a plain Hugging Face folder (EgoGPT's own checkpoints are converted into one),
-       and in it source.json: where it came from, licence, architecture and size
+       with source.json in it: where the model came from, its licence, architecture and size
 """
 
 import sys
@@ -32,7 +32,10 @@ def run() -> None:
             commit = hub_client.download(model.source, model.revision, folder)
             if model.revision != commit:
                 log.info(
-                    "%s is a moving name; to pin it: models.%s.revision: %s", model.revision or "main", role, commit
+                    "%s can move to another commit; to pin it, set models.%s.revision: %s",
+                    model.revision or "main",
+                    role,
+                    commit,
                 )
         if egogpt_conversion.is_original(folder / "config.json"):
             log.info("converting EgoGPT's own layout")
@@ -40,8 +43,8 @@ def run() -> None:
                 egogpt_conversion.convert(folder, converted, model.source)
         if role == "student" and (method := stored_method(folder)):
             raise UserError(
-                f"models.student: expected weights that can be trained, found them quantized to {method} in "
-                f"{model.source}; take the model that it was quantized from"
+                f"models.student: expected weights that can be trained, found weights quantized to {method} in "
+                f"{model.source}; name the model that it was quantized from"
             )
         origin = {"source": model.source, "revision": model.revision, "commit": commit}
         write_json(folder / "source.json", origin | checks.facts(folder))

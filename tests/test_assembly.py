@@ -13,7 +13,7 @@ from firstsight.assembly.near_duplicates import seen_in
 from firstsight.assembly.splits import stratified
 from firstsight.core.errors import UserError
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.records.sample import Sample
 
@@ -41,7 +41,7 @@ class Shown:
 
 def ask(number, names=(), root="media", **values):
     given = {"id": f"q{number}", "question": f"Question {number}?", "answer": "so"} | values
-    return Asked(question(f"line {number}", **given), Shown(tuple(names), root=root) if names else None)
+    return Asked(source_record(f"line {number}", **given), Shown(tuple(names), root=root) if names else None)
 
 
 def units(settings, asked, dropped=None, policy="stop", **data):
@@ -153,13 +153,13 @@ def test_what_the_benchmark_shows_is_not_learnt_from(settings):
 def test_a_file_a_group_or_a_text_of_the_benchmark_is_not_learnt_from(settings, learnt, tested):
     """Nor is anything else of a group that has some of them."""
     others = [
-        ask(1, ["c.mp4"], split=learnt.question.split, group=learnt.question.group or "other"),
+        ask(1, ["c.mp4"], split=learnt.record.split, group=learnt.record.group or "other"),
         ask(2, ["e.mp4"], split="train", group="yet another"),
         ask(3, ["d.mp4"], split="test", group="d"),
     ]
     dropped = Counter()
     found = units(settings, {"source": [learnt, *others], "benchmark": [tested]}, dropped)
-    lost = ["q0", "q1"] if learnt.question.group else ["q0"]
+    lost = ["q0", "q1"] if learnt.record.group else ["q0"]
     assert [one.id for unit in found for one in unit.questions] == [
         name for name in ("q0", "q1", "q2", "q3", "q9") if name not in lost
     ]

@@ -154,8 +154,8 @@ BAD = {
     "an object on several lines": (text('{"question": "What?",'), "write one object a line"),
     "single quotes": (text("{'question': 'What?', 'answer': 'so'}"), "expected a JSON object"),
     "two objects": (text("{} {}"), "expected a JSON object"),
-    "NaN": (text('{"question": "What?", "answer": "so", "start": NaN}'), "NaN is no JSON"),
-    "infinity": (text('{"question": "What?", "answer": "so", "end": Infinity}'), "Infinity is no JSON"),
+    "NaN": (text('{"question": "What?", "answer": "so", "start": NaN}'), "NaN is not JSON"),
+    "infinity": (text('{"question": "What?", "answer": "so", "end": Infinity}'), "Infinity is not JSON"),
     "deep nesting": (text("[" * 100_000), "expected a JSON object"),
     "an escaped lone surrogate": (given(question="\ud800"), "question: expected text, found half of a character"),
     "unknown key": (given(anwser="x"), "found the key 'anwser'"),
@@ -198,7 +198,7 @@ BAD = {
     "number as media": (given(media=3), "media: expected a path"),
     "no frames": (given(media=[]), "expected media, found an empty list"),
     "a missing frame": (given(media=["train.jpg", "gone.jpg"]), "expected a media file, found no"),
-    "an address": (given(media="https://host/a.jpg"), "found the address 'https://host/a.jpg'; media are not fetched"),
+    "an address": (given(media="https://host/a.jpg"), "found the address 'https://host/a.jpg'"),
     "a lone surrogate in a path": (given(media="\udc80.jpg"), "expected a media file, found '\\udc80.jpg'"),
     "a name that is no UTF-8": (badly_named, "expected a media file, found 'link.jpg'"),
     "nul in the path": (given(media="a\0b.jpg"), "expected a media file"),
@@ -230,7 +230,7 @@ BAD = {
     "text as video": (clip(lambda content: b"not a video" * 100), "expected a readable video"),
     "truncated video": (clip(lambda content: content[: len(content) // 2]), "expected a readable video"),
     "an image named as a video": (clip(lambda content: image(format="PNG")[:40]), "expected a readable video"),
-    "video without frames": (audio_only, "(there is no video in it)"),
+    "video without frames": (audio_only, "(the file has no video stream)"),
     "window beyond the end": (clip(bytes, start=9), "expected a window within the 4.00 s"),
     "window that ends before it starts": (clip(bytes, start=3, end=2), "expected a window within"),
     "window of no length": (clip(bytes, start=2, end=2), "expected a window within"),
@@ -255,7 +255,7 @@ def folder(tmp_path):
 def learnt(folder):
     """The pictures of the line that is not one of the good ones."""
     split = Split(folder / "data/egoqa/train.parquet")
-    return next(sample for sample in split if sample.records[0].answer == "a ball").pictures()
+    return next(sample for sample in split if sample.records[0].answer == "a ball").images()
 
 
 def build(folder, *lines, good=GOOD):
@@ -493,7 +493,7 @@ def test_fewer_records_than_asked_for_are_told(folder, caplog):
     logging.getLogger("firstsight").addHandler(caplog.handler)
     card = build(folder, line(media="broken.jpg"), line(media="a.jpg"))
     logging.getLogger("firstsight").removeHandler(caplog.handler)
-    assert "data.train_samples: 3 records were asked for, and 2 are there" in caplog.text
+    assert "data.train_samples: 3 records were asked for, and only 2 found" in caplog.text
     assert "data.test_samples" not in caplog.text
     assert [card["splits"][split].get("asked_for") for split in SPLITS] == [3, None, 1]
 

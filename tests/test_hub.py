@@ -227,7 +227,7 @@ def unknown_architecture(folder):
 
 def remote_code(folder):
     edit(folder, "config.json", model_type="own", auto_map={"AutoModel": "modeling.Own"})
-    return "found model_type 'own', and code of its own to run (auto_map), which is refused"
+    return "found model_type 'own' with code of its own (auto_map), which is not run"
 
 
 def no_config(folder):
@@ -247,12 +247,12 @@ def broken_index(folder):
 
 def empty_index(folder):
     edit(folder, checks.INDEX, weight_map={})
-    return "expected model.safetensors.index.json to name *.safetensors beside it, found no shard"
+    return "expected model.safetensors.index.json to name *.safetensors files, found no shard"
 
 
 def pickle_in_the_index(folder):
     edit(folder, checks.INDEX, weight_map={"lm_head.weight": "pytorch_model.bin"})
-    return "expected model.safetensors.index.json to name *.safetensors beside it, found pytorch_model.bin"
+    return "expected model.safetensors.index.json to name *.safetensors files, found pytorch_model.bin"
 
 
 def code_in_the_index(folder):
@@ -267,7 +267,7 @@ def several_kinds(folder):
 
 def quantized_by_awq(folder):
     edit(folder, "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    return "expected weights as they are, or quantized by bitsandbytes, found them quantized by 'awq'"
+    return "expected weights that are unquantized, or quantized by bitsandbytes, found them quantized by 'awq'"
 
 
 def quantized_by_nobody(folder):
@@ -564,7 +564,7 @@ def test_hub_models_go_through_the_stages(served, published, tmp_path, caplog):
         commit = served.repositories[f"tiny/{role}"].commit
         assert (source["source"], source["revision"], source["commit"]) == (f"tiny/{role}", None, commit)
         assert source["licence"] == "apache-2.0"
-        assert f"main is a moving name; to pin it: models.{role}.revision: {commit}" in caplog.text
+        assert f"main can move to another commit; to pin it, set models.{role}.revision: {commit}" in caplog.text
     for stage in ("build_egoqa_dataset", "finetune_teacher", "cache_teacher_targets", "distill"):
         run_stage(folder, stage)
     assert load_model(folder / "models/student-distilled", "auto", "cpu")

@@ -105,27 +105,25 @@ def test_egoit_is_read(settings, egoit):
     problems = Problems("stop")
     found = read("llava", settings, egoit / "EgoIT.json", records, problems)
     assert problems.left_out == {"audio track": 1}
-    assert [one.question.id for one in found] == ["7", "7-1", "7-record-2", "8", "EgoIT-4", "9", "10"]
-    assert found[0].question.question == "What do I hold?\nA. a cup\nB. a ball"
-    assert (found[0].question.accepted(), found[0].question.options) == (("A",), ())
-    assert (found[1].question.question, found[1].question.answer) == ("And\nthen?", "I put it down.")
+    assert [one.record.id for one in found] == ["7", "7-1", "7-record-2", "8", "EgoIT-4", "9", "10"]
+    assert found[0].record.question == "What do I hold?\nA. a cup\nB. a ball"
+    assert (found[0].record.accepted(), found[0].record.options) == (("A",), ())
+    assert (found[1].record.question, found[1].record.answer) == ("And\nthen?", "I put it down.")
     assert found[1].media == found[0].media == Files("video", egoit, (f"Ego4d/{UID}.mp4",))
-    assert [one.question.group for one in found] == [UID, UID, UID, None, None, None, None]
+    assert [one.record.group for one in found] == [UID, UID, UID, None, None, None, None]
     kinds = [one.media and (one.media.kind, len(one.media.names)) for one in found[3:]]
     assert kinds == [("image", 1), ("frames", 2), ("image", 1), None]
 
     lines = "\n".join(map(json.dumps, records))
     other = read("llava", settings, egoit / "EgoIT.json", lines)
-    assert [(one.question.question, one.media) for one in other] == [
-        (one.question.question, one.media) for one in found
-    ]
+    assert [(one.record.question, one.media) for one in other] == [(one.record.question, one.media) for one in found]
 
     rows = [{"id": str(record.get("id", "")), "video": record.get("video"), "audio": record.get("audio"),
              "conversations": record["conversations"]} for record in records[:2]]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), egoit / "train.parquet")
     other = read("llava", settings, egoit / "train.parquet")
-    assert [(one.question.question, one.media) for one in other] == [
-        (one.question.question, one.media) for one in found[:3]
+    assert [(one.record.question, one.media) for one in other] == [
+        (one.record.question, one.media) for one in found[:3]
     ]
 
 
@@ -182,7 +180,7 @@ def test_a_video_is_known_by_its_name_where_that_is_a_link(settings, egoit):
     (egoit / f"Ego4d/{UID}.mp4").rename(egoit / "blobs/0a1b")
     (egoit / f"Ego4d/{UID}.mp4").symlink_to("../blobs/0a1b")
     (asked,) = read("llava", settings, egoit / "x.json", [{"video": f"Ego4d/{UID}.mp4", "conversations": QUESTION}])
-    assert (asked.media.names, asked.media.kind, asked.question.group) == (("blobs/0a1b",), "video", UID)
+    assert (asked.media.names, asked.media.kind, asked.record.group) == (("blobs/0a1b",), "video", UID)
     assert video_ids(asked.media.titles()) == {UID}
 
 
@@ -191,7 +189,7 @@ def test_a_llava_answer_may_be_absent(settings, egoit, answer):
     """For the teacher to give; assembly refuses it otherwise."""
     record = {"video": f"Ego4d/{UID}.mp4", "conversations": [QUESTION[0], answer]}
     (asked,) = read("llava", settings, egoit / "EgoIT.json", [record])
-    assert asked.question.accepted() == ()
+    assert asked.record.accepted() == ()
 
 
 # EgoSchema
@@ -222,20 +220,20 @@ def test_egoschema_is_read(settings, egoschema):
     problems = Problems("stop")
     first, last = read("egoschema", settings, egoschema / "questions.json", problems=problems)
     assert problems.left_out == {"question without a public answer": 1}
-    assert (first.question.id, first.question.question) == (Q_UIDS[0], "What does C do in 0?")
-    assert first.question.options == tuple(f"C does {n}." for n in range(5))
-    assert (first.question.accepted(), last.question.accepted()) == (("D",), ("A",))
-    assert (first.question.group, last.question.group) == (UID, None)
-    assert first.question.question_type == "egoschema"
+    assert (first.record.id, first.record.question) == (Q_UIDS[0], "What does C do in 0?")
+    assert first.record.options == tuple(f"C does {n}." for n in range(5))
+    assert (first.record.accepted(), last.record.accepted()) == (("D",), ("A",))
+    assert (first.record.group, last.record.group) == (UID, None)
+    assert first.record.question_type == "egoschema"
     assert (first.media.names, last.media.names) == ((f"{Q_UIDS[0]}.mp4",), (f"videos/{Q_UIDS[2]}.mp4",))
-    assert first.question.place.endswith("questions.json: record 1")
-    assert last.question.place.endswith("questions.json: record 3")
+    assert first.record.place.endswith("questions.json: record 1")
+    assert last.record.place.endswith("questions.json: record 3")
 
 
 def test_egoschema_without_its_answers_is_unanswered(settings, egoschema):
     (egoschema / "subset_answers.json").unlink()
     found = read("egoschema", settings, egoschema / "questions.json")
-    assert [one.question.answer for one in found] == [None] * 3
+    assert [one.record.answer for one in found] == [None] * 3
 
 
 def test_egoschema_s_parquet_is_read(settings, egoschema, tmp_path):
@@ -248,8 +246,8 @@ def test_egoschema_s_parquet_is_read(settings, egoschema, tmp_path):
     path = tmp_path / "Subset" / "test-00000-of-00001.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     found = read("egoschema", settings, path, media_root=str(egoschema))
-    assert [one.question.accepted() for one in found] == [("D",), ("A",), ("E",)]
-    assert found[0].question.options == tuple(f"C does {n}." for n in range(5))
+    assert [one.record.accepted() for one in found] == [("D",), ("A",), ("E",)]
+    assert found[0].record.options == tuple(f"C does {n}." for n in range(5))
     assert found[1].media.names == (f"videos/{Q_UIDS[1]}.mp4",)
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"parquet: expected EgoSchema's questions, found"):
@@ -304,9 +302,9 @@ def test_openeqa_is_read_from_frames(settings, tmp_path):
         (episode / f"{n:06d}.txt").write_text("1 0 0 0")
     root = {"media_root": str(tmp_path / "frames"), "max_frames": 4}
     (asked,) = read("openeqa", settings, tmp_path / "open-eqa-v0.json", [openeqa()], **root)
-    assert asked.question.accepted() == ("Next to the staircase", "On the wall", "by the stairs")
-    assert asked.question.id == openeqa()["question_id"]
-    assert (asked.question.question_type, asked.question.group) == ("object localization", "scannet-scene0709")
+    assert asked.record.accepted() == ("Next to the staircase", "On the wall", "by the stairs")
+    assert asked.record.id == openeqa()["question_id"]
+    assert (asked.record.question_type, asked.record.group) == ("object localization", "scannet-scene0709")
     assert asked.media.kind == "frames"
     assert [Path(name).name for name in asked.media.names] == [f"{n:06d}-rgb.png" for n in (0, 3, 7, 10)]
     assert len(asked.media.load(settings.data).frames) == 4
@@ -332,7 +330,7 @@ def test_openeqa_is_read_from_frames_of_other_names_or_videos(settings, tmp_path
         (f"{episodes[1]}.mp4",),
         ("000-hm3d-BFRyYbPCCPE.mp4",),
     ]
-    assert [one.question.group for one in found] == ["scannet-scene0709", "scannet-scene0709", "hm3d-BFRyYbPCCPE"]
+    assert [one.record.group for one in found] == ["scannet-scene0709", "scannet-scene0709", "hm3d-BFRyYbPCCPE"]
 
 
 @pytest.mark.parametrize(
@@ -377,8 +375,8 @@ def egotempo(clip=f"{UID}_1.0_3.5", **change):
 def test_egotempo_is_read_from_clips_or_whole_videos(settings, tmp_path, clip, there, expected):
     write_video(tmp_path / there)
     (asked,) = read("egotempo", settings, tmp_path / "egotempo_openQA.json", egotempo(clip))
-    assert (asked.question.id, asked.question.group) == (f"{clip}_0", UID)
-    assert (asked.question.question_type, asked.question.answer) == ("action sequence", "They open the door.")
+    assert (asked.record.id, asked.record.group) == (f"{clip}_0", UID)
+    assert (asked.record.question_type, asked.record.answer) == ("action sequence", "They open the door.")
     assert (asked.media.names, asked.media.start, asked.media.end) == ((there,), *expected)
 
 
@@ -426,10 +424,10 @@ def test_all_of_openeqa_parses(settings, path, tmp_path):
         (tmp_path / record["episode_history"]).mkdir(parents=True, exist_ok=True)
         (tmp_path / record["episode_history"] / "00000-rgb.png").touch()
     found = read("openeqa", settings, path, media_root=str(tmp_path))
-    assert [one.question.question for one in found] == [record["question"].strip() for record in records]
-    assert sum(len(one.question.answers) > 0 for one in found) == 263
-    assert (len({one.media for one in found}), len({one.question.group for one in found})) == (152, 137)
-    assert len({one.question.question_type for one in found}) == 7
+    assert [one.record.question for one in found] == [record["question"].strip() for record in records]
+    assert sum(len(one.record.answers) > 0 for one in found) == 263
+    assert (len({one.media for one in found}), len({one.record.group for one in found})) == (152, 137)
+    assert len({one.record.question_type for one in found}) == 7
 
 
 @pytest.mark.parametrize("path", [real("egotempo/egotempo_openQA.json")])
@@ -442,15 +440,15 @@ def test_all_of_egotempo_parses(settings, path, tmp_path):
     for video in {one["clip_id"].split("_")[0] for one in annotations}:
         (tmp_path / f"{video}.mp4").touch()
     found = read("egotempo", settings, path, media_root=str(tmp_path))
-    assert [one.question.answer for one in found] == [one["answer"].strip() for one in annotations]
-    assert (len({one.media for one in found}), len({one.question.group for one in found})) == (367, 222)
+    assert [one.record.answer for one in found] == [one["answer"].strip() for one in annotations]
+    assert (len({one.media for one in found}), len({one.record.group for one in found})) == (367, 222)
     assert all(0 <= one.media.start < one.media.end for one in found)
 
 
 @pytest.mark.parametrize("path", [real("open-eqa/open-eqa-demo-data.json")])
 def test_the_demo_of_openeqa_is_decoded(settings, path):
     found = read("openeqa", settings, path, max_frames=4)
-    assert [one.question.answer for one in found][::2] == ["Eight chairs", "Bedroom"]
+    assert [one.record.answer for one in found][::2] == ["Eight chairs", "Bedroom"]
     (media,) = {one.media for one in found}
     assert len(media.load(settings.data.model_copy(update={"max_frames": 4})).frames) == 4
 
@@ -564,12 +562,12 @@ def test_images_in_a_data_set_are_read(settings, folder):
     write_images(folder, train=[("One?", 1, [1]), ("Two?", 0, [2, 3])], test=[("Again?", 1, [1])])
     splits = {"test": "test", "train": "by group"}
     again, one, two = from_hub(settings, folder, IMAGE_FIELDS, splits)
-    assert [asked.question.question for asked in (again, one, two)] == ["Again?", "One?", "Two?"]
-    assert [asked.question.split for asked in (again, one, two)] == ["test", None, None]
-    assert [asked.question.id for asked in (again, one, two)] == ["test-0", "train-0", "train-1"]
-    assert [asked.question.accepted() for asked in (one, two)] == [("B",), ("A",)]
-    assert one.question.options == ("cup", "ball")
-    assert one.question.place == f"{folder}: train[0]"
+    assert [asked.record.question for asked in (again, one, two)] == ["Again?", "One?", "Two?"]
+    assert [asked.record.split for asked in (again, one, two)] == ["test", None, None]
+    assert [asked.record.id for asked in (again, one, two)] == ["test-0", "train-0", "train-1"]
+    assert [asked.record.accepted() for asked in (one, two)] == [("B",), ("A",)]
+    assert one.record.options == ("cup", "ball")
+    assert one.record.place == f"{folder}: train[0]"
     assert again.media.key() == one.media.key() == hashlib.sha256(picture(1)).hexdigest()
     assert (one.media.kind, two.media.kind, len(two.media.group())) == ("image", "frames", 2)
     small = pickle.dumps(two.media)
@@ -613,9 +611,9 @@ def test_media_of_a_data_set_are_found_by_path(settings, folder, tmp_path):
         "id": "n",
     }
     one, two, three, four = from_hub(settings, folder, fields, media_root=str(tmp_path))
-    assert (one.media.names, one.media.kind, one.question.id) == (("a.jpg", "a.jpg"), "frames", "7")
+    assert (one.media.names, one.media.kind, one.record.id) == (("a.jpg", "a.jpg"), "frames", "7")
     assert (two.media.names, two.media.start, two.media.end) == (("clip.mp4",), 0.5, 2.0)
-    assert (two.question.answer, three.media, four.media.end) == (None, None, 9.5)
+    assert (two.record.answer, three.media, four.media.end) == (None, None, 9.5)
 
 
 class Malicious:
@@ -638,7 +636,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(settings, tmp_path, monkeypatch):
     assert pq.read_metadata(path).schema.to_arrow_schema().field("q").metadata  # it has arrived in the file
     (own,) = read("llava", settings, path)
     (hubs,) = from_hub(settings, path.parent, {"question": "q", "answer": "a"}, {"train": "train"})
-    assert [one.question.answer for one in (own, hubs)] == ["a cup", "a cup"]
+    assert [one.record.answer for one in (own, hubs)] == ["a cup", "a cup"]
     with pytest.raises(UserError, match="expected columns"):
         Split(path)
     assert not (tmp_path / "executed").exists()
@@ -649,21 +647,21 @@ def test_columns_of_the_hub_are_named_by_the_fields(settings, folder):
     pq.write_table(pa.Table.from_pylist([row]), folder / "train.parquet")
     fields = {"question": "q", "answer": "a", "answers": "also", "options": "o", "question_type": "t", "group": "g"}
     (asked,) = from_hub(settings, folder, fields | {"split": "s"}, {"train": "train"})
-    found = asked.question
+    found = asked.record
     assert (found.accepted(), found.question_type, found.group, found.split) == (("B", "A"), "3", "home", "validation")
 
 
 def test_numbers_of_the_hub_are_answers(settings, folder):
     pq.write_table(pa.table({"q": ["How many?"], "n": [3], "more": [[4, 5]]}), folder / "train.parquet")
     (asked,) = from_hub(settings, folder, {"question": "q", "answer": "n", "answers": "more"})
-    assert asked.question.accepted() == ("3", "4", "5")
+    assert asked.record.accepted() == ("3", "4", "5")
 
 
 def test_places_of_images_before_a_question_of_the_hub_are_taken_off(settings, folder):
     rows = [{"q": "<image>\nWhat?"}, {"q": " <image> <image>\n<video>What\nnow?"}]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = from_hub(settings, folder, {"question": "q"})
-    assert [one.question.question for one in found] == ["What?", "What\nnow?"]
+    assert [one.record.question for one in found] == ["What?", "What\nnow?"]
 
 
 def test_an_image_in_train_and_test_stays_in_the_test(settings, folder):
@@ -683,7 +681,7 @@ def test_a_folder_of_images_is_a_data_set(settings, folder):
     (folder / "train" / "a.png").write_bytes(picture(1))
     (folder / "train" / "metadata.csv").write_text("file_name,text,count\na.png,How many?,3\n")
     (asked,) = from_hub(settings, folder, {"question": "text", "answer": "count", "image": "image"})
-    assert asked.question.answer == "3"
+    assert asked.record.answer == "3"
     assert len(asked.media.load(settings.data).frames) == 1
 
 

@@ -187,9 +187,7 @@ def data():
 def asked(data):
     """The questions about the default's first 1,500 scenes, without what is only learnt from."""
     few = data.model_copy(update={"synthetic": data.synthetic.model_copy(update={"scenes": 1500})})
-    return [
-        one.question for one in read(few, Problems("stop")) if one.question.question_type not in data.train_only_types
-    ]
+    return [one.record for one in read(few, Problems("stop")) if one.record.question_type not in data.train_only_types]
 
 
 @pytest.mark.parametrize(("template", "scene", "question", "answer"), EXPECTED)
@@ -265,11 +263,11 @@ def test_without_the_picture_most_answers_are_wrong(asked):
     """The best guess for each question's text, learnt from one half and tried on the other."""
     learnt, half = defaultdict(Counter), len(asked) // 2
     for one in asked[:half]:
-        learnt[one.question, len(one.options)][one.record().answer] += 1
+        learnt[one.question, len(one.options)][one.to_record().answer] += 1
     right = 0
     for one in asked[half:]:
         guess = learnt[one.question, len(one.options)].most_common(1)
-        right += bool(guess) and guess[0][0] == one.record().answer
+        right += bool(guess) and guess[0][0] == one.to_record().answer
     assert right / half < 0.47
 
 
@@ -277,7 +275,7 @@ def test_options_are_shuffled_and_hold_the_answer(asked, data):
     letters = defaultdict(Counter)
     for one in asked:
         if one.options:
-            letters[len(one.options)][one.record().answer] += 1
+            letters[len(one.options)][one.to_record().answer] += 1
             assert one.answer in one.options
     assert sorted(letters) == [2, 3, 4]
     possible = sum(bool(TEMPLATES[template_of(one.id)].choices) for one in asked)

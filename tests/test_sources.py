@@ -70,12 +70,12 @@ def test_a_line_is_a_question_about_media(folder, settings):
         {"question": "What is a cup for?", "answer": "drinking"},
     )
     first, clip, choice, frames, alone = read(folder, settings, *lines)
-    assert (first.question.id, first.question.place) == ("qa-1", f"{folder / 'qa.jsonl'}: line 1")
-    assert (first.question.accepted(), first.question.question_type) == (("a cup", "cup"), "object")
-    assert (clip.question.group, clip.question.split, clip.media.start, clip.media.end) == ("home", "test", 0.0, 3)
-    assert (choice.question.id, choice.question.accepted()) == ("q", ("B",))
+    assert (first.record.id, first.record.place) == ("qa-1", f"{folder / 'qa.jsonl'}: line 1")
+    assert (first.record.accepted(), first.record.question_type) == (("a cup", "cup"), "object")
+    assert (clip.record.group, clip.record.split, clip.media.start, clip.media.end) == ("home", "test", 0.0, 3)
+    assert (choice.record.id, choice.record.accepted()) == ("q", ("B",))
     assert choice.media == first.media
-    assert (frames.question.id, frames.question.answer, frames.media.names) == ("qa-5", None, ("a.jpg", "b.jpg"))
+    assert (frames.record.id, frames.record.answer, frames.media.names) == ("qa-5", None, ("a.jpg", "b.jpg"))
     assert [one.media and one.media.kind for one in (first, clip, frames, alone)] == ["image", "video", "frames", None]
 
 
@@ -133,7 +133,7 @@ def test_a_wrong_line_is_named_or_counted(folder, settings, line, message):
 def test_a_row_is_what_the_line_is(folder, settings, row, expected):
     row = row.replace(",b,", ",a ball,")
     (asked,) = read(folder, settings, "media,question,answer,answers,options,start,end", row, source="csv")
-    media, question = asked.media, asked.question
+    media, question = asked.media, asked.record
     window = (media.start, media.end) if media and media.kind == "video" else None
     assert (media and media.kind, window, question.accepted(), question.options) == expected
     assert question.question == ('What, "now"?\nOr then?' if "now" in row else "What?")
@@ -177,15 +177,15 @@ def test_a_quote_that_swallows_rows_is_never_skipped(folder, settings):
 
 def test_what_spreadsheets_leave_behind_is_no_record(folder, settings):
     (asked,) = read(folder, settings, "question,answer,,", "What?,so,,", ",,,", " ,,,", source="csv")
-    assert (asked.question.question, asked.question.answer) == ("What?", "so")
+    assert (asked.record.question, asked.record.answer) == ("What?", "so")
 
 
 def test_rows_after_a_wrong_one_are_read(folder, settings):
     problems = Problems("skip")
     rows = ("What?,so", 'Wh"at?,so', '"What?" no,so', "Who?,me,you", '"Where', 'now?",here')
     found = read(folder, settings, "question,answer", *rows, source="csv", problems=problems)
-    assert [one.question.question for one in found] == ["What?", 'Wh"at?', "Where\nnow?"]
-    assert [one.question.id for one in found] == ["qa-2", "qa-3", "qa-6"]
+    assert [one.record.question for one in found] == ["What?", 'Wh"at?', "Where\nnow?"]
+    assert [one.record.id for one in found] == ["qa-2", "qa-3", "qa-6"]
     assert [problem.split(": ")[1] for problem in problems.first] == ["line 4", "line 5"]
 
 
@@ -276,9 +276,9 @@ def test_pictures_are_turned_upright(tmp_path, settings):
 def test_what_editors_and_json_allow_is_read(folder, settings):
     record = '{"question": "What?\u2028", "answer": "y", "options": ["x", "y"], "answers": ["x"]}'
     (asked,) = read(folder, settings, "\ufeff" + record + "\r", "")
-    assert asked.question.accepted() == ("B", "A")
+    assert asked.record.accepted() == ("B", "A")
     (asked,) = read(folder, settings, "\ufeffquestion,answer\r", "What?,so\r", "", source="csv")
-    assert (asked.question.question, asked.question.answer) == ("What?", "so")
+    assert (asked.record.question, asked.record.answer) == ("What?", "so")
 
 
 @pytest.mark.parametrize("source", [source for source in READERS if source not in ("synthetic", "hub")])

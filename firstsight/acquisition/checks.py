@@ -1,7 +1,7 @@
-"""What a Hugging Face checkpoint is, found out without building its model: fit to be used, or refused; and its facts.
+"""Check that a Hugging Face checkpoint can be used, and collect facts about it, without loading its weights.
 
-Safetensors and text only: a pickle runs code when it is read, and so does a checkpoint whose class is a file of its
-own.
+Only safetensors and text files are accepted: reading a pickle can run code, and so can a checkpoint that brings the
+code of its own model class.
 """
 
 import json
@@ -28,25 +28,26 @@ TOKENIZER = "tokenizer.json"
 # The text files that say how weights are used (`*.model` is SentencePiece's vocabulary).
 TEXT = ("*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
 _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-# peft's: of an adapter beside the model, and of one in the model's own folder, which transformers would add to it.
+# peft's files of an adapter. In the model's own folder, transformers would load it into the model.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What bitsandbytes stores beside a quantized weight.
+# The suffixes of what bitsandbytes stores with a quantized weight.
 _SCALES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 def check_texts(folder: Path, present: Collection[str], place: str) -> list[str]:
-    """Refuse what small files show to be unfit, before large ones are fetched or copied.
+    """Check what the small files of a checkpoint show, before the large ones are downloaded or copied.
 
     Args:
-        folder: the checkpoint's text files, at least.
-        present: the names of all its files, here or still on the hub; those of its adapter with their folder.
-        place: what to call the checkpoint in an error.
+        folder: has at least the checkpoint's text files.
+        present: the names of all its files, local or still on the hub; those of its adapter include the folder.
+        place: what errors call the checkpoint.
 
-    Returns the names of the large files: the weights, and the adapter in its folder, if there is one.
+    Returns:
+        The names of the large files: the weights and, if there is one, the files of the adapter.
 
     Raises:
-        UserError: the config or the processor cannot be used, the architecture is unknown or quantized in a way that
-            is not read here, an adapter is not where it belongs, or as `weight_files`.
+        UserError: the config or the processor cannot be used, the architecture is unknown, the quantization is not
+            supported, an adapter is not in its folder, or as for `weight_files`.
     """
     if ADAPTER_CONFIG in present:
         raise UserError(
@@ -63,9 +64,9 @@ def check_texts(folder: Path, present: Collection[str], place: str) -> list[str]
 
 
 def adapter_files(present: Collection[str], place: str) -> list[str]:
-    """The names of the files of peft's adapter in the folder `adapter`, which belongs to the model; [] without one.
+    """Return the names of the files of the model's peft adapter, in the folder `adapter`; [] without one.
 
-    Raises UserError when its weights are no safetensors.
+    Raises UserError when its weights are not safetensors.
     """
     config, weights = f"{ADAPTER}/{ADAPTER_CONFIG}", f"{ADAPTER}/{ADAPTER_WEIGHTS}"
     if config not in present:
@@ -80,15 +81,15 @@ def adapter_files(present: Collection[str], place: str) -> list[str]:
 
 
 def weight_files(folder: Path, present: Collection[str], place: str) -> list[str]:
-    """The names of the files that transformers reads weights from: one, or the shards of the index in `folder`.
+    """Return the names of the files that transformers reads weights from: one file, or the shards of an index.
 
     Args:
-        folder: the checkpoint's text files, at least.
-        present: the names of all its files, here or still on the hub.
-        place: what to call the checkpoint in an error.
+        folder: has at least the checkpoint's text files.
+        present: the names of all its files, local or still on the hub.
+        place: what errors call the checkpoint.
 
     Raises:
-        UserError: its weights are pickles, or there are none; the index is broken, or a shard of it is missing.
+        UserError: the weights are pickles or missing, the index is broken, or one of its shards is missing.
     """
     if WEIGHTS in present:
         return [WEIGHTS]
@@ -105,10 +106,10 @@ def weight_files(folder: Path, present: Collection[str], place: str) -> list[str
         raise UserError(
             f"{place}: expected a weight_map in {INDEX}, found {error!r}; get the checkpoint again"
         ) from None
-    # A name is fetched, and a path would lead elsewhere.
+    # Only names: a path would lead out of the checkpoint's folder.
     if wrong := [name for name in shards if not name.endswith(".safetensors") or "/" in name] or not shards:
         raise UserError(
-            f"{place}: expected {INDEX} to name *.safetensors beside it, found {wrong[0] if shards else 'no shard'}; "
+            f"{place}: expected {INDEX} to name *.safetensors files, found {wrong[0] if shards else 'no shard'}; "
             "get the checkpoint again, or name a revision that has safetensors"
         )
     if absent := [name for name in shards if name not in present]:
@@ -120,7 +121,7 @@ def weight_files(folder: Path, present: Collection[str], place: str) -> list[str
 
 
 def check_config(folder: Path, place: str) -> None:
-    """Raise UserError unless transformers itself has a class for the checkpoint, or it is one to be converted."""
+    """Raise UserError unless transformers has a class for the checkpoint, or it is EgoGPT's and will be converted."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config.get("model_type")
@@ -136,15 +137,15 @@ def check_config(folder: Path, place: str) -> None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         if not known or method not in (None, "bitsandbytes"):
             raise UserError(
-                f"{place}: expected weights as they are, or quantized by bitsandbytes, found them quantized by "
-                f"{method!r}; take the checkpoint that this one was made from"
+                f"{place}: expected weights that are unquantized, or quantized by bitsandbytes, found them quantized "
+                f"by {method!r}; name the checkpoint that this one was made from"
             )
-    # Many repositories carry code from before transformers had their class; then it is not needed.
+    # Many repositories bring code from before transformers had their class; that code is not needed.
     if not isinstance(kind, str) or auto_class(kind) is None:
-        own = ", and code of its own to run (auto_map), which is refused" if "auto_map" in config else ""
+        own = " with code of its own (auto_map), which is not run" if "auto_map" in config else ""
         raise UserError(
-            f"{place}: expected an architecture that transformers knows to answer in text, found model_type "
-            f"{kind!r}{own}; take such a model, Qwen2-VL or LLaVA-OneVision for one"
+            f"{place}: expected an architecture that transformers has for text answers, found model_type "
+            f"{kind!r}{own}; name such a model, for example Qwen2-VL or LLaVA-OneVision"
         )
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -154,17 +155,17 @@ def check_config(folder: Path, place: str) -> None:
 
 
 def check_weights(folder: Path, place: str) -> None:
-    """Raise UserError unless every weight is there, whole, and of the shape that config.json says.
+    """Raise UserError unless every weight is present, complete, and of the shape that config.json implies.
 
-    transformers loads the checkpoint onto the meta device: its names for old and new layouts and its rules for tied
-    weights, and no memory for weights. Of quantized weights, the number is compared.
+    transformers loads the checkpoint onto the meta device, which applies its rules for old names and tied weights, and
+    allocates no memory for weights. For quantized weights, only the number of elements is compared.
     """
     present = names(folder)
     for name in weight_files(folder, present, place) + adapter_files(present, place)[1:]:
         for _ in _headers(folder / name):
             pass
     if egogpt_conversion.is_original(folder / CONFIG):
-        return  # its conversion compares them
+        return  # the conversion compares names and shapes
     try:
         differing = _differing(folder)
     except Exception as error:  # whatever libraries raise over values that make no model
@@ -177,9 +178,9 @@ def check_weights(folder: Path, place: str) -> None:
 
 
 def _differing(folder: Path) -> list[str]:
-    """Weights that are missing, not in the model, or of another shape than its config gives, a line each."""
+    """Return a line for each weight that is missing, not in the model, or of another shape than its config implies."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # Built as if it were not: packed weights cannot be unpacked without memory.
+    # Load it as unquantized: packed weights cannot be unpacked on the meta device.
     quantized = hasattr(config, "quantization_config")
     if quantized:
         del config.quantization_config
@@ -187,7 +188,7 @@ def _differing(folder: Path) -> list[str]:
         folder,
         config=config,
         device_map="meta",
-        ignore_mismatched_sizes=True,  # they are reported, instead of raised without a name
+        ignore_mismatched_sizes=True,  # so that they are reported by name instead of raising an error
         output_loading_info=True,
         local_files_only=True,
         use_safetensors=True,
@@ -197,7 +198,7 @@ def _differing(folder: Path) -> list[str]:
     mismatched = info["mismatched_keys"]
     if quantized:
         unexpected = [name for name in unexpected if not name.endswith(_SCALES) and ".quant_state." not in name]
-        # Two weights of 4 bits a byte, in one column.
+        # bitsandbytes packs two 4-bit weights into a byte, in one column.
         mismatched = [
             (name, stored, built) for name, stored, built in mismatched if tuple(stored) != ((prod(built) + 1) // 2, 1)
         ]
@@ -209,9 +210,9 @@ def _differing(folder: Path) -> list[str]:
 
 
 def complete_tokenizer(folder: Path, place: str) -> None:
-    """Write tokenizer.json from the vocabulary and merges that are there instead of it; stages depend on it.
+    """Write tokenizer.json, which stages depend on, if a checkpoint has only the tokenizer's vocabulary and merges.
 
-    Raises UserError when the tokenizer is of a kind that cannot be written so.
+    Raises UserError when the tokenizer has no such form.
     """
     if (folder / TOKENIZER).exists():
         return
@@ -225,11 +226,10 @@ def complete_tokenizer(folder: Path, place: str) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Of a checked checkpoint: licence, architecture, and sizes, from its text files and the weights' headers.
+    """Return licence, architecture and sizes of a checked checkpoint, from its text files and the weights' headers.
 
-    `parameters` and `dtypes` (a number of parameters each) count what is stored: tied weights once, quantized weights
-    as they are packed. `licence` is what the model card says, else the name of a licence file, else None. `bytes` are
-    those of all files.
+    `parameters` and `dtypes` (parameters by dtype) count stored elements: tied weights once, quantized weights as
+    packed. `licence` is the model card's, else the name of a licence file, else None. `bytes` is the size of all files.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     dtypes: Counter[str] = Counter()
@@ -251,26 +251,26 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def names(folder: Path) -> set[str]:
-    """The names of a checkpoint's files, those of its adapter with their folder."""
+    """Return the names of a checkpoint's files; those of its adapter include the folder."""
     inside = {f"{ADAPTER}/{path.name}" for path in (folder / ADAPTER).glob("*") if path.is_file()}
     return {path.name for path in folder.iterdir() if path.is_file()} | inside
 
 
 def _headers(path: Path) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, dtype and shape of every tensor of a safetensors file.
+    """Yield name, dtype and shape of every tensor of a safetensors file.
 
-    Raises UserError when it is broken or cut short.
+    Raises UserError when the file is broken or truncated.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, no mapping
+            for name in file.keys():  # noqa: SIM118, safe_open is not a mapping
                 yield name, (part := file.get_slice(name)).get_dtype(), part.get_shape()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected safetensors, found a broken file ({error}); download it again") from None
 
 
 def _stored_twice(stored: dict[str, tuple[Path, str, list[int]]]) -> list[str]:
-    """The head's name where it is stored beside the embedding that it is tied to: the same numbers."""
+    """Return the output head's name, in a list, if it is stored with the same values as the embedding; else []."""
     heads, embeddings = (
         [name for name in stored if name.endswith(end)] for end in ("lm_head.weight", "embed_tokens.weight")
     )
@@ -281,12 +281,13 @@ def _stored_twice(stored: dict[str, tuple[Path, str, list[int]]]) -> list[str]:
         for name in (*heads, *embeddings):
             file = stack.enter_context(safe_open(stored[name][0], framework="pt"))
             parts.append(file.get_slice(name))
-        # A few rows tell most pairs apart.
+        # Comparing a few rows first is enough for most pairs that differ.
         same = torch.equal(parts[0][:8], parts[1][:8]) and torch.equal(parts[0][:], parts[1][:])
     return heads if same else []
 
 
 def _licence(folder: Path) -> str | None:
+    """Return the licence of the model card, else the name of a licence file, else None."""
     try:
         card = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,7 +1,15 @@
-"""Turn an EgoGPT checkpoint of its authors (`model_type: egogpt_qwen`) into a folder that transformers reads.
+"""Convert an EgoGPT checkpoint in its authors' layout (`model_type: egogpt_qwen`) to a folder that transformers reads.
 
-Weights are renamed shard by shard. Whisper's encoder and the speech projector are run once, over silence, and left
-behind: what they make of it is kept instead (`firstsight.models.egogpt`).
+`convert` does this in order:
+1. `check_texts`: check the settings in config.json, read the tokenizer and add the tokens that mark media to it.
+2. `_headers`: read the names, shapes and dtypes of the weights, without the weights, and rename them (`RENAMES`).
+3. `_processor`, `_config`: derive the processor and the config from the settings and, where these are silent, the
+shapes. 4. `_check`: build the model on the meta device, and compare its weights' names and shapes with the
+checkpoint's. 5. `_write_weights`: copy the weights under their new names, one shard at a time, but not those of
+Whisper's encoder and
+   the speech projector. These are run once, on 30 s of silence, and the features they return are stored as a weight
+   instead: FirstSight has no audio, see `firstsight.models.egogpt`.
+6. Save the processor, the config, the generation settings, the model card and the licence.
 """
 
 import json
@@ -36,12 +44,12 @@ from firstsight.models.egogpt import (
     EgoGptProcessor,
 )
 
-# config.json names SigLIP so400m and Whisper large-v3, and says nothing of their shapes. The weights say all but these.
+# config.json names SigLIP so400m and Whisper large-v3 without their shapes. The weights determine all but these.
 IMAGE_SIDE = 384
 VISION_HEAD_DIM, SPEECH_HEAD_DIM = 72, 64
 MEL_FRAMES = 3000  # 30 s
 
-# Settings that are counted, of the language model and of speech, and all that the language model has.
+# Settings of the language model that are whole numbers, the frames per speech feature, and all settings of the model.
 COUNTS = (
     "hidden_size",
     "intermediate_size",
@@ -53,10 +61,10 @@ COUNTS = (
 )
 RATE = "speech_encoder_ds_rate"
 TEXT_FIELDS = (*COUNTS, "rms_norm_eps", "hidden_act")
-# What the files of weights call a precision, and torch.
+# Dtypes as safetensors files name them, and as torch does.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# The authors' names as regular expressions, and ours. What is renamed to `speech.*` is not kept.
+# Regular expressions for the authors' names of weights, and our names. `speech.*` is not part of the converted model.
 RENAMES = (
     (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -81,7 +89,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Speech(nn.Module):
-    """Whisper's encoder and EgoGPT's speech projector, which joins `rate` frames into one feature of size H."""
+    """Whisper's encoder and EgoGPT's speech projector, which maps every `rate` states to one feature of size H."""
 
     def __init__(self, encoder: WhisperConfig, rate: int, width: int, hidden_size: int):
         super().__init__()
@@ -95,14 +103,14 @@ class Speech(nn.Module):
         self.rate = rate
 
     def silence(self) -> Tensor:
-        """The features [n, H] of 30 seconds without a sound, which the authors give as a spectrogram of zeros."""
+        """Return the features [n, H] of 30 seconds of silence, which is a spectrogram of zeros in the authors' code."""
         states = self.encoder(torch.zeros(1, self.encoder.config.num_mel_bins, MEL_FRAMES)).last_hidden_state[0]
         joined = states[: len(states) // self.rate * self.rate].reshape(-1, self.rate * states.shape[1])
         return self.projector["linear2"](self.projector["linear1"](joined).relu())
 
 
 def is_original(config_path: Path) -> bool:
-    """Whether `config_path` is the config.json of an EgoGPT checkpoint of its authors."""
+    """Return whether `config_path` is the config.json of an EgoGPT checkpoint in its authors' layout."""
     try:
         return json.loads(config_path.read_text(encoding="utf-8")).get("model_type") == "egogpt_qwen"
     except (OSError, ValueError, AttributeError):
@@ -112,14 +120,14 @@ def is_original(config_path: Path) -> bool:
 def convert(source: Path, folder: Path, name: str = "") -> None:
     """Convert the checkpoint in `source` into the empty `folder`.
 
-    One shard is in memory at a time, and the speech modules in float32 (2.6 GB in the 7B model).
+    Memory holds one shard at a time, and the speech modules in float32 (2.6 GB in the 7B model).
 
     Args:
         name: what errors call the checkpoint; the path of `source` if empty.
 
     Raises:
-        UserError: the layout is another than EgoGPT's, weights are missing, unexpected or of another shape, a file is
-            missing or broken, or the model has no rows for the three tokens that mark media.
+        UserError: the layout is not EgoGPT's, a weight is missing, unexpected or of another shape, a file is missing or
+            broken, or the embedding has no rows for the three tokens that mark media.
     """
     name = name or str(source)
     settings, tokenizer = check_texts(source, name)
@@ -144,18 +152,17 @@ def convert(source: Path, folder: Path, name: str = "") -> None:
 
 
 def converted_config(source: Path, name: str) -> EgoGptConfig:
-    """The config that converting the checkpoint in `source` would give it. Raises UserError as `convert`."""
+    """Return the config that converting the checkpoint in `source` would write. Raises UserError as `convert` does."""
     settings, tokenizer = check_texts(source, name)
     _, shapes, dtype = _headers(source, name)
     return _config(settings, shapes, _processor(tokenizer, settings, shapes, name), dtype, name)
 
 
 def check_texts(source: Path, name: str) -> tuple[dict[str, Any], Qwen2Tokenizer]:
-    """The settings in config.json and the tokenizer, with the tokens for media.
+    """Return the checked settings of config.json, and the tokenizer with the tokens that mark media.
 
     Raises:
-        UserError: a setting is missing, makes no model or is of a layout that is not known here, or the tokenizer
-            cannot be read.
+        UserError: a setting is missing, invalid or of an unknown layout, or the tokenizer cannot be read.
     """
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if absent := [key for key in (*TEXT_FIELDS, "rope_theta", RATE) if key not in settings]:
@@ -191,7 +198,7 @@ def check_texts(source: Path, name: str) -> tuple[dict[str, Any], Qwen2Tokenizer
 
 
 def _headers(source: Path, name: str) -> tuple[list[Path], Shapes, str]:
-    """The files of weights, our names and the shapes of what is in them, and the precision of the embedding."""
+    """Return the files of weights, the shapes of the weights by our names, and the dtype of the embedding."""
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise UserError(f"{name}: expected weights in *.safetensors, found none; name a complete EgoGPT checkpoint")
@@ -211,6 +218,7 @@ def _headers(source: Path, name: str) -> tuple[list[Path], Shapes, str]:
 
 
 def _broken(name: str, error: Exception) -> UserError:
+    """Return the error for a file that a library cannot read."""
     return UserError(
         f"{name}: expected a complete EgoGPT checkpoint, found a broken file ({' '.join(str(error).split())}); "
         "download it again"
@@ -218,33 +226,35 @@ def _broken(name: str, error: Exception) -> UserError:
 
 
 def _rename(name: str) -> str:
+    """Return our name of a weight, from the authors' name."""
     for pattern, ours in RENAMES:
         name = re.sub(pattern, ours, name)
     return name
 
 
 def _stored(files: list[Path]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Our name, the shape and the dtype of every weight, read from the headers of the files."""
+    """Yield our name, the shape and the dtype of every weight, from the headers of the files."""
     for path in files:
         with safe_open(path, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
+            for key in weights.keys():  # noqa: SIM118, safe_open is not a mapping
                 part = weights.get_slice(key)
                 yield _rename(key), tuple(part.get_shape()), part.get_dtype()
 
 
 def _shape(shapes: Shapes, weight: str, name: str) -> tuple[int, ...]:
+    """Return the shape of a weight. Raise UserError if it is missing."""
     if weight not in shapes:
         raise UserError(f"{name}: expected a weight for {weight}, found none; download the checkpoint again")
     return shapes[weight]
 
 
 def _layers(shapes: Shapes, prefix: str) -> int:
-    """How many layers have weights named `prefix`.N."""
+    """Return the number of layers, whose weights are named `prefix`.N."""
     return len({key.removeprefix(f"{prefix}.").split(".")[0] for key in shapes if key.startswith(f"{prefix}.")})
 
 
 def _setting(settings: dict[str, Any], key: str, default: Any, known: tuple[Any, ...], name: str) -> Any:
-    """What config.json says of `key`, or what the authors' code takes where it says nothing."""
+    """Return the setting `key`, or the authors' default. Raise UserError if it is not one of the `known` values."""
     if (value := settings.get(key, default)) not in known:
         raise UserError(
             f"{name}: config.json: {key}: expected {' or '.join(map(repr, known))}, found {value!r}; "
@@ -254,9 +264,10 @@ def _setting(settings: dict[str, Any], key: str, default: Any, known: tuple[Any,
 
 
 def _pinpoints(settings: dict[str, Any], name: str) -> list[list[int]]:
-    """The anyres grid as heights and widths in pixels; config.json has widths and heights, or a range of tiles.
+    """Return the resolutions of the anyres grid as [height, width] in pixels.
 
-    Their order is kept: of resolutions that fit equally well, the first is taken.
+    config.json has [width, height] pairs, or a range of tiles such as "(1x1),...,(6x6)". Their order matters: of
+    resolutions that fit equally well, the first is used.
     """
     given = settings.get("image_grid_pinpoints")
     if isinstance(given, str) and (ends := re.findall(r"\((\d+)x(\d+)\)", given)):
@@ -276,6 +287,7 @@ def _pinpoints(settings: dict[str, Any], name: str) -> list[list[int]]:
 
 
 def _processor(tokenizer: Qwen2Tokenizer, settings: dict[str, Any], shapes: Shapes, name: str) -> EgoGptProcessor:
+    """Return the processor: SigLIP's normalisation and size, and the layout of the settings."""
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": IMAGE_SIDE, "width": IMAGE_SIDE}}
     return EgoGptProcessor(
         image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=_pinpoints(settings, name), **half),
@@ -290,11 +302,12 @@ def _processor(tokenizer: Qwen2Tokenizer, settings: dict[str, Any], shapes: Shap
 
 
 def _speech_tokens(settings: dict[str, Any], shapes: Shapes, name: str) -> int:
+    """Return the number of speech features of 30 seconds."""
     return _shape(shapes, "speech.encoder.embed_positions.weight", name)[0] // settings[RATE]
 
 
 def _tokenizer(source: Path) -> Qwen2Tokenizer:
-    """The checkpoint's tokenizer, with the three tokens that mark media after its own."""
+    """Return the checkpoint's tokenizer, with the three tokens that mark media added after its own."""
     tokenizer = Qwen2Tokenizer.from_pretrained(source, local_files_only=True)
     tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN], special_tokens=True)
     return tokenizer
@@ -303,6 +316,7 @@ def _tokenizer(source: Path) -> Qwen2Tokenizer:
 def _config(
     settings: dict[str, Any], shapes: Shapes, processor: EgoGptProcessor, dtype: str, name: str
 ) -> EgoGptConfig:
+    """Return the config: the language model's settings, and the vision tower's from the shapes of its weights."""
     tokens = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN])
     if max(tokens) >= settings["vocab_size"]:
         raise UserError(
@@ -341,7 +355,7 @@ def _config(
 
 
 def _check(expected: Shapes, shapes: Shapes, name: str) -> None:
-    """Compare names and shapes of the weights with what the model has, before anything is written."""
+    """Raise UserError unless the weights have exactly the names and shapes of the model's."""
     if missing := sorted(expected.keys() - shapes.keys()):
         raise UserError(
             f"{name}: expected a weight for {missing[0]}, found none for it and {len(missing) - 1} more; "
@@ -361,6 +375,7 @@ def _check(expected: Shapes, shapes: Shapes, name: str) -> None:
 
 
 def _speech(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name: str) -> Speech:
+    """Return the speech modules, without their weights, in the sizes that the shapes determine."""
     width, mels, _ = _shape(shapes, "speech.encoder.conv1.weight", name)
     encoder = WhisperConfig(
         d_model=width,
@@ -376,7 +391,7 @@ def _speech(settings: dict[str, Any], config: EgoGptConfig, shapes: Shapes, name
 
 @torch.inference_mode()
 def _write_weights(files: list[Path], folder: Path, speech: Speech) -> None:
-    """Write the renamed shards, one more with the features of silence, and their index."""
+    """Write the renamed shards, one more shard with the features of silence, and the index."""
     places: dict[str, str] = {}
     size = 0
     for number, part in enumerate(_parts(files, speech), start=1):
@@ -388,18 +403,18 @@ def _write_weights(files: list[Path], folder: Path, speech: Speech) -> None:
 
 
 def _parts(files: list[Path], speech: Speech) -> Iterator[dict[str, Tensor]]:
-    """The renamed weights of each file without those of speech, then what these make of silence."""
-    heard = {}
+    """Yield the renamed weights of each file without those of speech, then the features of silence."""
+    speech_weights = {}
     for path in files:
         part = {}
         with safe_open(path, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - safe_open is no dict
+            for key in weights.keys():  # noqa: SIM118, safe_open is not a mapping
                 ours, value = _rename(key), weights.get_tensor(key)
                 if ours.startswith("speech."):
-                    heard[ours.removeprefix("speech.")] = value.float()
+                    speech_weights[ours.removeprefix("speech.")] = value.float()
                 else:
                     part[ours] = value
         yield part
-    speech.load_state_dict(heard, assign=True)
-    # In float32, whatever the precision of the other weights: loading rounds it once.
+    speech.load_state_dict(speech_weights, assign=True)
+    # In float32, whatever the dtype of the other weights, so that it is rounded only once, on loading.
     yield {"model.silence": speech.eval().silence()}

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub or from a local folder: safetensors and text files of one commit, checked."""
+"""Download a model from the Hugging Face hub, or copy it from a local folder, and check its files."""
 
 import errno
 import shutil
@@ -25,23 +25,21 @@ from firstsight.core.faults import check_disk_space
 from firstsight.core.files import link_file
 from firstsight.models.loading import ADAPTER
 
-# Folders inside a repository hold the same weights for other libraries.
+# Folders inside a repository usually hold the same weights for other libraries.
 SUBFOLDERS = "*/*"
 
 PlaceFile = Callable[[Path, Path], object]
 
 
 def download(repository: str, revision: str | None, folder: Path) -> str:
-    """Download `repository` through the hub's own cache and make its files appear in `folder`, linked, not copied.
+    """Download `repository` into the hub's cache, link its files into `folder`, and return the commit.
 
-    With HF_HUB_OFFLINE both commit and files are the cache's. Otherwise the hub is asked, and never the cache for a
-    commit that the hub did not name.
-
-    Returns the commit that `revision` (None: the main branch) stands for.
+    The commit is what the hub says that `revision` (None: the main branch) is. Only with HF_HUB_OFFLINE, commit and
+    files come from the cache alone.
 
     Raises:
-        UserError: the repository or revision is missing, private or gated, or the hub cannot be reached; a file did
-            not arrive as the hub has it; the disk is too small; the checkpoint is not fit to be used.
+        UserError: the repository or revision is missing, private or gated, the hub cannot be reached, a file does not
+            match the hub's checksum, the disk is too small, or the checkpoint cannot be used.
     """
     checked_token()
     with _one_line(repository, revision):
@@ -58,21 +56,21 @@ def download(repository: str, revision: str | None, folder: Path) -> str:
 def copy(source: Path, folder: Path) -> None:
     """Copy the model in the local folder `source` to `folder`.
 
-    DVC makes what it keeps read-only, and shares it with its cache: a link would do so to the user's own files. Files
-    of EgoGPT's own layout are linked all the same, because none of them stays when they are converted.
+    Links would not do: DVC makes outputs read-only and shares them with its cache, which would affect the user's own
+    files. Files in EgoGPT's own layout are linked, because the conversion replaces them.
 
     Raises:
-        UserError: the checkpoint is not fit to be used, or the disk too small for a copy.
+        UserError: the checkpoint cannot be used, or the disk is too small for a copy.
     """
     converted = egogpt_conversion.is_original(source / checks.CONFIG)
     _place(source, folder, str(source), link_file if converted else shutil.copyfile)
 
 
 def checked_token() -> str | None:
-    """The user's token for the hub, if there is one.
+    """Return the user's token for the hub, or None.
 
     Raises:
-        UserError: it has characters that no header can carry; the client's own error over it would quote it.
+        UserError: the token has characters that an HTTP header cannot; the client's own error would show the token.
     """
     if (token := get_token()) and not (token.isascii() and token.isprintable()):
         raise UserError("HF_TOKEN: expected printable ASCII characters, found others; copy the token again")
@@ -80,7 +78,7 @@ def checked_token() -> str | None:
 
 
 def _confirm(repository: str, revision: str | None, commit: str) -> None:
-    """Raise unless the hub itself says that `revision` is `commit`: unreached, its client asks the cache instead."""
+    """Raise UserError unless the hub says that `revision` is `commit`, which may be from the client's cache."""
     if (now := HfApi().model_info(repository, revision=revision).sha) != commit:
         raise UserError(
             f"{repository}: expected {revision or 'main'} to stay at one commit, found {commit}, then {now}; "
@@ -89,7 +87,7 @@ def _confirm(repository: str, revision: str | None, commit: str) -> None:
 
 
 def _fetch(repository: str, commit: str) -> Path:
-    """Download what is wanted of a commit, and compare it with the hub's checksums. Returns the cache's folder."""
+    """Download a commit's text files and weights, check them by the hub's checksums, and return the cache's folder."""
     listing = HfApi().list_repo_tree(repository, revision=commit, recursive=True)
     files = [entry.path for entry in listing if isinstance(entry, RepoFile)]
     names = [path for path in files if "/" not in path or path.startswith(f"{ADAPTER}/")]
@@ -98,7 +96,7 @@ def _fetch(repository: str, commit: str) -> Path:
             f"{repository}: expected a {checks.CONFIG} that can be read, found {names[:8]} at {commit}; name a "
             "repository of a model in transformers' layout"
         )
-    # The small files first: a checkpoint that is refused costs no gigabytes.
+    # The small files first: a checkpoint that cannot be used is found before gigabytes are downloaded.
     snapshot = _snapshot(repository, commit, checks.TEXT)
     _check_sums(repository, commit)
     weights = checks.check_texts(snapshot, names, repository)
@@ -111,21 +109,22 @@ def _fetch(repository: str, commit: str) -> Path:
 
 
 def _cached(repository: str, commit: str) -> Path:
-    """The cache's folder of a commit, with all that is wanted of it; there is nothing to compare checksums with."""
+    """Return the cache's folder of a commit, offline, with all files needed; their checksums cannot be checked."""
     snapshot = _snapshot(repository, commit, checks.TEXT)
     weights = checks.check_texts(snapshot, checks.names(snapshot), repository)
     return _snapshot(repository, commit, weights, None)
 
 
-def _snapshot(repository: str, commit: str, patterns: Iterable[str], but: str | None = SUBFOLDERS) -> Path:
-    """The cache's folder of a commit, after downloading the files that match, `but` these, and are not there yet."""
-    return Path(snapshot_download(repository, revision=commit, allow_patterns=list(patterns), ignore_patterns=but))
+def _snapshot(repository: str, commit: str, patterns: Iterable[str], ignored: str | None = SUBFOLDERS) -> Path:
+    """Return the cache's folder of a commit after downloading missing files that match `patterns`, not `ignored`."""
+    return Path(snapshot_download(repository, revision=commit, allow_patterns=list(patterns), ignore_patterns=ignored))
 
 
 def _check_sums(repository: str, commit: str) -> None:
-    """Hash every file of the cached commit: SHA-256 of large ones, git's SHA-1 of small ones, as the hub states them.
+    """Compare the hashes of the cached commit's files with the hub's: SHA-256 for large files, git's SHA-1 for small
+    ones.
 
-    Raises UserError after deleting the wrong ones, which would be taken for right otherwise.
+    Raises UserError if some differ, after deleting these, so that the next run does not use them.
     """
     verified = HfApi().verify_repo_checksums(repository, revision=commit)
     for wrong in verified.mismatches:
@@ -135,13 +134,13 @@ def _check_sums(repository: str, commit: str) -> None:
     for wrong in verified.mismatches:
         raise UserError(
             f"{repository}/{wrong['path']}: expected {wrong['algorithm']} {wrong['expected']}, found "
-            f"{wrong['actual']}; it is deleted from the cache: run it again, and if that is no help, look for a proxy "
-            "or mirror between here and the hub"
+            f"{wrong['actual']}; it is deleted from the cache: run it again, and if it fails again, look for a "
+            "proxy or mirror on the way to the hub"
         )
 
 
 def _place(source: Path, folder: Path, place: str, place_file: PlaceFile) -> None:
-    """Check the checkpoint in `source`, and link or copy what is wanted of it into `folder`."""
+    """Check the checkpoint in `source`, and link or copy its text files and weights into `folder`."""
     present = checks.names(source)
     large = checks.check_texts(source, present, place)
     checks.check_weights(source, place)
@@ -159,7 +158,7 @@ def _place(source: Path, folder: Path, place: str, place_file: PlaceFile) -> Non
 
 @contextmanager
 def _one_line(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub's client raises into a UserError with the remedy."""
+    """Turn any error of the hub's client into a UserError of one line with the remedy."""
     try:
         yield
     except GatedRepoError:
@@ -175,16 +174,16 @@ def _one_line(repository: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, RevisionResolutionError, OSError) as error:
         remedy = _unreached(error, revision)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        # What the client raises over an answer that is not the hub's.
+        # The client raises these when the answer is not from the hub.
         remedy = f"expected the hub to answer in its own protocol, found {_first_line(error)}; look for a sign-in page "
-        remedy += "or proxy between here and the hub, and at HF_ENDPOINT"
+        remedy += "or proxy on the way to the hub, and check HF_ENDPOINT"
     else:
         return
     raise UserError(f"{repository}: {remedy}") from None
 
 
 def _unreached(error: Exception, revision: str | None) -> str:
-    """The line for a hub that did not answer, or not with a file."""
+    """Return the message for a hub that did not answer, or refused to."""
     if is_offline_mode():
         return (
             f"expected {revision or 'main'} in the hub's cache, because HF_HUB_OFFLINE is set, found it missing or "
@@ -203,12 +202,12 @@ def _unreached(error: Exception, revision: str | None) -> str:
         return f"expected room in the hub's cache, found {found}; make some, or point HF_HUB_CACHE to a larger disk"
     return (
         f"expected an answer from the hub, found {found}; check the network and run it again, which keeps the files "
-        "that have come, or name a local folder under models.*.source"
+        "already downloaded, or name a local folder under models.*.source"
     )
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error: of what the client could not get, it says first that the cache has it not."""
+    """Return the HTTP status among an error's causes: the client's outermost error is that its cache lacks the file."""
     while error is not None:
         if isinstance(error, HfHubHTTPError) and error.response is not None:
             return error.response.status_code

@@ -1,7 +1,7 @@
-"""A model of the real architecture with fresh weights, for runs without downloads: tokenizer, processor, model.
+"""Make a Qwen2-VL model with random weights, its tokenizer and its processor, for runs without downloads.
 
-Everything is what a hub checkpoint of Qwen2-VL has: the model class, the fast Qwen2 tokenizer with its special
-tokens, the image and video processors and a chat template of Qwen's structure. Only the sizes are small and the
+The result has everything that a hub checkpoint of Qwen2-VL has: the model class, the fast Qwen2 tokenizer with its
+special tokens, the image and video processors and a chat template of Qwen's structure. Only the sizes are small and the
 weights random.
 """
 
@@ -24,7 +24,7 @@ from transformers import (
 from firstsight.core.errors import UserError
 from firstsight.core.params import Initialisation
 
-# In the order in which Qwen2-VL numbers them, after the vocabulary that is learned.
+# In the order of their ids in Qwen2-VL, which follow the ids of all learned tokens.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -67,10 +67,11 @@ You are a helpful assistant.<|im_end|>
 
 
 def initialise(init: Initialisation, folder: Path) -> None:
-    """Make a model and its processor from `init` and save them in `folder`; the same seed makes the same weights.
+    """Make the model and processor that `init` describes and save them in `folder`; a seed always gives the same
+    weights.
 
     Raises:
-        UserError: the corpus is missing, or the tokenizer has more tokens than the model has rows for them.
+        UserError: the corpus is missing, or the tokenizer has more tokens than the model has rows of embeddings.
     """
     tokenizer = fresh_tokenizer(init)
     torch.manual_seed(init.seed)
@@ -79,7 +80,7 @@ def initialise(init: Initialisation, folder: Path) -> None:
 
 
 def fresh_tokenizer(init: Initialisation) -> Qwen2Tokenizer:
-    """The tokenizer that `init` describes. Raises UserError as `initialise`."""
+    """Return the tokenizer that `init` describes. Raises UserError as `initialise` does."""
     try:
         corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -96,9 +97,9 @@ def fresh_tokenizer(init: Initialisation) -> Qwen2Tokenizer:
 
 
 def train_tokenizer(corpus: list[str], vocabulary_size: int) -> Qwen2Tokenizer:
-    """Train byte-level BPE with Qwen2's pre-tokenizer: at most `vocabulary_size` tokens, and the special ones.
+    """Train a byte-level BPE tokenizer with Qwen2's pre-tokenizer: at most `vocabulary_size` tokens, and the special ones.
 
-    The 256 bytes are always among them, so that no text is unknown, whatever the corpus.
+    All 256 bytes are tokens, so that every text can be encoded, whatever the corpus.
     """
     learner = Tokenizer(BPE())
     learner.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
@@ -119,7 +120,7 @@ def train_tokenizer(corpus: list[str], vocabulary_size: int) -> Qwen2Tokenizer:
 
 
 def build_processor(tokenizer: Qwen2Tokenizer, max_pixels: int) -> Qwen2VLProcessor:
-    """Qwen2-VL's processor; an image, and each frame of a video of up to 32, is scaled to at most `max_pixels`."""
+    """Return Qwen2-VL's processor, which scales images, and frames of videos of up to 32, to at most `max_pixels`."""
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_pixels}
     video_size = size | {"longest_edge": 32 * max_pixels}
     return Qwen2VLProcessor(
@@ -131,7 +132,7 @@ def build_processor(tokenizer: Qwen2Tokenizer, max_pixels: int) -> Qwen2VLProces
 
 
 def build_model(init: Initialisation, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
-    """A `Qwen2VLForConditionalGeneration` with fresh weights in float32, drawn from torch's global generator."""
+    """Return a `Qwen2VLForConditionalGeneration` with random float32 weights from torch's global generator."""
     token = tokenizer.convert_tokens_to_ids
     half = init.hidden_size // init.heads // 2
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]  # Qwen2-VL's 16, 24, 24 in proportion

@@ -76,7 +76,7 @@ def question_about(path: Path, question: str, data: Data) -> Sample:
 
 def seen(sample: Sample) -> str:
     """What a model sees of a sample's media, in words: "8 frames of 112 x 112 pixels, 2 a second"."""
-    first, *rest = sample.pictures()
+    first, *rest = sample.images()
     size = f"{first.width} x {first.height} pixels"
     if sample.media_kind != "video":
         return f"an image of {size}"

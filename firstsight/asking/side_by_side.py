@@ -28,4 +28,4 @@ def answered(
         # An upload lies in a folder that means nothing to who uploaded it.
         raise UserError(str(error).replace(str(path), path.name)) from None
     answers = [(model.folder, model.answer(sample)) for model in models]
-    return sample.pictures(), [[str(folder), one.line(), f"{1000 * one.seconds:.0f}"] for folder, one in answers]
+    return sample.images(), [[str(folder), one.line(), f"{1000 * one.seconds:.0f}"] for folder, one in answers]

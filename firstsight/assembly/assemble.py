@@ -1,4 +1,4 @@
-"""From questions to samples-to-be: media with all that is asked about them, each in a split, before any is decoded."""
+"""Group the questions about the same image or video into units, and assign each unit to a split, before decoding."""
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
@@ -8,37 +8,41 @@ from firstsight.assembly.splits import HELD_BACK, SplitName, split_of, stratifie
 from firstsight.core.params import Data
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, Media, Question
+from firstsight.readers.source_record import Asked, Media, SourceRecord
 from firstsight.records.sample import Record
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One media (None: none) and the questions about it. `key` is unique and becomes the sample's id."""
+    """An undecoded image or video (None: text alone) and the questions about it. `key` becomes the sample's id."""
 
     key: str
     source: str
     media: Media | None
     group: str
     split: SplitName
-    questions: tuple[Question, ...]
+    questions: tuple[SourceRecord, ...]
 
     def records(self) -> tuple[Record, ...]:
-        return tuple(one.record() for one in self.questions)
+        """Return the questions as the records that are written to the data set."""
+        return tuple(one.to_record() for one in self.questions)
 
 
 def assemble(
     sources: Iterable[tuple[str, Iterable[Asked]]], data: Data, problems: Problems, dropped: Counter[str]
 ) -> list[Unit]:
-    """Units in the order of their first question; what is left out is counted in `dropped`, by reason.
+    """Return the units in the order of their first question, and count in `dropped` the questions left out, by reason.
 
-    Left out are questions for another split than their group's, repeated ones, what is asked in training about media of
-    the benchmark, questions of `data.train_only_types` in the test split, and what exceeds `data.*_samples`. Problems
-    are ids that two questions have, questions about one media that disagree on its group, and questions without an
-    answer.
+    Left out are questions that name another split than their group's, duplicates, training and validation questions
+    about media of the benchmark, questions of `data.train_only_types` in the test split, and questions beyond
+    `data.*_samples`. Problems are ids that two questions share, questions about the same image or video with different
+    groups, and questions without an answer.
 
     Args:
-        sources: by name, the questions of each; what the second and later ones ask is the benchmark.
+        sources: name and questions of each source; the first is the data set's, the others are the benchmark.
+
+    Raises:
+        UserError: there is a problem, and the policy of `problems` is `stop`.
     """
     asked = [(name, one) for name, questions in sources for one in questions]
     asked = _answerable(asked, data, problems)
@@ -47,31 +51,31 @@ def assemble(
     splits = _splits(asked, groups, data)
     by_media: dict[tuple[str, str], list[Asked]] = {}
     for name, one in asked:
-        if one.question.split in (None, splits[name, groups[one.question.id]]):
+        if one.record.split in (None, splits[name, groups[one.record.id]]):
             by_media.setdefault((name, media_key(one)), []).append(one)
         else:
             dropped["group of another split"] += 1
     units = []
     for (name, key), same_media in by_media.items():
-        group = groups[same_media[0].question.id]
-        questions = _without_repetition([one.question for one in same_media], dropped)
+        group = groups[same_media[0].record.id]
+        questions = _without_repetition([one.record for one in same_media], dropped)
         units.append(Unit(f"{name}:{key}", name, same_media[0].media, group, splits[name, group], questions))
     return _limited(_without_overlap(units, dropped), data, dropped)
 
 
 def media_key(one: Asked) -> str:
-    """What makes two questions be about the same media. One without media is alone with itself."""
-    return one.media.key() if one.media else f"text {one.question.id}"
+    """Return a key, equal for questions about the same image or video, and unique for a question about text alone."""
+    return one.media.key() if one.media else f"text {one.record.id}"
 
 
-def repeated(asked: Iterable[tuple[Hashable, Question]], dropped: Counter[str]) -> set[str]:
-    """Ids of questions that were asked before about the same; two that differ in their options are two.
+def repeated(asked: Iterable[tuple[Hashable, SourceRecord]], dropped: Counter[str]) -> set[str]:
+    """Return the ids of questions that repeat an earlier one about the same media, with the same text and options.
 
     Args:
-        asked: what each is about, and the question; the first of several stays.
-        dropped: they are counted here, apart where their answer is another.
+        asked: what each question is about, and the question; the first of equal ones is not in the result.
+        dropped: counts the repeated questions, with a reason of its own for those with another answer.
     """
-    first: dict[tuple[Hashable, str, tuple[str, ...]], Question] = {}
+    first: dict[tuple[Hashable, str, tuple[str, ...]], SourceRecord] = {}
     again = set()
     for about, one in asked:
         before = first.setdefault((about, one.question, one.options), one)
@@ -83,17 +87,17 @@ def repeated(asked: Iterable[tuple[Hashable, Question]], dropped: Counter[str]) 
 
 
 def _answerable(asked: list[tuple[str, Asked]], data: Data, problems: Problems) -> list[tuple[str, Asked]]:
-    """The questions with an id of their own and an answer, or whose answer the teacher is to give."""
+    """Return the questions with a unique id and an answer (unless the teacher is to give it); report the others."""
     places, kept = {}, []
     for name, one in asked:
-        question = one.question
-        with problems.at(question.place):
-            if (other := places.setdefault(question.id, question.place)) != question.place:
+        record = one.record
+        with problems.at(record.place):
+            if (other := places.setdefault(record.id, record.place)) != record.place:
                 raise BadRecordError(
-                    f"expected an id of its own, found {question.id[:80]!r} again, as at {other}; "
+                    f"expected an id of its own, found {record.id[:80]!r} again, as at {other}; "
                     "rename one (a record without an id is called by its line)"
                 )
-            if not question.accepted() and data.unanswered == "refuse":
+            if not record.accepted() and data.unanswered == "refuse":
                 raise BadRecordError(
                     "expected an answer, found none; add it, or remove the record, or set data.unanswered to teacher"
                 )
@@ -102,7 +106,11 @@ def _answerable(asked: list[tuple[str, Asked]], data: Data, problems: Problems) 
 
 
 def _groups(asked: list[tuple[str, Asked]]) -> dict[str, str]:
-    """The group of every question, by its id: the one it names, else what its media show and all they are seen with."""
+    """Return the group of each question, by its id.
+
+    It is the group that the question names, else that of its media: media that share a part, such as a file or video,
+    are in one group, also through others (union-find).
+    """
     leader: dict[tuple[str, str], tuple[str, str]] = {}
 
     def find(part: tuple[str, str]) -> tuple[str, str]:
@@ -114,52 +122,51 @@ def _groups(asked: list[tuple[str, Asked]]) -> dict[str, str]:
     for name, one in asked:
         parts = [(name, part) for part in one.media.group()] if one.media else []
         for part in parts[1:]:
-            # The lesser name leads, whatever the order of the questions.
+            # The lesser name represents both, so that the order of the questions does not matter.
             first, second = sorted((find(parts[0]), find(part)))
             leader[second] = first
     return {
-        one.question.id: one.question.group
-        or (find((name, one.media.group()[0]))[1] if one.media else one.question.question)
+        one.record.id: one.record.group or (find((name, one.media.group()[0]))[1] if one.media else one.record.question)
         for name, one in asked
     }
 
 
 def _agreeing(asked: list[tuple[str, Asked]], groups: dict[str, str], problems: Problems) -> list[tuple[str, Asked]]:
-    """The questions that agree with those before them in their source on the group of one media."""
+    """Return the questions whose group is that of earlier ones about the same image or video; report the others."""
     group_of: dict[tuple[str, str], tuple[str, str]] = {}
     kept = []
     for name, one in asked:
-        place, group = one.question.place, groups[one.question.id]
+        place, group = one.record.place, groups[one.record.id]
         with problems.at(place):
             other, expected = group_of.setdefault((name, media_key(one)), (place, group))
             if expected != group:
                 raise BadRecordError(
                     f"expected the same group for the same media as at {other} ({expected!r}), found {group!r}; "
-                    "make them agree, or tell them apart"
+                    "give both questions the same group"
                 )
             kept.append((name, one))
     return kept
 
 
 def _splits(asked: list[tuple[str, Asked]], groups: dict[str, str], data: Data) -> dict[tuple[str, str], SplitName]:
-    """The split of each source's groups: of those that its questions name the most held back, else by its hash."""
+    """Return the split of each source's groups: the most held-back one that its questions name, else by hash."""
     named: dict[tuple[str, str], set[SplitName | None]] = defaultdict(set)
     for name, one in asked:
-        named[name, groups[one.question.id]].add(one.question.split)
+        named[name, groups[one.record.id]].add(one.record.split)
     return {
         (name, group): next((split for split in HELD_BACK if split in splits), None) or split_of(group, data)
         for (name, group), splits in named.items()
     }
 
 
-def _without_repetition(questions: list[Question], dropped: Counter[str]) -> tuple[Question, ...]:
-    """Questions about one media, each once, whatever its id, and answered where it is so once."""
+def _without_repetition(questions: list[SourceRecord], dropped: Counter[str]) -> tuple[SourceRecord, ...]:
+    """Return the questions about one image or video without duplicates, keeping one with an answer if there is one."""
     again = repeated(((None, one) for one in sorted(questions, key=lambda one: not one.accepted())), dropped)
     return tuple(one for one in questions if one.id not in again)
 
 
 def _without_overlap(units: list[Unit], dropped: Counter[str]) -> list[Unit]:
-    """The units, but for groups to learn from that show, in one unit or more, what another source is tested on."""
+    """Return the units without the training and validation groups that contain media of the benchmark."""
     first = units[0].source if units else ""
     tested = {what for unit in units if unit.source != first for what in _about(unit)}
     if not tested:
@@ -173,7 +180,7 @@ def _without_overlap(units: list[Unit], dropped: Counter[str]) -> list[Unit]:
 
 
 def _about(unit: Unit) -> set[tuple[str, str]]:
-    """What tells that units of two sources are about the same: files, named groups, ids of videos; or text alone."""
+    """Return the names by which two sources' units are recognised as the same: files, groups, video ids, or text."""
     names = (unit.group, *(unit.media.titles() if unit.media else ()), *(one.id for one in unit.questions))
     found = {("video", name) for name in video_ids(names)}
     found |= {("group", one.group) for one in unit.questions if one.group}
@@ -183,7 +190,7 @@ def _about(unit: Unit) -> set[tuple[str, str]]:
 
 
 def _limited(units: list[Unit], data: Data, dropped: Counter[str]) -> list[Unit]:
-    """The units less questions that are not for their split, or more than were asked for; none without questions."""
+    """Return the units without questions that their split excludes or has no room for, and without empty units."""
     limits = {"train": data.train_samples, "validation": data.validation_samples, "test": data.test_samples}
     for split in limits:
         wanted = {}

@@ -1,4 +1,4 @@
-"""The data card: what is in a data set, what was left out of it and why."""
+"""Make the data card: what a data set contains, and what was left out of it and why."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,10 +24,10 @@ def data_card(
     dropped: Mapping[str, int],
     problems: Problems,
 ) -> dict[str, Any]:
-    """As JSON: counts by split, source, kind and question type; text in words; media in pixels, frames and bytes.
+    """Return the card as JSON: counts by split, source, kind and question type, lengths in words, sizes of the frames.
 
-    `commit` is that of a data set of the hub. Token counts depend on a tokenizer, and so are not the data's own: the
-    targets' index has them.
+    `commit` is the commit of a hub data set, else None. Token counts depend on a tokenizer, so they are in the index of
+    the distillation targets instead.
     """
     splits = {}
     for split in SPLITS:
@@ -73,7 +73,7 @@ def _counts(names: Iterable[str]) -> dict[str, int]:
 
 
 def _spread(numbers: Sequence[int]) -> dict[str, float]:
-    """Least, median, mean and most; nothing of nothing."""
+    """Return minimum, median, mean and maximum; empty without numbers."""
     if not numbers:
         return {}
     return {

@@ -1,7 +1,7 @@
-"""Decode the media of a data set: in parallel, a chunk of them at a time, each chunk kept until the data set is whole.
+"""Decode the images and videos of a data set in parallel, in chunks that survive an interrupted build.
 
-A chunk is a parquet file in a folder that outlives an interrupted build, named by what it is made from; a rerun decodes
-only the chunks that are not there, or in which something could not be decoded: it may have been mended.
+A chunk is a parquet file, named by a hash of what it is made from. A rerun decodes only the chunks that are missing,
+damaged, or contain a file that could not be decoded, since it may have been repaired.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from firstsight.core.launchers import end_with
 from firstsight.core.params import Data
 from firstsight.core.stage import log
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Media, Pictures
+from firstsight.readers.source_record import DecodedMedia, Media
 
 CHUNK = 16
-# Starting workers takes longer than decoding so few.
+# Up to this many units are decoded in this process: starting workers takes longer.
 _ALONE = 256
-# A look is the first, middle and last frame, each reduced to this many pixels a side.
+# A look is a thumbnail for comparisons: the first, middle and last frame, each reduced to this many pixels a side.
 LOOK = 12
 _SCHEMA = pa.schema(
     [
@@ -50,10 +50,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Decoded:
-    """What is known of a unit's media without holding its frames.
+    """What is kept in memory of a unit's decoded frames.
 
-    `digest` is of the frames' bytes; `look` is uint8 [3, LOOK, LOOK, 3], for comparing media; `size` is (frames, width,
-    height, bytes). All are zero for no media.
+    `digest` is the SHA-256 of the frames' hashes; `look` is uint8 [3, LOOK, LOOK, 3], to compare media by; `size` is
+    (frames, width, height, bytes). For a unit without media, `digest` is empty and the others are zero.
     """
 
     digest: bytes
@@ -62,10 +62,10 @@ class Decoded:
 
 
 class Decoder:
-    """Decodes units into `folder`, and reads them back.
+    """Decode units into chunks in a folder, and read them back.
 
     Args:
-        folder: kept from one run to the next, `runs.scratch.kept_folder`.
+        folder: persists from one run to the next, see `firstsight.core.scratch.kept_folder`.
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit], data: Data):
@@ -78,10 +78,10 @@ class Decoder:
         ]
 
     def run(self, problems: Problems) -> list[tuple[Unit, Decoded]]:
-        """Decode what is not there yet; the units whose media could be decoded.
+        """Decode the chunks that are missing, and return the units whose media could be decoded.
 
         Raises:
-            UserError: media that cannot be decoded, where the policy is to stop; a worker that was killed.
+            UserError: media cannot be decoded and the policy of `problems` is `stop`, or a worker was killed.
         """
         kept = []
         total = sum(map(len, self._chunks))
@@ -91,23 +91,23 @@ class Decoder:
                 for unit, row in zip(chunk, table, strict=True):
                     if row["problem"]:
                         for question in unit.questions:
-                            problems.meet(question.place, row["problem"])
+                            problems.report(question.place, row["problem"])
                     else:
                         look = np.frombuffer(row["look"], np.uint8).reshape(3, LOOK, LOOK, 3)
                         kept.append((unit, Decoded(row["digest"], look, tuple(row["size"]))))
                 progress.update(len(chunk))
         return kept
 
-    def pictures(self) -> Iterator[tuple[str, Pictures]]:
-        """Key and pictures of every unit whose media could be decoded, in order, a chunk in memory at a time."""
+    def media(self) -> Iterator[tuple[str, DecodedMedia]]:
+        """Yield key and frames of each unit whose media could be decoded, in order, with one chunk in memory."""
         for chunk, path in zip(self._chunks, self._paths, strict=True):
             rows = pq.read_table(path, columns=["frames", "fps"]).to_pylist()
             for unit, row in zip(chunk, rows, strict=True):
                 if row["frames"] is not None:
-                    yield unit.key, Pictures(tuple(row["frames"]), row["fps"])
+                    yield unit.key, DecodedMedia(tuple(row["frames"]), row["fps"])
 
     def _written(self) -> Iterator[Path]:
-        """The chunks' files, in order, each when it is there."""
+        """Yield the path of each chunk, in order, once it is written."""
         missing = [number for number, path in enumerate(self._paths) if not _whole(path)]
         workers = len(os.sched_getaffinity(0))
         if workers == 1 or len(missing) * CHUNK <= _ALONE:
@@ -117,7 +117,7 @@ class Decoder:
                     _write(path, [unit.media for unit in self._chunks[number]], self._data)
                 yield path
             return
-        # Forked from a process that has imported what they need, which they share, but has none of this one's threads.
+        # Workers are forked from a server that has imported what they need, but has none of this process's threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "firstsight.assembly.sources"])
         with ProcessPoolExecutor(workers, context, end_with, (os.getpid(),)) as pool:
@@ -132,6 +132,7 @@ class Decoder:
                 pool.shutdown(cancel_futures=True)
 
     def _in_order(self, pool: ProcessPoolExecutor, missing: deque[int], ahead: int) -> Iterator[Path]:
+        """Yield the path of each chunk once it is written, with at most `ahead` chunks submitted to the pool."""
         waiting: dict[int, Future] = {}
         for number, path in enumerate(self._paths):
             while missing and len(waiting) < ahead:
@@ -144,19 +145,19 @@ class Decoder:
 
 
 def _whole(path: Path) -> bool:
-    """Whether the chunk is there, undamaged, and all of it could be decoded."""
+    """Return whether a chunk is there, undamaged, and without files that could not be decoded."""
     if not path.exists():
         return False
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        log.warning("%s is damaged (%s); decoded again", path, error)
+        log.warning("%s is damaged (%s); decoding it again", path, error)
         return False
     return not any(table.column("problem").to_pylist())
 
 
 def _write(path: Path, media: list[Media | None], data: Data) -> None:
-    """Decode a chunk and write it, whole or not at all."""
+    """Decode a chunk and write it atomically."""
     table = pa.Table.from_pylist([_decode(one, data) for one in media], _SCHEMA)
     partial = path.with_suffix(".partial")
     with writing(partial):
@@ -165,17 +166,18 @@ def _write(path: Path, media: list[Media | None], data: Data) -> None:
 
 
 def _decode(media: Media | None, data: Data) -> dict:
+    """Return the row of a chunk's table for `media`; only `problem` is set if it cannot be decoded."""
     if media is None:
         return {"frames": [], "fps": 0.0, "digest": b"", "look": bytes(9 * LOOK**2), "size": [0] * 4, "problem": None}
     try:
-        pictures = media.load(data)
+        decoded = media.load(data)
     except BadRecordError as error:
         return {"problem": str(error)}
-    frames = pictures.frames
+    frames = decoded.frames
     shown = [Image.open(io.BytesIO(frames[place])) for place in (0, len(frames) // 2, -1)]
     return {
         "frames": list(frames),
-        "fps": pictures.fps,
+        "fps": decoded.fps,
         "digest": hashlib.sha256(b"".join(hashlib.sha256(frame).digest() for frame in frames)).digest(),
         "look": b"".join(one.resize((LOOK, LOOK), Image.Resampling.BOX).tobytes() for one in shown),
         "size": [len(frames), *shown[0].size, sum(map(len, frames))],
@@ -184,5 +186,5 @@ def _decode(media: Media | None, data: Data) -> dict:
 
 
 def _stamp(media: Media | None) -> object:
-    """What tells that media have changed under their name."""
+    """Return a JSON value that changes when the media changes under the same key."""
     return media.stamp() if media else None

@@ -1,8 +1,8 @@
-"""Media that are the same under another name, and those that show the same in two splits: recompressed or resized.
+"""Remove exact copies of media, and near duplicates (recompressed, resized) that would leak from one split to another.
 
-Media are compared by their looks: the first, middle and last frame as 12 x 12 pixels. Two are the same when those
-differ by at most 3 of 255 on average, and by at most 24 anywhere: recompression and resizing stay well below, another
-object in the picture does not.
+Media are compared by their looks: the first, middle and last frame as 12 x 12 pixels. Two are near duplicates if their
+looks differ by at most 3 of 255 on average and at most 24 at any pixel: recompression and resizing stay well below, and
+another object in the image does not.
 """
 
 from collections import Counter
@@ -20,20 +20,20 @@ _ROWS = 256
 
 
 def seen_in(looks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of `looks` are the same as one of `others`.
+    """Find the near duplicate among `others` of each of `looks`.
 
     Args:
         looks: uint8 [n, ...].
         others: uint8 [m, ...], of the same shape beyond the first axis.
 
     Returns:
-        The index of such a one in `others`, or -1; int64 [n].
+        The index in `others` of the first found, or -1; int64 [n].
     """
     found = np.full(len(looks), -1)
     if not len(others):
         return found
     flat, flat_others = (part.reshape(len(part), -1) for part in (looks, others))
-    # Means of four bands each of three frames and channels rule nearly all pairs out: they differ less than the pixels.
+    # The means of 36 runs of pixels rule out nearly all pairs: the means of two looks differ less than their pixels.
     coarse, coarse_others = _bands(flat), _bands(flat_others)
     order = np.argsort(coarse_others[:, 0], kind="stable")
     sorted_first = coarse_others[order, 0]
@@ -53,15 +53,20 @@ def seen_in(looks: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _bands(flat: np.ndarray) -> np.ndarray:
-    """Means over runs of pixels, float32 [n, 36]; the first column is the mean of all."""
+    """Return the overall mean and the means of 36 runs of pixels, float32 [n, 37]."""
     parts = flat.reshape(len(flat), 36, -1).mean(2, dtype=np.float32)
     return np.concatenate([parts.mean(1, keepdims=True), parts], 1)
 
 
 def leaking(looks: Sequence[np.ndarray], splits: Sequence[str], has_media: Sequence[bool]) -> dict[int, int]:
-    """Indices of media whose like is in a split that is held back from theirs, with that other's index.
+    """Return the indices of media with a near duplicate in a more held-back split, each with the duplicate's index.
 
-    The test split keeps all of its media, validation what is not in the test split, train what is in neither.
+    The test split keeps all of its media, validation those not in test, and train those in neither.
+
+    Args:
+        looks: uint8 [3, LOOK, LOOK, 3] each.
+        splits: the split of each.
+        has_media: False for units about text alone, which are not compared.
     """
     found = {}
     splits = np.array(splits)
@@ -76,16 +81,16 @@ def leaking(looks: Sequence[np.ndarray], splits: Sequence[str], has_media: Seque
 
 
 def without_leaks(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) -> list[tuple[Unit, Decoded]]:
-    """The units, less those whose media a more held-back split has too; their questions are counted in `dropped`.
+    """Return the units without those whose media a more held-back split has too, counting their questions in `dropped`.
 
-    With one of them go the others of its file and its group, such as windows of a video that is known to be a copy.
+    All units of the same file or group are removed with them, such as other windows of a video that is a copy.
     """
     leaks = leaking(
         [decoded.look for _, decoded in found],
         [unit.split for unit, _ in found],
         [unit.media is not None for unit, _ in found],
     )
-    # What stays in which split, as a place in HELD_BACK.
+    # The most held-back split, as an index of HELD_BACK, that has each part.
     stays: dict[tuple[str, ...], int] = {}
     for index, other in leaks.items():
         held_back = HELD_BACK.index(found[other][0].split)
@@ -102,15 +107,15 @@ def without_leaks(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) 
 
 
 def _parts(unit: Unit) -> list[tuple[str, ...]]:
-    """Its group, and what its media show, as one thing with what other units have of them."""
+    """Return the group and the files of a unit, under names by which units of the same group or file are recognised."""
     files = unit.media.origins() if unit.media else ()
     return [("group", unit.source, unit.group), *(("file", name) for name in files)]
 
 
 def without_copies(found: Sequence[tuple[Unit, Decoded]], dropped: Counter[str]) -> list[tuple[Unit, Decoded]]:
-    """The units, less questions asked about the same frames, or about none, whatever their names; counted in `dropped`.
+    """Return the units without questions repeated about the same frames, or about text alone, counted in `dropped`.
 
-    Of several stays the one in the split that is held back most, then one with an answer, then the first.
+    Of equal questions, the one in the most held-back split stays; within a split, one with an answer, then the first.
     """
     asked = [(HELD_BACK.index(unit.split), decoded.digest, one) for unit, decoded in found for one in unit.questions]
     asked.sort(key=lambda one: (one[0], not one[2].accepted()))

@@ -1,4 +1,4 @@
-"""The reader of each kind of source: `read(data, problems)` gives its questions in order."""
+"""Map each kind of source to its reader: `read(data, problems)` yields the source's questions in order."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""Which split a group belongs to, and which records of a split are taken."""
+"""Assign groups to splits, and sample the records of a split."""
 
 import hashlib
 from collections import defaultdict
@@ -8,12 +8,12 @@ from typing import Literal
 from firstsight.core.params import Data
 
 SplitName = Literal["train", "validation", "test"]
-# What two splits have in common stays in the one that is held back more: the first of these.
+# From the most to the least held back: what two splits share stays in the one that comes first here.
 HELD_BACK: tuple[SplitName, ...] = ("test", "validation", "train")
 
 
 def split_of(group: str, data: Data) -> SplitName:
-    """From the seed and the group's name alone: adding records moves no other record."""
+    """Return a group's split, from the seed and its name alone, so that adding records moves no other record."""
     place = _place(f"{data.seed}:{group}")
     if place < data.test_fraction:
         return "test"
@@ -21,12 +21,12 @@ def split_of(group: str, data: Data) -> SplitName:
 
 
 def stratified(type_of: Mapping[str, str], count: int, seed: int) -> set[str]:
-    """`count` ids (all, where there are fewer), each question type in its proportion, by largest remainder.
+    """Return `count` ids (all, if there are fewer), sampled in proportion to question types by largest remainder.
+
+    A question's rank within its type depends on the seed and its id alone.
 
     Args:
         type_of: the question type of each id.
-
-    A question's rank within its type depends on the seed and its id alone.
     """
     by_type: dict[str, list[str]] = defaultdict(list)
     for name, question_type in type_of.items():
@@ -45,5 +45,5 @@ def stratified(type_of: Mapping[str, str], count: int, seed: int) -> set[str]:
 
 
 def _place(text: str) -> float:
-    """In [0, 1), as good as at random."""
+    """Return a hash of the text as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -7,7 +7,7 @@ from operator import attrgetter
 from firstsight.assembly.sources import READERS
 from firstsight.core.params import Data
 from firstsight.readers.problems import Problems
-from firstsight.readers.source_record import Pictures
+from firstsight.readers.source_record import DecodedMedia
 from firstsight.records.sample import Sample
 
 
@@ -15,7 +15,7 @@ def samples(data: Data, count: int) -> Iterator[Sample]:
     """The first `count` media, decoded, each with the questions that follow each other about it."""
     asked = READERS[data.source](data, Problems("stop"))
     for media, same_media in islice(groupby(asked, key=attrgetter("media")), count):
-        pictures = media.load(data) if media else Pictures()
+        decoded = media.load(data) if media else DecodedMedia()
         key, kind = (media.key(), media.kind) if media else ("none", "none")
-        records = tuple(one.question.record() for one in same_media)
-        yield Sample(key, key, data.source, kind, pictures.frames, pictures.fps, records)
+        records = tuple(one.record.to_record() for one in same_media)
+        yield Sample(key, key, data.source, kind, decoded.frames, decoded.fps, records)

@@ -1,4 +1,4 @@
-"""Multiple choice as data sets have it: options with letters of their own, answers that are an index."""
+"""Normalise multiple choice as data sets store it: options that carry letters, and answers given as an index."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from firstsight.records.sample import LETTERS
 
 
 def plain_options(options: Sequence[Any]) -> list[Any]:
-    """Options without their letters, "A. a cup" as "a cup", where each has its own: the prompt gives them letters."""
+    """Return options without letters ("A. a cup" as "a cup") if all carry theirs in order: the prompt adds letters."""
     found = [re.fullmatch(r"\s*\(?([A-Z])[.):]\s*(\S.*)", str(option), re.DOTALL) for option in options]
     if [match and match[1] for match in found] == list(LETTERS[: len(found)]):
         return [match[2] for match in found]
@@ -17,13 +17,15 @@ def plain_options(options: Sequence[Any]) -> list[Any]:
 
 
 def chosen(answer: Any, options: Sequence[Any]) -> Any:
-    """The option that an answer is by its index, from 0, also as text ("3"), or by its text; any other as it is.
+    """Return the option that `answer` names by its index from 0 (a number, or text such as "3") or by its text.
+
+    An answer that names no option is returned unchanged.
 
     Args:
-        options: as the data set has them; what is returned is one of `plain_options`.
+        options: as the data set stores them; the option returned is without its letter, see `plain_options`.
 
     Raises:
-        BadRecordError: there is no option of that index.
+        BadRecordError: no option has that index.
     """
     plain = plain_options(options)
     if answer in options and not isinstance(answer, bool):

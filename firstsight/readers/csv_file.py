@@ -1,9 +1,10 @@
-"""QA records from a CSV file (RFC 4180, UTF-8): one question a row, the keys of `jsonl` as columns.
+"""Read QA records from a CSV file (RFC 4180, UTF-8): one question a row, the keys of `jsonl` as columns.
 
     media,question,answer
     clips/kitchen.mp4,What do I hold?,a cup
 
-Several options, accepted answers, or frames stand in one cell with `|` between them. An empty cell is an absent value.
+Several options, accepted answers or frames share one cell, separated by `|`. An empty cell means that the value is
+absent.
 """
 
 import csv
@@ -24,14 +25,15 @@ NUMBERS = ("start", "end")
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions in the order of the rows.
+    """Yield the questions in the order of the rows.
 
     Raises:
-        UserError: the file is missing, or no UTF-8; or a column is unknown, or there twice, or `question` is not there;
-            or a quote that is not closed makes one row of several.
+        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or `question` is missing; or an
+            unclosed quote joins several rows into one.
     """
     path, root = Path(data.path), media_root(data)
-    # Strict: a stray quote is told, where else it would swallow the rows after it.
+    # csv, not pandas: pandas pads short rows, shifts long ones, accepts stray quotes and gives no line numbers.
+    # Strict: a stray quote raises an error, where it would otherwise join the rows after it.
     rows = csv.reader(io.StringIO(read_text(path, "a CSV file")), strict=True)
     columns = _header(path, rows)
     while True:
@@ -44,7 +46,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
                 return
             except csv.Error as error:
                 if rows.line_num > line:
-                    # Whatever data.on_error says: which rows it has swallowed cannot be told.
+                    # Even if data.on_error is skip: which rows the quote has joined is unknown.
                     raise UserError(
                         f"{place}: expected a row of CSV, found {error}, reading up to line {rows.line_num}; "
                         "close the quote, or double it"
@@ -61,7 +63,7 @@ def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
         columns = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
         raise UserError(f"{path}: line 1: expected the columns' names, found {error}; correct it") from None
-    for name in filter(None, columns):  # spreadsheets leave columns behind without name or content
+    for name in filter(None, columns):  # spreadsheets export empty columns without a name
         if name not in KEYS:
             raise UserError(
                 f"{path}: line 1: expected columns of {sorted(KEYS)} with commas between them, found {name[:60]!r}; "

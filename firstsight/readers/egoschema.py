@@ -1,12 +1,12 @@
-"""EgoSchema: five-way questions about videos of three minutes, cut from Ego4D.
+"""Read EgoSchema: five-way questions about three-minute videos cut from Ego4D (Mangalam et al. 2023).
 
-`data.path` is its `questions.json` (`q_uid`, `question`, `option 0` to `option 4`). Of the files beside it,
-`subset_answers.json` has the 500 public answers, and then only its questions are read; `uid_to_ego4d.json` has the
-Ego4D video of each question, which becomes its group. Or the path is a parquet file of lmms-eval's copy on the hub
-(`video_idx`, `question`, `option`, `answer`; its Subset has the answers). Videos are `{q_uid}.mp4` in the media root or
-in `videos/` below it.
+`data.path` is its `questions.json` (`q_uid`, `question`, `option 0` to `option 4`). Two more files are read if they are
+in the same folder: `subset_answers.json` has the 500 public answers, and then only its questions are read;
+`uid_to_ego4d.json` has the Ego4D video of each question, which becomes its group. Alternatively, the path is a parquet
+file of lmms-eval's copy on the hub (`video_idx`, `question`, `option`, `answer`; its Subset has the answers). Videos
+are `{q_uid}.mp4` in the media root or in `videos/` below it.
 
-Source: the files of egoschema/EgoSchema, and lmms_eval/tasks/egoschema for the hub's.
+Source of the formats: the files of egoschema/EgoSchema, and lmms_eval/tasks/egoschema for the hub's copy.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,15 +18,15 @@ from firstsight.core.params import Data
 from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.media import files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_json, read_records
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions in the order of the file; those without a public answer where no answers are beside it.
+    """Yield the questions in the order of the file; all are unanswered if there is no file of answers.
 
     Raises:
-        UserError: the file, or one beside it, holds something else.
+        UserError: the file, or one of the two in its folder, has another content.
     """
     path, root = Path(data.path), media_root(data)
     answers, videos = (_beside(path, name) for name in ("subset_answers.json", "uid_to_ego4d.json"))
@@ -43,7 +43,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 
 def _beside(path: Path, name: str) -> Mapping[str, Any]:
-    """The JSON object in the file of that name beside `path`; empty without one."""
+    """Return the JSON object in the file `name` in the folder of `path`; empty if there is no such file."""
     if not (file := path.with_name(name)).exists():
         return {}
     found = read_json(file, f"EgoSchema's {name}")
@@ -58,7 +58,7 @@ def _asked(place: str, uid: str, record: dict[str, Any], video: Any, root: Path)
         raise BadRecordError(f"expected five options, found {str(options)[:60]!r}; correct them")
     media = files(root, first_there(root, [f"{uid}.mp4", f"videos/{uid}.mp4"]))
     return Asked(
-        question(
+        source_record(
             place,
             id=uid,
             question=record.get("question"),

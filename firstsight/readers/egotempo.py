@@ -1,10 +1,10 @@
-"""EgoTempo: open questions on time and order, about clips of Ego4D.
+"""Read EgoTempo: open questions on time and order, about clips of Ego4D (Plizzari et al. 2025).
 
-`data.path` is `egotempo_openQA.json`: under `annotations`, `question_id`, `clip_id`, `question_type`, `question` and
-`answer`. A clip is `{clip_id}.mp4` in the media root, or what its name says of the whole video: the seconds `start` to
-`end` of `{video}.mp4` for `{video}_{start}_{end}`. The group is the Ego4D video.
+`data.path` is `egotempo_openQA.json`: a list under `annotations` with `question_id`, `clip_id`, `question_type`,
+`question` and `answer`. The clip `{video}_{start}_{end}` is the file `{clip_id}.mp4` in the media root or, if that is
+missing, the seconds `start` to `end` of `{video}.mp4`. The group is the Ego4D video.
 
-Source: the README of google-research-datasets/egotempo. Some clips start just before their video does.
+Source of the format: the README of google-research-datasets/egotempo. Some clips have a `start` just below 0.
 """
 
 import re
@@ -14,22 +14,22 @@ from pathlib import Path
 from firstsight.core.params import Data
 from firstsight.readers.media import Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions in the order of the file.
+    """Yield the questions in the order of the file.
 
     Raises:
-        UserError: the file is missing, or has no annotations.
+        UserError: the file is missing or has no annotations.
     """
     root = media_root(data)
     for place, raw in read_records(Path(data.path), "EgoTempo's annotations", "annotations"):
         with problems.at(place):
             record = as_object(raw)
             video, start, end = _parts(record.get("clip_id"))
-            asked = question(
+            asked = source_record(
                 place,
                 id=record.get("question_id"),
                 question=record.get("question"),
@@ -41,7 +41,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 
 def _parts(clip: object) -> tuple[str, float, float]:
-    """The video, and start and end in seconds, of a clip's name."""
+    """Return the video of a clip's name, and the start and end in seconds."""
     found = re.fullmatch(r"(.+)_(-?\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)", clip) if isinstance(clip, str) else None
     if not found or float(found[2]) >= float(found[3]):
         raise BadRecordError(f"expected a clip_id {{video}}_{{start}}_{{end}}, found {str(clip)[:80]!r}; correct it")

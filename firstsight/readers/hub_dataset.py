@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face hub, or folders of one: what `datasets` can load without running its authors' code.
+"""Read data sets of the Hugging Face hub, or local copies, that `datasets` loads without running their authors' code.
 
-`data.hub.fields` says which of their columns is which of ours (`FIELDS`). An answer may be an index into the options,
-from 0. Images are of datasets' Image type, or paths, as videos are: in the media root, where a video without a suffix
-is an mp4. `data.hub.splits` gives each of their splits to one of ours, or lets groups decide; a column that is our
-`split` comes first.
+`data.hub.fields` maps each of our fields (`FIELDS`) to the data set's column. An answer may be an index into the
+options, from 0. An image is a value of datasets' Image type, or a path; a video is a path. Paths are relative to the
+media root, and a video without a suffix is taken as .mp4. `data.hub.splits` maps each of the data set's splits to one
+of ours, or leaves the choice to the groups; a column mapped to our `split` takes precedence.
 """
 
 import functools
@@ -26,7 +26,7 @@ from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.jsonl import window
 from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import PLACEHOLDER, Asked, Media, Pictures, question
+from firstsight.readers.source_record import PLACEHOLDER, Asked, DecodedMedia, Media, source_record
 from firstsight.readers.text_files import media_root
 from firstsight.records.sample import MediaKind
 
@@ -39,7 +39,7 @@ _PLACEHOLDERS = re.compile(rf"^(?:\s*{PLACEHOLDER})+\s*")
 
 @dataclass(frozen=True)
 class Source:
-    """A split of a data set at one commit (None: a local folder)."""
+    """A split of a data set at one commit; `commit` is None for a local folder."""
 
     id: str
     config: str | None
@@ -49,7 +49,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images in a row of a data set, told apart by SHA-256: the same image is the same media in every row and split."""
+    """Images stored in a row of a data set, identified by their SHA-256: equal images have equal keys in all rows."""
 
     source: Source
     row: int
@@ -70,20 +70,20 @@ class Embedded:
         return self.group()
 
     def stamp(self) -> object:
-        return None  # the key is of the content
+        return None  # the key is a hash of the content
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         value = _open(self.source)[self.row].column(self.column)[0].as_py()
         images = value if isinstance(value, list) else [value]
         name = f"{self.source.split}[{self.row}].{self.column}"
-        return Pictures(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in images))
+        return DecodedMedia(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in images))
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions of each split in `data.hub.splits`, in the order of the rows.
+    """Yield the questions of each split in `data.hub.splits`, in the order of the rows.
 
     Raises:
-        UserError: the data set cannot be loaded, or lacks a column or a split.
+        UserError: the data set cannot be loaded, or a column or a split is missing.
     """
     hub = data.hub
     if unknown := [name for name in hub.fields if name not in FIELDS]:
@@ -100,10 +100,10 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 
 def commit(hub: Hub) -> str | None:
-    """The commit that `hub.revision` stands for, the same in a process once it is known; None for a local folder.
+    """Return the commit that `hub.revision` names, resolved once per process; None for a local folder.
 
     Raises:
-        UserError: there is no such data set or revision, or the hub does not answer and has not been asked before.
+        UserError: the data set or revision does not exist, or the hub does not answer and its cache has no commit.
     """
     return None if Path(hub.id).is_dir() else _commit(hub.id, hub.revision)
 
@@ -116,8 +116,8 @@ def _commit(repository: str, revision: str | None) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _open(source: Source) -> Any:
-    """The split as a `datasets.Dataset` whose rows are Arrow tables: images and all stay as they are stored."""
-    import datasets  # takes a second or two, and no other source needs it
+    """Return the split as a `datasets.Dataset` whose rows are Arrow tables, so that images stay encoded as stored."""
+    import datasets  # imported here: it takes a second or two, and no other source needs it
 
     with _one_line(source.id):
         found = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.commit)
@@ -126,7 +126,7 @@ def _open(source: Source) -> Any:
 
 @contextmanager
 def _one_line(repository: str) -> Iterator[None]:
-    """Turn what the hub's client and `datasets` raise into a UserError with the remedy."""
+    """Turn any error of the hub's client or `datasets` into a UserError of one line with the remedy."""
     try:
         yield
     except GatedRepoError:
@@ -138,7 +138,7 @@ def _one_line(repository: str) -> Iterator[None]:
     except RevisionNotFoundError:
         remedy = "expected the revision in data.hub.revision, found none of that name; correct it"
     except Exception as error:
-        # datasets raises whatever the format's reader does.
+        # datasets passes on any exception of the file format's reader.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = f"expected a data set, found {first[:200]}; correct data.hub, or check the network and run it again"
     else:
@@ -167,7 +167,7 @@ def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: 
     if not isinstance(options, list):
         raise BadRecordError(f"options: expected a list, found {str(options)[:60]!r}; correct it")
     answers = values.get("answers") or []
-    asked = question(
+    asked = source_record(
         place,
         **texts | {"id": texts["id"] or f"{source.split}-{row}", "split": texts["split"] or split},
         options=plain_options(options),
@@ -178,7 +178,7 @@ def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: 
 
 
 def _text(value: Any) -> Any:
-    """A whole number as text: ids and counts are columns of them."""
+    """Return an integer as text, because ids and counts are often integer columns; any other value unchanged."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -204,7 +204,7 @@ def _media(source: Source, row: int, values: dict[str, Any], data: Data) -> Medi
 
 
 def _files(source: Source, name: str, value: Any, start: float | None, end: float | None, data: Data) -> Files:
-    """Media that a row has by path: of the media root, or where datasets has put the data set's own files."""
+    """Return the media that a row names by path, in the media root or in the folder where datasets stores its files."""
     parts = value if isinstance(value, list) else [value]
     root = media_root(data)
     if all(isinstance(one, dict) and one.get("path") for one in parts):

@@ -1,11 +1,12 @@
-"""QA records from a JSON Lines file: one question a line, with the media it is about.
+"""Read QA records from a JSON Lines file: one question a line, with the image or video it asks about.
 
     {"media": "clips/kitchen.mp4", "question": "What do I hold?", "answer": "a cup"}
 
-`media` is a path: an image, a video, or a list of images that are frames in order; without it the question stands
-alone. Optional keys: `id`, `answers` (all accepted), `options` (a list; `answer` is then a letter or an option's
-text), `question_type`, `group` (what must not straddle splits; the media by default), `start` and `end` (a window of a
-video, in seconds), `split` (train, validation or test; by group otherwise).
+`media` is the path of an image or a video, or a list of paths of images, which are frames in order; without it the
+question is about text alone. Optional keys: `id`, `answers` (all accepted answers), `options` (a list; `answer` is then
+a letter or the text of an option), `question_type`, `group` (what must not be in two splits; by default the media
+file), `start` and `end` (a window of a video, in seconds), `split` (train, validation or test; by default chosen by
+group).
 """
 
 from collections.abc import Iterator
@@ -15,20 +16,20 @@ from typing import Any
 from firstsight.core.params import Data
 from firstsight.readers.media import Files, files
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, Question, question
+from firstsight.readers.source_record import Asked, SourceRecord, source_record
 from firstsight.readers.text_files import as_object, media_root, read_lines
 
 MEDIA_KEYS = ("media", "start", "end")
-KEYS = (*MEDIA_KEYS, *(name for name in Question.model_fields if name != "place"))
-# Seconds of a video: a number beyond is broken, and a whole one may be beyond what a float can hold.
+KEYS = (*MEDIA_KEYS, *(name for name in SourceRecord.model_fields if name != "place"))
+# The most seconds of a video: a larger number is an error, and a larger integer may not fit a float.
 _LONGEST = 10**9
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions in the order of the lines.
+    """Yield the questions in the order of the lines.
 
     Raises:
-        UserError: the file is missing, or no UTF-8.
+        UserError: the file is missing or not UTF-8.
     """
     path = Path(data.path)
     for number, text in read_lines(path, "a JSON Lines file"):
@@ -38,22 +39,22 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 
 def asked(place: str, values: dict[str, Any], default_id: str, root: Path) -> Asked:
-    """The question of one line, or row, with our own names as keys.
+    """Return the question in the `values` of one line or row, whose keys are `KEYS`.
 
     Raises:
-        BadRecordError: names the first wrong key or value.
+        BadRecordError: a key or value is wrong; the message names the first.
     """
     if unknown := [key for key in values if key not in KEYS]:
         raise BadRecordError(f"expected one of {sorted(KEYS)}, found the key {unknown[0][:60]!r}; rename or remove it")
     rest = {"id": default_id} | {key: value for key, value in values.items() if key not in MEDIA_KEYS}
-    return Asked(question(place, **rest), _media(values, root))
+    return Asked(source_record(place, **rest), _media(values, root))
 
 
 def window(start: Any, end: Any) -> tuple[float | None, float | None]:
-    """Start and end of a window in seconds, where they are given.
+    """Return `start` and `end` of a window, in seconds, after checking them; None is not given.
 
     Raises:
-        BadRecordError: one is no number of seconds, or the end is not after the start.
+        BadRecordError: one is not a number of seconds, or the end is not after the start.
     """
     for name, seconds in (("start", start), ("end", end)):
         number = isinstance(seconds, int | float) and not isinstance(seconds, bool)

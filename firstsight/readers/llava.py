@@ -1,14 +1,15 @@
-"""LLaVA's conversations, as in EgoIT-99K: a JSON list, JSON Lines, or parquet.
+"""Read conversations in LLaVA's format, as in EgoIT-99K (Yang et al. 2025): a JSON list, JSON Lines or parquet.
 
     {"id": "7", "video": "Ego4d/0a1b.mp4", "audio": "Ego4d_audio/0a1b.mp3", "conversations": [
       {"from": "human", "value": "<image>\\n<speech>\\nWhat do I hold?"}, {"from": "gpt", "value": "A cup."}]}
 
-`image` is a path or a list of them, `video` a path. Each human turn with the answer after it is a question about the
-media; options in its text stay text. `start_frame` and `end_frame` are a window, counted in the video's own frames,
-and a `current_observation_frame` after it widens it: as EgoGPT's training reads them, which reads no `start_time`,
-`end_time` or `fps`. Audio is not read; the card says how many records have some.
+`image` is a path or a list of paths, `video` a path. Each human turn, with the answer after it, is one question about
+the image or video; options in its text stay part of the text. `start_frame` and `end_frame` are a window, counted in
+the video's own frames, and a later `current_observation_frame` extends it, as in EgoGPT's training code, which ignores
+`start_time`, `end_time` and `fps`. Audio is not read; the data card counts the records that have some.
 
-Source: the data set card of lmms-lab/EgoIT-99K, and EgoGPT/egogpt/train/train_audio.py of EvolvingLMMs-Lab/EgoLife.
+Source of the format: the data set card of lmms-lab/EgoIT-99K, and EgoGPT/egogpt/train/train_audio.py of
+EvolvingLMMs-Lab/EgoLife.
 """
 
 import functools
@@ -22,19 +23,19 @@ from firstsight.core.params import Data
 from firstsight.readers.media import Files, files, frame_rate
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import PLACEHOLDER, Asked, question
+from firstsight.readers.source_record import PLACEHOLDER, Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 _PLACEHOLDER = re.compile(rf"\s*{PLACEHOLDER}\s*")
-# A number of a frame beyond is broken, and may be beyond what a float can hold.
+# A larger frame number is an error, and may not fit a float.
 _MOST_FRAMES = 10**9
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions in the order of the records; a record is refused whole.
+    """Yield the questions in the order of the records; a problem with one turn leaves out the whole record.
 
     Raises:
-        UserError: the file is missing, or holds no records.
+        UserError: the file is missing or has no records.
     """
     path, root, rate = Path(data.path), media_root(data), functools.cache(frame_rate)
     ids = set()
@@ -43,7 +44,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             record = {key: value for key, value in as_object(raw).items() if value is not None}
             media = _media(record, root, rate)
             name = str(record.get("id", f"{path.stem}-{place.rsplit(' ', 1)[1]}"))
-            # EgoIT-99K is nine data sets in a row, each with ids of its own.
+            # EgoIT-99K joins nine data sets whose ids repeat.
             name = f"{name}-record-{place.rsplit(' ', 1)[1]}" if name in ids else name
             ids.add(name)
             asked = _questions(place, name, record, media)
@@ -60,14 +61,14 @@ def _questions(place: str, name: str, record: dict[str, Any], media: Files | Non
         raise BadRecordError(
             f"expected conversations of human and gpt in turn, found {str(speakers)[:60]}; correct them"
         )
-    # Clips of one video are named after it.
+    # The names of a video's clips contain the video's id.
     videos = video_ids(media.titles()) if media else set()
     group = videos.pop() if len(videos) == 1 else None
     texts = [turn.get("value") for turn in turns]
     texts[::2] = [_PLACEHOLDER.sub("\n", text).strip() if isinstance(text, str) else text for text in texts[::2]]
     return [
         Asked(
-            question(place, id=f"{name}-{turn}" if turn else name, question=asked, answer=answer, group=group),
+            source_record(place, id=f"{name}-{turn}" if turn else name, question=asked, answer=answer, group=group),
             media,
         )
         for turn, (asked, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Images and videos as JPEG frames: decoded, sampled and resized once, when the data set is built."""
+"""Decode, sample and resize images and videos to JPEG frames, once, when the data set is built."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from qwen_vl_utils import fetch_image
 
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError
-from firstsight.readers.source_record import Pictures
+from firstsight.readers.source_record import DecodedMedia
 from firstsight.records.sample import MediaKind
 
 VIDEO_SUFFIXES = frozenset(
@@ -27,10 +27,11 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 
 @dataclass(frozen=True)
 class Files:
-    """An image, a video (with a window in seconds; `end` None is its end), or frames in order, below `root`.
+    """An image file, a video file or a list of frame files, below `root`.
 
-    `names` are paths from the root to the files themselves, without links, so that a file has one name; `called` is
-    what the source calls them.
+    `names` are paths relative to the root with symbolic links resolved, so that a file has one name; `called` are the
+    names that the source uses. `start` and `end` are a window of a video in seconds; an `end` of None is the video's
+    end.
     """
 
     kind: MediaKind
@@ -57,18 +58,20 @@ class Files:
         found = [(self.root / name).stat() for name in self.names]
         return [str(self.root), *((one.st_size, one.st_mtime_ns) for one in found)]
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         paths = [self.root / name for name in self.names]
         if self.kind == "video":
-            return Pictures(*read_video(paths[0], data, self.start, self.end))
-        return Pictures(tuple(read_image(path, data) for path in paths))
+            return DecodedMedia(*read_video(paths[0], data, self.start, self.end))
+        return DecodedMedia(tuple(read_image(path, data) for path in paths))
 
 
 def files(root: Path, media: str | Sequence[str], start: float | None = None, end: float | None = None) -> Files:
-    """Media by name, relative to `root` or absolute and inside it: a video by its suffix, an image, a list of frames.
+    """Return the media at paths relative to `root`, or absolute and below it: a list of frames, a video or an image.
+
+    A single path is a video if it has a suffix of `VIDEO_SUFFIXES`, and else an image.
 
     Raises:
-        BadRecordError: a file is missing or outside of `root`; or a window is given with what is no video.
+        BadRecordError: a file is missing or not below `root`, or a window is given for something that is not a video.
     """
     names = [media] if isinstance(media, str) else list(media)
     if not names:
@@ -87,16 +90,16 @@ def files(root: Path, media: str | Sequence[str], start: float | None = None, en
 
 
 def _inside(root: Path, name: str) -> str:
-    """The path from `root` to the file itself, links followed: it is really below the root, and has no other name."""
+    """Return a file's path relative to `root` with links resolved. Raise BadRecordError if it is missing or outside."""
     if "://" in name:
         raise BadRecordError(
-            f"expected a path, found the address {name[:80]!r}; media are not fetched: download it, and name the file"
+            f"expected a path, found the address {name[:80]!r}, which is not downloaded; download it and give its path"
         )
     try:
         resolved, base = (root / name).resolve(), root.resolve()
         found = resolved.is_file()
         inside = resolved.relative_to(base).as_posix() if resolved.is_relative_to(base) else None
-        f"{name}{resolved}".encode()  # what is written of them is UTF-8
+        f"{name}{resolved}".encode()  # raises for names that cannot be written as UTF-8
     except (OSError, ValueError, RuntimeError) as error:
         raise BadRecordError(
             f"expected a media file, found {name[:80]!r} ({str(error)[:80]}); correct the path"
@@ -115,61 +118,67 @@ def _inside(root: Path, name: str) -> str:
 
 
 def first_there(root: Path, names: Sequence[str]) -> str:
-    """The first of the names that is a file below `root`, else the first of all, for `files` to say that it is not."""
-    return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, which raises
+    """Return the first of `names` that is a file below `root`, else the first, which `files` then reports missing."""
+    return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, Path.is_file raises
 
 
-def encode(picture: Image.Image, data: Data) -> bytes:
-    """JPEG of the picture, resized to sides divisible by 28 (one merged visual token) within `data.max_pixels`."""
+def encode(image: Image.Image, data: Data) -> bytes:
+    """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token)."""
     buffer = io.BytesIO()
-    fetch_image({"image": picture, "max_pixels": data.max_pixels}).save(buffer, "JPEG", quality=data.jpeg_quality)
+    fetch_image({"image": image, "max_pixels": data.max_pixels}).save(buffer, "JPEG", quality=data.jpeg_quality)
     return buffer.getvalue()
 
 
 def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:
-    """One image file as JPEG bytes. `name` is what an error calls it, the path by default.
+    """Return one image file as resized JPEG bytes. Errors call it `name`, by default the path.
 
     Raises:
-        BadRecordError: it cannot be read.
+        BadRecordError: the image cannot be read.
     """
     try:
-        with Image.open(path) as picture:
-            # Cameras that are held upright say so in a tag, and store the picture lying on its side.
-            turned = ImageOps.exif_transpose(picture)
-            return encode(_eight_bits(turned), data)
+        with Image.open(path) as image:
+            # A camera held upright stores the image on its side, with its orientation in an EXIF tag.
+            return encode(_eight_bits(ImageOps.exif_transpose(image)), data)
     except UnidentifiedImageError:
         raise BadRecordError(
-            f"expected a readable image, found {name or path} (of no known form; {_VIDEOS}); mend or remove it"
+            f"expected a readable image, found {name or path} (of no known format; {_VIDEOS}); repair or remove it"
         ) from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecordError(f"expected a readable image, found {name or path} ({error}); mend or remove it") from None
+        raise BadRecordError(
+            f"expected a readable image, found {name or path} ({error}); repair or remove it"
+        ) from None
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Pictures of more bits a pixel in eight: Pillow would cut off what is above 255."""
-    if picture.mode.startswith("I"):
-        return picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.mode == "F":
-        values = np.asarray(picture)
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale an image of more than 8 bits a channel to 8, because Pillow would clip values above 255.
+
+    Raises ValueError when floating-point pixels are outside of 0 to 255.
+    """
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode == "F":
+        values = np.asarray(image)
         low, high = values.min(), values.max()
         if not 0 <= low <= high <= 255:
             raise ValueError(f"with pixels from {low:g} to {high:g}, where 0 to 1 or 0 to 255 is expected")
-        return picture.point(lambda value: value * 255) if high <= 1 else picture
-    return picture
+        return image.point(lambda value: value * 255) if high <= 1 else image
+    return image
 
 
 def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple[tuple[bytes, ...], float]:
-    """Frames of `path` between `start` and `end` seconds (None: to its end), evenly spaced, and their rate per second.
+    """Return evenly spaced JPEG frames between `start` and `end` seconds (None: the video's end), and their rate per
+    second.
 
-    `data.fps` frames a second, at least two and at most `data.max_frames`, an even number, because Qwen2-VL merges
-    frames in pairs. Each is the last frame shown at the middle of its share of the time.
+    The number of frames follows from `data.fps`, is at least two and at most `data.max_frames`, and is even, because
+    Qwen2-VL merges frames in pairs. The window is cut into as many equal parts, and each frame is the one on show at
+    the middle of its part.
 
     Raises:
-        BadRecordError: it cannot be read, or the window is outside of it.
+        BadRecordError: the video cannot be read, or the window is outside of it.
     """
     try:
         with av.open(str(path)) as container:
-            stream = _pictures(container)
+            stream = _video_stream(container)
             stream.thread_type = "AUTO"
             length = _length(container, stream)
             if not 0 <= start < min(end or length, length):
@@ -182,33 +191,34 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
             times = start + (np.arange(count) + 0.5) * seconds / count
             return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
     except (OSError, av.FFmpegError, ValueError) as error:
-        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); repair or remove it") from None
 
 
 def frame_rate(path: Path) -> float:
-    """Frames per second of a video, on average.
+    """Return the average number of frames per second of a video.
 
     Raises:
-        BadRecordError: it cannot be read.
+        BadRecordError: the video cannot be read.
     """
     try:
         with av.open(str(path)) as container:
-            return float(_pictures(container).average_rate)
+            return float(_video_stream(container).average_rate)
     except (OSError, av.FFmpegError, ValueError, TypeError) as error:
-        raise BadRecordError(f"expected a readable video, found {path} ({error}); mend or remove it") from None
+        raise BadRecordError(f"expected a readable video, found {path} ({error}); repair or remove it") from None
 
 
-def _pictures(container: av.container.InputContainer) -> av.VideoStream:
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
-        raise ValueError("there is no video in it")
+        raise ValueError("the file has no video stream")
     return container.streams.video[0]
 
 
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Seconds from the first picture to the end of the last, by the packets after the last key frame, or by all.
+    """Return the seconds from the first frame to the end of the last, from the packets after the last key frame, or
+    all.
 
-    What a file says of itself is no help: Matroska has no length of a stream, and the container's is the longest
-    stream's, of sound that goes on, and counts from where the sound begins.
+    The length in a file's header cannot be used: Matroska has none for a stream, and the container's is that of the
+    longest stream, which may be sound that begins earlier or ends later.
     """
     start, said = stream.start_time or 0, container.duration or 0
     for place in (start + int(said / av.time_base / stream.time_base), start):
@@ -216,13 +226,13 @@ def _length(container: av.container.InputContainer, stream: av.VideoStream) -> f
         packets = (one for one in container.demux(stream) if one.pts is not None and not one.is_discard)
         if ends := [one.pts + (one.duration or 0) for one in packets]:
             return float((max(ends) - start) * stream.time_base)
-    raise ValueError("there is no timed frame in it")
+    raise ValueError("no frame has a time stamp")
 
 
 def _frames_at(
     container: av.container.InputContainer, stream: av.VideoStream, times: np.ndarray
 ) -> Iterator[Image.Image]:
-    """The frame on show at each of the ascending `times`, decoding once from the key frame before the first."""
+    """Yield the frame on show at each of the ascending `times` (s), decoding once from the key frame before them."""
     origin = float((stream.start_time or 0) * stream.time_base)
     container.seek(int((origin + times[0]) / stream.time_base), stream=stream)
     wanted, shown = list(times), None
@@ -240,6 +250,6 @@ def _frames_at(
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    """The frame as players show it: cameras that are held upright store a turn beside the pictures."""
+    """Return the frame as players show it: a camera held upright stores its frames on their side, with a rotation."""
     turns = round(frame.rotation / 90) % 4  # anticlockwise
     return frame.to_image().rotate(90 * turns, expand=True)

@@ -1,13 +1,15 @@
-"""OpenEQA: open questions about walks through homes (HM3D) and rooms (ScanNet).
+"""Read OpenEQA: open questions about walks through homes (HM3D) and rooms (ScanNet) (Majumdar et al. 2024).
 
 `data.path` is `open-eqa-v0.json` (`question_id`, `question`, `answer`, `extra_answers`, `category`,
-`episode_history`). An episode is a folder of frames by that name in the media root, as the project's extraction leaves
-them: `00000-rgb.png` among depth images and poses, of which `data.max_frames` are taken evenly, as its baselines do. Or
-it is a video: `{episode_history}.mp4`, with its folders or without.
+`episode_history`). An episode is the folder `{episode_history}` in the media root, as OpenEQA's own extraction writes
+it:
+frames such as `00000-rgb.png` among depth images and poses, of which `data.max_frames` are taken evenly, as OpenEQA's
+baselines do. Or it is a video: `{episode_history}.mp4`, in its folders or directly in the media root.
 
 The group is the home or room: ScanNet has some rooms twice, `002-scannet-scene0709_00` and `..._01`.
 
-Source: data/README.md, data/*/extract-frames.py and openeqa/baselines/gpt4v.py of facebookresearch/open-eqa.
+Source of the format: data/README.md, data/*/extract-frames.py and openeqa/baselines/gpt4v.py of
+facebookresearch/open-eqa.
 """
 
 import functools
@@ -21,15 +23,15 @@ import numpy as np
 from firstsight.core.params import Data
 from firstsight.readers.media import IMAGE_SUFFIXES, Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, question
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Questions in the order of the file.
+    """Yield the questions in the order of the file.
 
     Raises:
-        UserError: the file is missing, or no JSON list.
+        UserError: the file is missing or not a JSON list.
     """
     media = functools.cache(functools.partial(_media, media_root(data), data.max_frames))
     for place, raw in read_records(Path(data.path), "OpenEQA's questions"):
@@ -39,12 +41,12 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             if not isinstance(episode, str) or not episode.strip("/ "):
                 raise BadRecordError(f"episode_history: expected text, found {episode!r}; correct it")
             extra = record.get("extra_answers")
-            asked = question(
+            asked = source_record(
                 place,
                 id=record.get("question_id"),
                 question=record.get("question"),
                 answer=record.get("answer"),
-                # One of them is empty, in v0.
+                # In v0, one of them is empty.
                 answers=[text for text in extra if text != ""] if isinstance(extra, list) else extra,
                 question_type=record.get("category"),
                 group=scene(episode),
@@ -53,13 +55,13 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 
 def scene(episode: str) -> str:
-    """What an episode walks through: `scannet-scene0709` for `scannet-v0/002-scannet-scene0709_00`."""
+    """Return the home or room of an episode: `scannet-scene0709` for `scannet-v0/002-scannet-scene0709_00`."""
     found = re.search(r"/\d{3}-(\w+-\w+?)(?:_\d\d)?$", episode)
     return found[1] if found else episode
 
 
 def _media(root: Path, most: int, episode: str) -> Files:
-    """The frames of an episode, or its video."""
+    """Return at most `most` frames of an episode, or its video if it has no folder of frames."""
     if frames := _frames(root / episode):
         places = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
         return files(root, [f"{episode}/{frames[place]}" for place in places])
@@ -71,8 +73,8 @@ def _media(root: Path, most: int, episode: str) -> Files:
 
 
 def _frames(folder: Path) -> list[str]:
-    """The names of a folder's frames, in order: those that end in -rgb where any do, else all images."""
-    if not os.path.isdir(folder):  # noqa: PTH112, which raises on names too long
+    """Return the sorted names of a folder's frames: the images named *-rgb if there are any, else all images."""
+    if not os.path.isdir(folder):  # noqa: PTH112, as Path.is_dir raises on names that are too long
         return []
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     return [path.name for path in images if path.stem.endswith("-rgb")] or [path.name for path in images]

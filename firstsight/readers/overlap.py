@@ -1,7 +1,8 @@
-"""Videos that two sources share, by the ids in their names.
+"""Find the ids of videos in names, by which two sources that share a video are recognised.
 
-EgoIT-99K names its Ego4D videos by UUID (`Ego4d/{uuid}.mp4`, `Ego4d_clip/{uuid}-{n}.mp4`), EgoTempo's clips begin with
-the video's, and EgoSchema's `uid_to_ego4d.json` has the video of each question: its `q_uid` is an id of its own.
+EgoIT-99K names its Ego4D videos by UUID (`Ego4d/{uuid}.mp4`, `Ego4d_clip/{uuid}-{n}.mp4`), the names of EgoTempo's
+clips begin with the video's UUID, and EgoSchema's `uid_to_ego4d.json` has the video of each question, whose `q_uid` is
+unrelated to it.
 """
 
 import re
@@ -16,5 +17,5 @@ _ID = re.compile("|".join(_IDS))
 
 
 def video_ids(names: Iterable[str]) -> set[str]:
-    """Ids of videos, and of rooms, wherever they stand in names of media, groups or questions; in lower case."""
+    """Return the ids of videos and rooms found anywhere in names of files, groups or questions, in lower case."""
     return {found for name in names for found in _ID.findall(name.lower())}

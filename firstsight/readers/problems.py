@@ -1,4 +1,4 @@
-"""Records that cannot be used: the first ends the run, or all are counted and listed, as `data.on_error` says."""
+"""Report records that cannot be used: `data.on_error` says whether the first ends the run or all are counted."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from typing import Any, Literal
 
 from firstsight.core.errors import UserError
 
-# Listed whole in the data card; beyond it only counted.
+# The most problems that the data card lists; further ones are only counted.
 LISTED = 1000
 
 
 class BadRecordError(Exception):
-    """One record, or its media, cannot be used. The message says what was expected, what was found, and what to do."""
+    """A record, its image or its video cannot be used; the message says what was expected, found, and what to do."""
 
 
 class Problems:
-    """What was wrong with which record; and, in `left_out`, how much is left out by reason though nothing is wrong.
+    """Collect the problems of a build, and in `left_out` the number of valid questions left out, by reason.
 
     Args:
-        policy: `stop` raises UserError at the first problem; `skip` counts it and goes on.
+        policy: `stop` raises UserError at the first problem; `skip` counts it and continues.
     """
 
     def __init__(self, policy: Literal["stop", "skip"]):
@@ -30,16 +30,17 @@ class Problems:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Meets a BadRecordError that is raised in the block. `place` names file and line, or key, of the record."""
+        """Report a BadRecordError raised in the block. `place` is the record's file and line, or its key."""
         try:
             yield
         except BadRecordError as error:
-            self.meet(place, str(error))
+            self.report(place, str(error))
 
-    def meet(self, place: str, message: str) -> None:
-        """
+    def report(self, place: str, message: str) -> None:
+        """Count and list a problem with the record at `place`.
+
         Raises:
-            UserError: the policy is to stop.
+            UserError: the policy is `stop`.
         """
         if self._policy == "stop":
             raise UserError(f"{place}: {message}, or set data.on_error to skip")
@@ -48,5 +49,5 @@ class Problems:
             self.first.append(f"{place}: {message}")
 
     def card(self) -> dict[str, Any]:
-        """For the data card."""
+        """Return the number of problems and the first ones, for the data card."""
         return {"count": self.count, "first": self.first}

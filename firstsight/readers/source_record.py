@@ -1,4 +1,4 @@
-"""What every source is read into: one question, and the media it is about, before anything is decoded."""
+"""Define what every reader yields: one validated question and the image or video it asks about, not yet decoded."""
 
 import re
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from firstsight.core.validation import describe
 from firstsight.readers.problems import BadRecordError
 from firstsight.records.sample import LETTERS, MediaKind, Record
 
-# A question of a megabyte is a broken file, and would break the training it got into.
+# A longer text is a sign of a broken file, and would exhaust memory in training.
 MAX_CHARACTERS = 20_000
 
-# Where media go in the text of a data set for LLaVA. To a model of that family they are media.
+# These mark where an image, video or sound goes in LLaVA's data; models of that family read them as such.
 PLACEHOLDER = r"<(?:image|video|speech|audio)>"
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
@@ -22,55 +22,55 @@ SplitName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Decoded media: JPEG bytes, one for an image, several for frames or a video; `fps` is a video's sampled rate."""
+class DecodedMedia:
+    """Frames as JPEG bytes: one for an image, several for frames or a video. `fps` is a video's sampling rate."""
 
     frames: tuple[bytes, ...] = ()
     fps: float = 0.0
 
 
 class Media(Protocol):
-    """Where pictures come from: files, a row of a data set, a scene to render. Can be pickled: workers load it."""
+    """An image, list of frames or video, not yet decoded: files, a row of a data set, a scene to render. Picklable."""
 
     kind: MediaKind
 
     def key(self) -> str:
-        """Equal keys are the same pictures. Stable from run to run, whatever machine the data is on."""
+        """Return a name that is equal for equal media, and the same in every run on every machine."""
 
     def group(self) -> tuple[str, ...]:
-        """What this media shows a part of: videos, episodes, images. Media that share one of them share a split."""
+        """Return the videos, episodes or images that this is a part of. Media that share one go to the same split."""
 
     def titles(self) -> tuple[str, ...]:
-        """What it is called, where ids of videos may stand."""
+        """Return the names by which the source calls it, which may contain ids of videos."""
 
     def origins(self) -> tuple[str, ...]:
-        """What `group` says, under names that mean the same in every source."""
+        """Return the parts of `group` under names that mean the same in every source."""
 
     def stamp(self) -> object:
-        """As JSON, what tells that the pictures have changed under the same key."""
+        """Return a JSON value that changes when the content changes under the same key."""
 
-    def load(self, data: Data) -> Pictures:
-        """Decoded, sampled and resized.
+    def load(self, data: Data) -> DecodedMedia:
+        """Return the frames: decoded, sampled and resized.
 
         Raises:
-            BadRecordError: it cannot be.
+            BadRecordError: the media cannot be decoded.
         """
 
 
 def special_token(text: str) -> str | None:
-    """The first in a text. A model reads <|im_end|> or <image> as what it means in its chat template, not as text."""
+    """Return the first special token in a text, such as <|im_end|> or <image>, which a model would not read as text."""
     found = re.search(rf"<\|\w+\|>|{PLACEHOLDER}", text)
     return found and found[0]
 
 
-class Question(BaseModel):
-    """One question as a source has it, validated.
+class SourceRecord(BaseModel):
+    """One question as a source states it, validated.
 
-    `options` are texts, and `answer` and `answers` then the letter of one, or its text; letters come out. Without an
-    `answer` the question is unanswered, see `data.unanswered`. `group` overrides the media's; `split` the hash's.
+    If there are `options`, `answer` and `answers` are letters or texts of options. Without an `answer` the question is
+    unanswered, see `data.unanswered`. `group` overrides the group of the media, and `split` the split chosen by hash.
 
     Raises:
-        ValidationError: a value is not what it should be; `question` turns it into a BadRecordError.
+        ValidationError: a value is wrong; `source_record` turns it into a BadRecordError.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, str_strip_whitespace=True, frozen=True)
@@ -94,24 +94,24 @@ class Question(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _distinct_options(self) -> "Question":
+    def _distinct_options(self) -> "SourceRecord":
         if len(set(self.options)) < len(self.options) or len(self.options) == 1:
             raise ValueError(f"expected two or more different options, found {list(self.options)!r}")
         return self
 
     def accepted(self) -> tuple[str, ...]:
-        """All answers that count as right, the one to teach first; letters where there are options.
+        """Return all accepted answers, the training target first; as letters if there are options.
 
         Raises:
-            BadRecordError: an answer is not among the options.
+            BadRecordError: an answer is not one of the options.
         """
         answers = [text for text in (self.answer, *self.answers) if text is not None]
         if self.options:
             answers = [self._letter(text) for text in answers]
         return tuple(dict.fromkeys(answers))
 
-    def record(self) -> Record:
-        """As it is kept in the data set; an unanswered question has an empty answer there."""
+    def to_record(self) -> Record:
+        """Return the record that is written to the data set; an unanswered question has an empty answer."""
         accepted = self.accepted()
         return Record(
             id=self.id,
@@ -135,21 +135,21 @@ class Question(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about media; None is a question that stands alone."""
+    """A record with the image or video it asks about; None for a question about text alone."""
 
-    question: Question
+    record: SourceRecord
     media: Media | None
 
 
-def question(place: str, **values: Any) -> Question:
-    """A validated question; values that are None are left out.
+def source_record(place: str, **values: Any) -> SourceRecord:
+    """Return a validated record from its fields; values of None count as not given.
 
     Raises:
-        BadRecordError: names the first wrong value.
+        BadRecordError: a value is wrong; the message names the first.
     """
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
     try:
-        made = Question(place=place, **given)
+        made = SourceRecord(place=place, **given)
     except ValidationError as error:
         raise BadRecordError(f"{describe(error)}; correct it") from None
     made.accepted()

@@ -1,4 +1,4 @@
-"""Files of annotations as text, JSON and parquet, read whole: the largest in use have tens of megabytes."""
+"""Read annotation files (text, JSON, parquet) whole: the largest in use have tens of megabytes."""
 
 import json
 from collections.abc import Iterator
@@ -14,14 +14,15 @@ from firstsight.readers.problems import BadRecordError
 
 
 def media_root(data: Data) -> Path:
-    """The folder that media are looked for in."""
+    """Return the folder of images and videos: `data.media_root`, or by default the folder of `data.path`."""
     return Path(data.media_root) if data.media_root else Path(data.path).parent
 
 
 def read_text(path: Path, what: str) -> str:
-    """
+    """Return the text of a file, which errors call `what`.
+
     Raises:
-        UserError: the file is missing, or no UTF-8, or empty.
+        UserError: the file is missing, not UTF-8 or empty.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
@@ -33,14 +34,15 @@ def read_text(path: Path, what: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(f"data.path: expected {what} in UTF-8, found {path} ({error}); correct the path") from None
     if not text.strip():
-        raise UserError(f"{path}: expected {what}, found an empty file; data.path names another?")
+        raise UserError(f"{path}: expected {what}, found an empty file; correct data.path, or fill the file")
     return text
 
 
 def read_json(path: Path, what: str) -> Any:
-    """
+    """Return the content of a JSON file, which errors call `what`.
+
     Raises:
-        UserError: the file is missing, or no JSON.
+        UserError: the file is missing or not JSON.
     """
     text = read_text(path, what)
     try:
@@ -50,13 +52,16 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_records(path: Path, what: str, key: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Place and content of each record in a JSON list, JSON Lines, or (by its suffix) parquet file; see `as_object`.
+    """Yield place and content of each record of a JSON list, JSON Lines or (by its suffix) parquet file.
+
+    The content of a line is its text: see `as_object`.
 
     Args:
-        key: the list is the value of this key of a JSON object.
+        what: what errors call the file.
+        key: the list is the value of this key of a JSON object; None: the file is the list.
 
     Raises:
-        UserError: the file is missing, or holds something else.
+        UserError: the file is missing or has another content.
     """
     if path.suffix.lower() == ".parquet":
         try:
@@ -72,22 +77,22 @@ def read_records(path: Path, what: str, key: str | None = None) -> Iterator[tupl
             found = found.get(key) if isinstance(found, dict) else None
         if not isinstance(found, list):
             where = f" under {key!r}" if key else ""
-            raise UserError(f"{path}: expected {what}, found no list{where}; data.path names another file?")
+            raise UserError(f"{path}: expected {what}, found no list{where}; correct data.path")
         yield from ((f"{path}: record {number}", record) for number, record in enumerate(found, start=1))
 
 
 def read_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank. Lines end at \\n alone: JSON allows other separators in text."""
+    """Yield number and text of each nonblank line. Only \\n ends a line: JSON strings may hold other separators."""
     for number, text in enumerate(read_text(path, what).split("\n"), start=1):
         if text.strip():
             yield number, text
 
 
 def as_object(record: Any) -> dict[str, Any]:
-    """What `read_records` gives, or the JSON in a line, as a dictionary.
+    """Return a record of `read_records` as a dictionary, parsing it if it is the text of a line.
 
     Raises:
-        BadRecordError: it is none.
+        BadRecordError: the record is not a JSON object.
     """
     found, error = record, ""
     if isinstance(record, str):
@@ -102,4 +107,4 @@ def as_object(record: Any) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

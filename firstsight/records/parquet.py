@@ -1,4 +1,4 @@
-"""Read and write the parquet file of a split; a row is a sample with its records."""
+"""Read and write the parquet file of a split: each row is a sample with its records."""
 
 import bisect
 import itertools
@@ -37,16 +37,16 @@ SCHEMA = pa.schema(
     ]
 )
 
-# A random sample costs one read of a row group: small enough to be cheap, large enough that files keep few of them.
+# Reading one random sample costs one row group: small enough to be cheap, large enough that a file has few of them.
 _ROW_GROUP_BYTES = 256 * 1024
 _GROUPS_KEPT = 64
 
 
 class SplitWriter:
-    """Writes samples to a parquet file, one at a time, holding one row group in memory."""
+    """Write samples to a parquet file, one at a time, holding one row group in memory."""
 
     def __init__(self, path: Path):
-        # JPEG does not compress further, and the text is small beside it.
+        # JPEG does not compress further, and the text is small in comparison.
         self._file = pq.ParquetWriter(path, SCHEMA, compression="none", write_page_checksum=True)
         self._rows: list[dict[str, Any]] = []
         self._size = 0
@@ -71,10 +71,10 @@ class SplitWriter:
 
 
 class Split(Sequence[Sample]):
-    """A split's samples, read from its parquet file as they are asked for; with a few row groups in memory.
+    """A sequence of a split's samples, read on access from its parquet file, with a few row groups cached in memory.
 
     Raises:
-        UserError: the file is missing, is no parquet file, or holds other columns.
+        UserError: the file is missing, is not a parquet file, or has other columns.
     """
 
     def __init__(self, path: Path):
@@ -99,22 +99,22 @@ class Split(Sequence[Sample]):
         return self._starts[-1]
 
     def record_counts(self) -> list[int]:
-        """How many records each sample has, without reading the media."""
+        """Return the number of records of each sample, without reading the frames."""
         counts = pc.list_value_length(self._file.read(columns=["records.list.element.id"]).column("records"))
         return counts.to_pylist()
 
     def unanswered(self) -> list[tuple[Sample, Record]]:
-        """The questions without an answer."""
+        """Return the records without an answer, each with its sample."""
         found = [index for index, answers in enumerate(self._answers()) if "" in answers]
         return [(sample, one) for sample in map(self.__getitem__, found) for one in sample.records if not one.answer]
 
     def _answers(self) -> list[list[str]]:
-        """The answers to the questions of each sample, without reading the media."""
+        """Return the answers of each sample's records, without reading the frames."""
         table = self._file.read(columns=["records.list.element.answer"])
         return [[one["answer"] for one in records] for records in table.column("records").to_pylist()]
 
     def answered(self, answers: Mapping[str, str]) -> "AnsweredSplit":
-        """The samples with `answers`, by record id, filled in; without questions that have none even then."""
+        """Return the samples with missing answers filled in from `answers`, by record id; the rest are left out."""
         return AnsweredSplit(self, answers)
 
     def __getitem__(self, index: int) -> Sample:
@@ -134,10 +134,10 @@ class Split(Sequence[Sample]):
 
 
 class AnsweredSplit(Sequence[Sample]):
-    """A split as it is trained on: every question has an answer; a sample without any such question is left out.
+    """A split for training: only records with an answer, and only samples that have such a record.
 
     Raises:
-        UserError: nothing is left.
+        UserError: no sample is left.
     """
 
     def __init__(self, split: Split, answers: Mapping[str, str]):

@@ -1,7 +1,7 @@
-"""Records and samples: what the pipeline learns from and is tested on.
+"""Define records and samples, the units of training and evaluation.
 
-A record is one question with its answer. A sample is an image or a clip (its frames decoded once, at build time, and
-kept as JPEG bytes) with the records that ask about it.
+A record is one question with its answer. A sample is an image, a list of frames or a video (decoded once, when the data
+set is built, and stored as JPEG bytes) with the records that ask about it.
 """
 
 import io
@@ -17,9 +17,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Record:
-    """One question. `answer` is taught; any of `answers` (which include it) counts as right at evaluation.
+    """One question with its answers.
 
-    An unanswered question, which the teacher is to answer, has an empty `answer`.
+    `answer` is the training target; evaluation accepts any of `answers`, which include it. A question that the teacher
+    is to answer has an empty `answer`.
     """
 
     id: str
@@ -30,7 +31,7 @@ class Record:
     options: tuple[str, ...] = ()
 
     def prompt(self) -> str:
-        """The question as the model reads it; options follow one a line, with letters (lmms-eval's EgoSchema form)."""
+        """Return the prompt: the question, then any options with letters, one a line (lmms-eval's EgoSchema format)."""
         if not self.options:
             return self.question
         listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
@@ -40,10 +41,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """One media and its records. `frames` are JPEG bytes: one for an image, several for frames or a video.
+    """An image, list of frames or video, with the records that ask about it.
 
-    `group` names what must not straddle splits (the video, episode or scene); `fps` is the rate at which a video's
-    frames were sampled (0 for other kinds).
+    `frames` are JPEG bytes: one for an image, several for frames or a video, none for records about text alone. `group`
+    names what must not be in two splits (the video, episode or scene). `fps` is the rate at which a video's frames were
+    sampled, in frames per second (0 for other kinds).
     """
 
     id: str
@@ -54,6 +56,6 @@ class Sample:
     fps: float
     records: tuple[Record, ...]
 
-    def pictures(self) -> list[Image.Image]:
-        """The frames, decoded, as RGB images."""
+    def images(self) -> list[Image.Image]:
+        """Return the frames decoded as RGB images."""
         return [Image.open(io.BytesIO(frame)).convert("RGB") for frame in self.frames]

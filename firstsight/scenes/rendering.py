@@ -1,4 +1,4 @@
-"""Scenes drawn as a first-person picture, or as the frames of a clip. Nothing here is asked about: see `scenes`."""
+"""Draw a scene, as `firstsight.scenes.scene` defines it, as a first-person image or the frames of a clip."""
 
 import random
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from firstsight.scenes.scene import FRAMES_A_STATE, HANDS, PASS, PLACES, PUSH, S
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
-# Centres, as fractions of the picture. At 84 pixels the picture is 3 x 3 visual tokens of 28 pixels, and an object is
-# about one of them.
+# Centres, as fractions of the image. At 84 pixels the image is 3 x 3 visual tokens of 28 pixels, and an object is about
+# one token in size.
 CENTRES: Mapping[str, Point] = {
     "left hand": (1 / 6, 0.62),
     "right hand": (5 / 6, 0.62),
@@ -20,15 +20,16 @@ CENTRES: Mapping[str, Point] = {
     "right side": (5 / 6, 0.22),
 }
 PAINTS = {"red": (208, 48, 44), "green": (44, 150, 62), "blue": (48, 84, 204), "yellow": (236, 196, 40)}
-# How far hands have moved towards their aim in the last frame before an event, as a fraction of the way.
+# How far hands have moved towards their target in the last frame before an event, as a fraction of the way.
 _REACH = 0.25
 
 
 def render(scene: Scene, rng: random.Random, size: int = 84) -> list[Image.Image]:
-    """An image is one frame; a clip has two a state, and in the second, hands begin what they do next.
+    """Return the frames of a scene as RGB images of `size` x `size` pixels.
 
-    `rng` moves each object by up to 3% of the picture, the camera of a clip by up to 1% a frame, and varies light and
-    table, so that pixels do not repeat.
+    An image is one frame. A clip has two frames a state, and in the second, the hands begin the next event. `rng`
+    shifts each object by up to 3% of the image and the camera of a clip by up to 1% a frame, and varies light and
+    colours, so that pixels do not repeat.
     """
     light = rng.uniform(0.85, 1.1)
     wall, table = rng.choice(((176, 190, 200), (200, 190, 176))), rng.choice(((150, 112, 78), (188, 160, 126)))
@@ -53,7 +54,7 @@ def _near(point: Point, rng: random.Random, distance: float) -> Point:
 
 
 def _reaching(centres: Mapping[str, Point], event: Event) -> dict[str, Point]:
-    """The centres with the hands that do it on their way."""
+    """Return the centres with the hands that perform the event moved towards their targets."""
     origin, goal = event.moves[0].origin, event.moves[0].goal
     if event.verb in (PASS, SWAP):
         aims = dict(zip(HANDS, reversed(HANDS), strict=True))
@@ -69,17 +70,17 @@ def _reaching(centres: Mapping[str, Point], event: Event) -> dict[str, Point]:
 
 
 def _frame(state: State, centres: Mapping[str, Point], paints: Mapping[str, Colour], size: int) -> Image.Image:
-    """Drawn at four times the size and then reduced, for smooth edges."""
+    """Draw one state at four times the size, and return it reduced to `size`, for smooth edges."""
     scale = 4 * size
-    picture = Image.new("RGB", (scale, scale), paints["wall"])
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (scale, scale), paints["wall"])
+    draw = ImageDraw.Draw(image)
     draw.polygon(_scaled([(0.06, 0.06), (0.94, 0.06), (1.0, 1.0), (0.0, 1.0)], scale), fill=paints["table"])
     for place in reversed(PLACES):
         if place in HANDS:
             _draw_hand(draw, centres[place], CENTRES[place], scale, paints["skin"])
         if thing := state[place]:
             _draw_thing(draw, thing, centres[place], scale, paints[thing.colour])
-    return picture.resize((size, size), Image.Resampling.BOX)
+    return image.resize((size, size), Image.Resampling.BOX)
 
 
 def _scaled(points: list[Point], scale: int) -> list[Point]:
@@ -87,7 +88,7 @@ def _scaled(points: list[Point], scale: int) -> list[Point]:
 
 
 def _draw_hand(draw: ImageDraw.ImageDraw, centre: Point, rest: Point, scale: int, skin: Colour) -> None:
-    """A forearm from the lower edge and a fist below the object it holds."""
+    """Draw a forearm from the lower edge of the image, and a fist below the object that it holds."""
     x, y = centre
     elbow = rest[0] + (rest[0] - 0.5) * 0.2
     arm = [(x - 0.06, y + 0.2), (x + 0.06, y + 0.2), (elbow + 0.11, 1.0), (elbow - 0.11, 1.0)]
@@ -96,7 +97,7 @@ def _draw_hand(draw: ImageDraw.ImageDraw, centre: Point, rest: Point, scale: int
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, centre: Point, scale: int, fill: Colour) -> None:
-    """One object of about a third of the picture's width, in its colour, with a dark outline and one white detail."""
+    """Draw an object about a third of the image wide, in its colour, with a dark outline and one contrasting detail."""
     (x, y), dark, white = centre, (30, 26, 24), (244, 244, 240)
     line, unit = max(1, scale // 84), scale * 4 / 3
 

@@ -1,10 +1,10 @@
-"""First-person scenes whose truth is known, as data: what is where, and what is done with it.
+"""Define and sample first-person scenes as data: which object is where, and what happens to it.
 
 A scene is what a person looking down at a table sees: two hands reaching in from below, each holding an object or
-nothing, and three places on the table, each with an object or nothing. An image shows one such state; a clip goes
-through up to four of them, and what leads from one to the next is an event. Answers are read off these states and
-events (`firstsight.scenes.templates`), and pictures drawn from them (`firstsight.scenes.rendering`): neither knows of
-the other.
+nothing, and three places on the table, each with an object or nothing. An image shows one such state. A clip shows
+one or more states in order, and an event leads from one to the next. Answers are derived from states and events
+(`firstsight.scenes.templates`), and frames are drawn from them (`firstsight.scenes.rendering`); these two modules do
+not depend on each other.
 """
 
 import random
@@ -16,19 +16,20 @@ COLOURS = ("red", "green", "blue", "yellow")
 HANDS = ("left hand", "right hand")
 TABLE = ("left side", "front", "right side")
 PLACES = HANDS + TABLE
-# What can be done, as it is told afterwards.
+# The kinds of event, in the past tense.
 PICK, PUT, PUSH, PASS, SWAP = VERBS = ("picked up", "put down", "pushed", "passed", "swapped")
 
-# Qwen2-VL merges frames in pairs, so a state is on show for one pair, and is seen as a picture of it would be.
+# Qwen2-VL merges frames in pairs, so each state is shown for one pair, which the model reads like an image.
 FRAMES_A_STATE = 2
 
+# The probability that a place holds an object, and that a clip has no event.
 _FILLED = 0.6
 _STILL = 0.12
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its kind and its colour, by name."""
+    """An object: the names of its kind and its colour."""
 
     kind: str
     colour: str
@@ -39,7 +40,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class State:
-    """What lies where. Every one of `PLACES` is a key; None marks an empty place. No two things share a kind."""
+    """The object at each of `PLACES`; None marks an empty place. No two objects share a kind."""
 
     things: Mapping[str, Thing | None]
 
@@ -47,20 +48,22 @@ class State:
         return self.things[place]
 
     def present(self) -> dict[str, Thing]:
-        """The places that are not empty, with what is there."""
+        """Return the places that are not empty, with their objects."""
         return {place: thing for place, thing in self.things.items() if thing}
 
     def place_of(self, kind: str) -> str | None:
-        """Where the thing of this kind is; None if there is none."""
+        """Return the place of the object of this kind; None if there is none."""
         return next((place for place, thing in self.present().items() if thing.kind == kind), None)
 
     def absent(self) -> list[str]:
-        """The kinds that are not there."""
+        """Return the kinds of which there is no object."""
         return [kind for kind in KINDS if self.place_of(kind) is None]
 
 
 @dataclass(frozen=True)
 class Move:
+    """An object's move from one place to another."""
+
     thing: Thing
     origin: str
     goal: str
@@ -68,7 +71,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Event:
-    """Something done: one thing moved to an empty place, or two that change places (`SWAP`)."""
+    """An event: one object moved to an empty place, or two objects that change places (`SWAP`)."""
 
     moves: tuple[Move, ...]
 
@@ -90,7 +93,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image of one state, or a clip: its first state and the events that follow."""
+    """A first state and the events that follow: a clip, or an image of the first state alone."""
 
     first: State
     events: tuple[Event, ...] = ()
@@ -108,12 +111,12 @@ class Scene:
         return self.states[-1]
 
     def events_of(self, kind: str) -> tuple[Event, ...]:
-        """What is done with the thing of this kind."""
+        """Return the events that involve the object of this kind."""
         return tuple(event for event in self.events if kind in event.kinds)
 
 
 def sample_scene(rng: random.Random, clip_fraction: float, max_clip_frames: int) -> Scene:
-    """An image, or with probability `clip_fraction` a clip of at most `max_clip_frames` frames."""
+    """Return a random image or, with probability `clip_fraction`, a clip of at most `max_clip_frames` frames."""
     if rng.random() >= clip_fraction:
         return Scene(_sample_state(rng))
     most = max_clip_frames // FRAMES_A_STATE - 1
@@ -125,7 +128,7 @@ def sample_scene(rng: random.Random, clip_fraction: float, max_clip_frames: int)
 
 
 def _sample_state(rng: random.Random) -> State:
-    """Each place is filled with the same probability; kinds differ, so that "the cup" names one thing."""
+    """Fill each place with the same probability; the kinds differ, so that "the cup" names one object."""
     kinds = rng.sample(KINDS, len(PLACES))
     colours = rng.choices(COLOURS, k=len(PLACES))
     filled = [rng.random() < _FILLED for _ in PLACES]
@@ -134,7 +137,7 @@ def _sample_state(rng: random.Random) -> State:
 
 
 def _sample_events(state: State, rng: random.Random, count: int) -> tuple[Event, ...] | None:
-    """So many events, drawn evenly over what can be done, none undoing the one before; None if they run out."""
+    """Return `count` events, evenly over verbs, none moving an object of the one before; None if none is possible."""
     events: list[Event] = []
     for _ in range(count):
         touched = events[-1].kinds if events else ()
@@ -148,6 +151,7 @@ def _sample_events(state: State, rng: random.Random, count: int) -> tuple[Event,
 
 
 def _possible(state: State) -> Iterator[Event]:
+    """Yield every event that can happen next."""
     empty = [place for place in PLACES if not state[place]]
     for origin, thing in state.present().items():
         for goal in empty:
@@ -158,18 +162,18 @@ def _possible(state: State) -> Iterator[Event]:
 
 
 def describe(state: State) -> str:
-    """A state in words, in a fixed order of places: the dense answer from which a model learns to see."""
+    """Return a state in words, in a fixed order of places: a dense answer that teaches a model to see."""
     return ", ".join(f"{place} {thing or 'nothing'}" for place, thing in state.things.items())
 
 
 def inventory(state: State) -> str:
-    """Every kind, in a fixed order, with its colour and place or none: the dense answer that teaches to search."""
+    """Return each kind, in a fixed order, with colour and place or "none": a dense answer that teaches to search."""
     found = {thing.kind: f"{thing.colour} {place}" for place, thing in state.present().items()}
     return ", ".join(f"{kind} {found.get(kind, 'none')}" for kind in KINDS)
 
 
 def narrate(scene: Scene) -> str:
-    """All events in words, in order: the dense answer that teaches to see what happens."""
+    """Return all events in words, in order: a dense answer that teaches to see what happens."""
     told = [
         f"{event.verb} {move.thing} from {move.origin} to {move.goal}" for event in scene.events for move in event.moves
     ]

@@ -1,4 +1,4 @@
-"""Rendered first-person scenes as a source: unlimited, free of licences, and with answers known to be right."""
+"""Generate questions about rendered first-person scenes: unlimited, free of licences, with correct answers."""
 
 import random
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from firstsight.core.params import Data, Synthetic
 from firstsight.readers.media import encode
 from firstsight.readers.problems import Problems
-from firstsight.readers.source_record import Asked, Pictures, question
+from firstsight.readers.source_record import Asked, DecodedMedia, source_record
 from firstsight.records.sample import MediaKind
 from firstsight.scenes.rendering import render
 from firstsight.scenes.scene import Scene, describe, inventory, narrate, sample_scene
 from firstsight.scenes.templates import Draw
 
-# Of a clip: something happens every second.
+# The frames per second of a clip. Each state is two frames, so there is an event every second.
 FPS = 2.0
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A scene by its number: it depends on the seed, its settings and that alone, so that more scenes move none."""
+    """A scene that depends only on its number, the seed and the settings, so that adding scenes changes no other."""
 
     number: int
     seed: int
@@ -46,17 +46,17 @@ class Rendered:
         return [self.seed, self.clip_fraction, self.max_clip_frames]
 
     def draw(self) -> tuple[Scene, random.Random]:
-        """The scene, and the generator that goes on from it."""
+        """Return the scene, and the random generator in its state after sampling it, from which it is rendered."""
         rng = random.Random(f"{self.seed}:{self.number}")
         return sample_scene(rng, self.clip_fraction, self.max_clip_frames), rng
 
-    def load(self, data: Data) -> Pictures:
+    def load(self, data: Data) -> DecodedMedia:
         scene, rng = self.draw()
-        return Pictures(tuple(encode(frame, data) for frame in render(scene, rng)), FPS if scene.clip else 0.0)
+        return DecodedMedia(tuple(encode(frame, data) for frame in render(scene, rng)), FPS if scene.clip else 0.0)
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """`data.synthetic.scenes` scenes: of each, dense answers, from which a model learns to see, then questions."""
+    """Yield the questions of `data.synthetic.scenes` scenes: of each, those with dense answers, then templates'."""
     settings: Synthetic = data.synthetic
     draw = Draw()
     for number in range(settings.scenes):
@@ -78,11 +78,11 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
 
 def _asked(media: Rendered, template: str, **values: object) -> Asked:
     name = f"{media.key()}-{template}"
-    return Asked(question(name, id=name, **values), media)
+    return Asked(source_record(name, id=name, **values), media)
 
 
 def _dense(scene: Scene) -> list[tuple[str, str, str, str]]:
-    """Name, type, question and answer of what tells all of a scene."""
+    """Return name, type, question and answer of the questions whose dense answers describe a whole scene."""
     if not scene.clip:
         return [
             ("description", "description", "Describe what you see.", describe(scene.first)),

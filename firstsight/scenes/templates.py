@@ -1,7 +1,11 @@
-"""Questions about rendered scenes: a template makes all questions of its form that a scene answers.
+"""Make questions about rendered scenes from templates, with answers derived from a scene's states and events.
 
-Answers are read off the scene's states and events, never off its pictures. What a scene does not show is a question
-too, often in the words of one that can be answered, and its answer is `CANNOT_TELL`.
+To add a template:
+1. Write a function that takes a `Scene` and yields each (question, answer) of the new form that the scene determines,
+   as `_colour_of_kind` does; or reuse one, such as `_at` or `_count`.
+2. Add a `Template` with a new name to `_ALL`, and all possible answers as `choices` if it may be multiple choice.
+3. If some scenes cannot answer it, add an `UNANSWERABLE` template with the same words, as `_of_absent` does.
+4. Work out an answer by hand for each new template, and add it to `EXPECTED` in tests/test_scenes.py.
 """
 
 import random
@@ -52,8 +56,8 @@ _FIRST, _LAST = attrgetter("first"), attrgetter("last")
 class Template:
     """A form of question.
 
-    `pairs` yields the (question, answer) of every such question that a scene answers. `clip` says whether it is about
-    clips or images. Where there are `choices`, it may be asked with options, which are drawn from them.
+    `pairs` yields (question, answer) for every question of this form that a scene determines. `clip` says whether it is
+    about clips or images. If there are `choices`, it may be asked as multiple choice with options sampled from them.
     """
 
     name: str
@@ -65,7 +69,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One question, with the template it is from. `answer` is a text also where there are options."""
+    """A question made from a template. `answer` is the answer's text, not a letter, even if there are options."""
 
     template: Template
     question: str
@@ -74,11 +78,11 @@ class Drawn:
 
 
 class Draw:
-    """Draws questions so that types, the templates of a type and the answers of a template come equally often.
+    """Draw questions so that types, the templates of a type and the answers of a template are equally frequent.
 
-    What was asked least so far comes first, as far as scenes allow, so a scene's questions depend on those before it.
-    An answer that has already been given to half of a template's questions waits for the others, so that no score hides
-    behind a prior; what nobody can tell has one answer, and is exempt.
+    The type, template and answer used least so far come first, as far as the scenes allow, so a scene's questions
+    depend on the scenes before it. An answer that more than half of a template's questions have is not drawn, so that
+    guessing the most frequent answer scores low; unanswerable questions have only one answer and are exempt.
     """
 
     def __init__(self) -> None:
@@ -87,7 +91,7 @@ class Draw:
         self._answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def questions(self, scene: Scene, rng: random.Random, count: int, option_fraction: float) -> list[Drawn]:
-        """Up to `count` questions, each of another template; a share of those that can have options has them."""
+        """Return up to `count` questions of different templates, multiple choice with probability `option_fraction`."""
         waiting = [template for template in TEMPLATES.values() if template.clip == scene.clip]
         rng.shuffle(waiting)
         drawn: list[Drawn] = []
@@ -121,11 +125,11 @@ def _options(template: Template, answer: str, rng: random.Random, fraction: floa
 
 
 def template_of(record_id: str) -> str:
-    """The name of the template in the id of a rendered scene's record, such as scene-000123-held-left."""
+    """Return the template's name from a record's id: held-left for scene-000123-held-left."""
     return record_id.split("-", 2)[2]
 
 
-# Held object and position, in pictures.
+# Held object and position, in images.
 
 
 def _yes(true: bool) -> str:
@@ -137,14 +141,14 @@ def _kind(thing: Thing | None) -> str:
 
 
 def _where(place: str) -> str:
-    """A place as it is asked about."""
+    """Return a place as a question words it, such as "in your left hand"."""
     if place in HANDS:
         return f"in your {place}"
     return "in front of you" if place == "front" else f"on the {place} of the table"
 
 
 def _at(place: str) -> Callable[[Scene], Pairs]:
-    """What is there?"""
+    """Ask which object is at a place."""
 
     def pairs(scene: Scene) -> Pairs:
         yield f"What is {_where(place)}?", _kind(scene.first[place])
@@ -190,7 +194,7 @@ def _hand_or_table(scene: Scene) -> Pairs:
 
 
 def _neighbour(side: str, places: tuple[str, ...], neighbours: tuple[str, ...]) -> Callable[[Scene], Pairs]:
-    """What lies next to a thing on the table, for each of `places` with its neighbour on that side."""
+    """Ask what is next to an object on the table, for each of `places` and its neighbour on that side."""
 
     def pairs(scene: Scene) -> Pairs:
         for place, neighbour in zip(places, neighbours, strict=True):
@@ -206,7 +210,7 @@ def _lies_there(scene: Scene) -> Pairs:
             yield f"Is the {thing.kind} {_where(place)}?", _yes(scene.first[place] == thing)
 
 
-# Colour, count, comparison and presence, in pictures.
+# Colour, count, comparison and presence, in images.
 
 
 def _colour_of_kind(scene: Scene) -> Pairs:
@@ -223,7 +227,7 @@ def _colour_at(place: str) -> Callable[[Scene], Pairs]:
 
 
 def _only(colour: str, state: State) -> Thing | None:
-    """The one thing of this colour, if there is one and no other."""
+    """Return the object of this colour if there is exactly one, else None."""
     found = [thing for thing in state.present().values() if thing.colour == colour]
     return found[0] if len(found) == 1 else None
 
@@ -313,7 +317,7 @@ def _see_thing(scene: Scene) -> Pairs:
     for kind in KINDS:
         for colour in COLOURS:
             thing = Thing(kind, colour)
-            # A thing that is not there at all is easily denied; one of another colour must be looked at.
+            # Without things of which neither kind nor colour is there: these are too easy to deny.
             if thing in things or kind not in scene.first.absent() or _coloured(scene.first, colour):
                 yield f"Do you see a {thing}?", _yes(thing in things)
 
@@ -363,7 +367,7 @@ def _did_move(scene: Scene) -> Pairs:
 
 
 def _moved_where(state: Callable[[Scene], State], question: str) -> Callable[[Scene], Pairs]:
-    """Where a thing that moved was in that state of the clip."""
+    """Ask where an object that moved was in that state of the clip."""
 
     def pairs(scene: Scene) -> Pairs:
         for thing in scene.first.present().values():
@@ -373,7 +377,7 @@ def _moved_where(state: Callable[[Scene], State], question: str) -> Callable[[Sc
     return pairs
 
 
-# What was done with one thing: as in "you picked it up".
+# What was done with one object, as in "you picked it up".
 _DONE_WITH = {PICK: "picked it up", PUT: "put it down", PUSH: "pushed it", PASS: "passed it", SWAP: "swapped it"}
 
 
@@ -385,7 +389,7 @@ def _done_with(scene: Scene) -> Pairs:
 
 
 def _done(verb: str, question: str) -> Callable[[Scene], Pairs]:
-    """Which thing was picked up, or put down."""
+    """Ask which object was picked up, or put down."""
 
     def pairs(scene: Scene) -> Pairs:
         found = [event.kinds[0] for event in scene.events if event.verb == verb]
@@ -418,7 +422,7 @@ def _colour_moved(scene: Scene) -> Pairs:
 
 
 def _then_at(state: Callable[[Scene], State], places: tuple[str, ...], question: str) -> Callable[[Scene], Pairs]:
-    """What was somewhere in that state of the clip."""
+    """Ask which object was at each of `places` in that state of the clip."""
 
     def pairs(scene: Scene) -> Pairs:
         for place in places:
@@ -428,7 +432,7 @@ def _then_at(state: Callable[[Scene], State], places: tuple[str, ...], question:
 
 
 def _singly(scene: Scene) -> bool:
-    """Whether each event moves one thing, and a different one, so that "when it moved" is one moment."""
+    """Return whether there are two or more events and each moves a single object, a different one each time."""
     kinds = [kind for event in scene.events for kind in event.kinds]
     return len(scene.events) > 1 and len(kinds) == len(set(kinds)) == len(scene.events)
 
@@ -469,8 +473,8 @@ def _count_moved(scene: Scene) -> Pairs:
         yield "How many things did you move?", NUMBERS[len(moved)]
 
 
-# What cannot be told: of things that are not there, in the words of questions about things that are; or of what no
-# picture shows.
+# Unanswerable questions: about absent objects, in the words of questions about present ones, or about what no image
+# shows.
 
 
 def _of_absent(*questions: str) -> Callable[[Scene], Pairs]:

@@ -53,7 +53,7 @@ def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
     read = SplitTargets(tmp_path, "train", data="d")
     assert len(read) == 60
     for first, last in ((59, 60), (0, 1), (28, 33), (0, 60)):
-        hidden = read.of(None, range(first, last))["hidden"]
+        hidden = read.features(None, range(first, last))["hidden"]
         assert torch.equal(hidden, torch.cat([hidden for hidden, _ in written[first:last]]))
         assert read.answers(None, range(first, last)) == [tokens.tolist() for _, tokens in written[first:last]]
     assert torch.equal(read_head(tmp_path, "cpu"), head)
@@ -317,10 +317,10 @@ def own():
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 read = SplitTargets(Path({str(tmp_path)!r}), "train", "d")
-read.of(None, range(1))
+read.features(None, range(1))
 before = own()
 for record in range(len(read)):
-    read.of(None, range(record, record + 1))
+    read.features(None, range(record, record + 1))
 print(own() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import ADAPTER, language_model_name, load_model, stored_method
+from firstsight.models.loading import ADAPTER, language_model_prefix, load_model, stored_method
 
 # How weights are loaded that are, or are not, trained.
 _PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
@@ -59,7 +59,7 @@ class Tuning:
         model = load_model(folder, _PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
-            prefix = language_model_name(model)
+            prefix = language_model_prefix(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = settings.train_vision or name.startswith((prefix, "lm_head"))
             self.model = model
@@ -173,7 +173,7 @@ def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps:
 def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
     """A pattern of the layers to adapt: in the language model those named by `adapter.targets`, in the rest, if it is
     trained at all, every linear layer."""
-    prefix = language_model_name(model)
+    prefix = language_model_prefix(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     language = {name.rsplit(".", 1)[-1] for name in layers if name.startswith(prefix)}
     for target in settings.adapter.targets:

@@ -14,7 +14,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.distillation import targets
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, write_index
-from firstsight.distillation.teacher_answers import own_answers
+from firstsight.distillation.teacher_answers import generate_answers
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
 from firstsight.records.parquet import Split, SplitWriter
@@ -128,9 +128,9 @@ def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monke
 def test_damaged_answers_of_an_interrupted_cache_are_asked_for_again(smoke_copy, settings, model, processor, tmp_path):
     unanswered = replace(Split(smoke_copy / "data/egoqa/train.parquet")[0].records[0], answer="", answers=())
     questions = [(make_sample("one", "none", 0, []), unanswered)]
-    expected = own_answers(model, processor, questions, settings.targets, tmp_path)
+    expected = generate_answers(model, processor, questions, settings.targets, tmp_path)
     (tmp_path / "answers.json").write_text('{"cut')
-    assert own_answers(model, processor, questions, settings.targets, tmp_path) == expected
+    assert generate_answers(model, processor, questions, settings.targets, tmp_path) == expected
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk"])

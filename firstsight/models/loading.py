@@ -24,6 +24,7 @@ from transformers import (
 
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
+from firstsight.core.variants import METHODS
 from firstsight.models.architecture import auto_class
 
 # It warns for every layer that inputs are cast to float16, which LLM.int8 always does.
@@ -157,7 +158,7 @@ def load_model(
             f"{folder}: expected weights that can be loaded as {precision}, found them quantized to {stored}; set the "
             "precision to auto, leave this method out, or take the model that it was quantized from"
         )
-    quantizing = precision in ("int8", "nf4") and not stored
+    quantizing = precision in METHODS and not stored
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
@@ -282,7 +283,7 @@ def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype
         return getattr(torch, precision)
     if device == "cuda":
         return torch.bfloat16
-    quantized = precision in ("int8", "nf4") or hasattr(config, "quantization_config")
+    quantized = precision in METHODS or hasattr(config, "quantization_config")
     return (config.dtype or torch.float32) if quantized else torch.float32
 
 

@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json, write_json
+from firstsight.core.params import Precision
 from firstsight.core.stage import log
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
 from firstsight.records.sample import Sample
@@ -53,7 +54,7 @@ class Index:
 
     kind: Literal["hidden", "topk", "online"]
     teacher: str
-    precision: Literal["auto", "float32", "bfloat16", "int8", "nf4"]
+    precision: Precision
     data: dict[str, str]
     vocabulary: str
     shared_vocabulary: int

@@ -20,9 +20,9 @@ from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder
 from firstsight.core.stage import log, main
-from firstsight.distillation.builder import Builder
+from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
-from firstsight.distillation.teacher_answers import own_answers
+from firstsight.distillation.teacher_answers import generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.packing.dataset import PackedDataset
@@ -56,7 +56,7 @@ def run() -> None:
         unanswered = [question for split in data.values() for question in split.unanswered()]
         runs = settings.kind != "online" or unanswered
         model = load_model(TEACHER, settings.precision, device) if runs else None
-        given = own_answers(model, processor, unanswered, settings, kept)
+        given = generate_answers(model, processor, unanswered, settings, kept)
         splits = {split: PackedDataset(one.answered(given), processor) for split, one in data.items()}
         tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
         built = {"bytes_per_token": 0, "topk_error": {}}
@@ -64,8 +64,8 @@ def run() -> None:
         if settings.kind == "online":
             log.info("targets.kind is online: no targets are kept, distill will run the teacher")
         else:
-            builder = Builder(model, settings, shared)
-            head = builder.kept_head
+            builder = TargetBuilder(model, settings, shared)
+            head = builder.head
             built = build(builder, splits, tokens, settings, kept, loaded.runtime.data_workers, device)
         with whole_folder(OUTPUT) as folder:
             link_folder(kept, folder)
@@ -77,7 +77,7 @@ def run() -> None:
 
 
 def build(
-    builder: Builder,
+    builder: TargetBuilder,
     splits: dict[str, PackedDataset],
     tokens: dict[str, int],
     settings: params.Targets,
@@ -109,7 +109,7 @@ def build(
     return {"bytes_per_token": builder.bytes_per_token, "topk_error": error}
 
 
-def rehearse(builder: Builder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:
+def rehearse(builder: TargetBuilder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:
     """Say how long it will take, from one batch: the second, because the first warms up."""
     batch = to(dataset.collate([dataset[index % len(dataset)] for index in range(batch_size)]), device)
     for _ in range(2):

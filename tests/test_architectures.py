@@ -9,7 +9,7 @@ from families import SAVE, save_qwen2
 from firstsight.acquisition.initialise import build_model
 from firstsight.core.errors import UserError
 from firstsight.generation.answering import answers, model_inputs
-from firstsight.models.loading import language_model_name, load_model, load_processor
+from firstsight.models.loading import language_model_prefix, load_model, load_processor
 from firstsight.packing.forward import last_hidden_states
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.quantization.quantize import quantize_folder
@@ -60,7 +60,7 @@ def test_a_quantized_load_keeps_sight_and_head_and_reloads_exactly(architecture,
     name, folder = architecture
     whole, model = load_model(folder, "float32", "cpu"), load_model(folder, method, "cpu")
     linear = {key: type(module) for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    inside = {key for key in linear if key.startswith(language_model_name(model))}
+    inside = {key for key in linear if key.startswith(language_model_prefix(model))}
     assert {key for key, one in linear.items() if one is kind} == inside
     assert len(inside) == 2 * 7
     processor, asked = load_processor(folder), samples(name)

@@ -112,5 +112,5 @@ def test_an_answer_that_tokenizes_differently_stops_the_run(run, llava, monkeypa
 def test_videos_of_different_lengths_are_refused_where_the_model_stacks_them(llava):
     processor = load_processor(llava)
     samples = [make_sample(str(n), "video", n, QUESTIONS[:1]) for n in (2, 3)]
-    with pytest.raises(UserError, match=r"expected media of one shape in a batch, found .* wants batch_size: 1"):
+    with pytest.raises(UserError, match=r"expected media of one shape in a batch, found .* needs batch_size: 1"):
         collate([pack(processor, s, encode(processor, s, s.records)) for s in samples], 0)

@@ -20,7 +20,7 @@ from firstsight.acquisition.egogpt_conversion import Speech, convert
 from firstsight.acquisition.initialise import build_model
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.models.loading import language_model_name, load_model, load_processor
+from firstsight.models.loading import language_model_prefix, load_model, load_processor
 from firstsight.packing.forward import answer_states
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.planning import arithmetic, gpu_memory, plan_table
@@ -137,7 +137,7 @@ def test_a_local_checkpoint_is_planned_by_what_it_has(checkpoint):
     visual = [
         parameter
         for name, parameter in real.named_parameters()
-        if not name.startswith((language_model_name(real), "lm_head"))
+        if not name.startswith((language_model_prefix(real), "lm_head"))
     ]
     assert shape.vision == sum(parameter.numel() for parameter in visual)
     assert shape.weights_bytes("float32") == real.get_memory_footprint(return_buffers=False)

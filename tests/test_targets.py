@@ -16,7 +16,7 @@ from firstsight.core.files import fingerprint_files, write_json
 from firstsight.core.params import Precision
 from firstsight.distillation import targets
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, read_index, write_index
-from firstsight.distillation.teacher_answers import own_answers
+from firstsight.distillation.teacher_answers import generate_answers
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
 from firstsight.records.parquet import Split, SplitWriter
@@ -55,7 +55,7 @@ def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
     read = SplitTargets(tmp_path, "train", data="d")
     assert len(read) == 60
     for first, last in ((59, 60), (0, 1), (28, 33), (0, 60)):
-        hidden = read.of(None, range(first, last))["hidden"]
+        hidden = read.features(None, range(first, last))["hidden"]
         assert torch.equal(hidden, torch.cat([hidden for hidden, _ in written[first:last]]))
         assert read.answers(None, range(first, last)) == [tokens.tolist() for _, tokens in written[first:last]]
     assert torch.equal(read_head(tmp_path, "cpu"), head)
@@ -132,9 +132,9 @@ def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monke
 def test_damaged_answers_of_an_interrupted_cache_are_asked_for_again(smoke_copy, settings, model, processor, tmp_path):
     unanswered = replace(Split(smoke_copy / "data/egoqa/train.parquet")[0].records[0], answer="", answers=())
     questions = [(make_sample("one", "none", 0, []), unanswered)]
-    expected = own_answers(model, processor, questions, settings.targets, tmp_path)
+    expected = generate_answers(model, processor, questions, settings.targets, tmp_path)
     (tmp_path / "answers.json").write_text('{"cut')
-    assert own_answers(model, processor, questions, settings.targets, tmp_path) == expected
+    assert generate_answers(model, processor, questions, settings.targets, tmp_path) == expected
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
@@ -327,10 +327,10 @@ def own():
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 read = SplitTargets(Path({str(tmp_path)!r}), "train", "d")
-read.of(None, range(1))
+read.features(None, range(1))
 before = own()
 for record in range(len(read)):
-    read.of(None, range(record, record + 1))
+    read.features(None, range(record, record + 1))
 print(own() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

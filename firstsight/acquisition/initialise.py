@@ -97,7 +97,7 @@ def fresh_tokenizer(init: Initialisation) -> Qwen2Tokenizer:
 
 
 def train_tokenizer(corpus: list[str], vocabulary_size: int) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer with Qwen2's pre-tokenizer: at most `vocabulary_size` tokens, and the special ones.
+    """Train a byte-level BPE tokenizer with Qwen2's pre-tokenizer: `vocabulary_size` tokens at most, and special ones.
 
     All 256 bytes are tokens, so that every text can be encoded, whatever the corpus.
     """

@@ -15,6 +15,8 @@ class Variant:
     quantized_on_loading: str | None = None
 
 
+# To add a quantization method, extend `Method` and `MODEL_OUTPUTS` in params.py, both `foreach` in dvc.yaml, and
+# `quantization_config`, `stored_method`, `check_quantized` in models/loading.py; its bytes: planning/gpu_memory.py.
 METHODS: tuple[str, ...] = get_args(Method)
 TEACHER = "teacher"
 _TEACHER = Path("models/teacher-finetuned")

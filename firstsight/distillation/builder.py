@@ -1,4 +1,4 @@
-"""From a teacher's forward pass to its targets."""
+"""Compute a teacher's targets from its forward pass."""
 
 import torch
 from torch import Tensor
@@ -12,17 +12,17 @@ from firstsight.packing.forward import answer_states
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
 
-# At which the error of top-k is measured: it grows with the temperature, as the tail gains weight.
+# Temperatures at which the error of top-k is measured; it grows with T, as the tail gains probability.
 TEMPERATURES = (1.0, 2.0, 4.0)
 
 
-class Builder:
-    """Computes a teacher's targets, batch by batch.
+class TargetBuilder:
+    """Compute a teacher's targets, batch by batch.
 
     Args:
-        teacher: in eval mode; run under `torch.inference_mode`.
-        settings: which kind of targets.
-        shared: V, the tokens that the student also has.
+        teacher: a model in eval mode; call `targets` under `torch.inference_mode`.
+        settings: the kind of targets, and k for `topk`.
+        shared: V, the size of the shared vocabulary.
     """
 
     def __init__(self, teacher: PreTrainedModel, settings: Targets, shared: int):
@@ -32,47 +32,48 @@ class Builder:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one answer token takes, besides the 4 of the token itself."""
+        """Bytes of the targets per answer token, without the 4 of the token itself."""
         if self._kind == "hidden":
             return HiddenTeacher.bytes_per_token(self._head.shape[1], self._teacher.dtype.itemsize)
         return TopKTeacher.bytes_per_token(self._k)
 
     @property
-    def kept_head(self) -> Tensor | None:
-        """The head [V, H] that goes with the targets: `hidden` needs it to make logits."""
+    def head(self) -> Tensor | None:
+        """The teacher's head [V, H] where the targets need it to make logits: for `hidden`."""
         return self._head if self._kind == "hidden" else None
 
     @property
     def head_bytes(self) -> int:
+        """Bytes of `head`."""
         return self._head.nbytes if self._kind == "hidden" else 0
 
     def targets(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int], dict[str, float]]:
-        """Run the teacher over a packed batch; what `SplitTargetsWriter.write` takes, records in order."""
+        """Run the teacher over a packed batch; return the arguments of `SplitTargetsWriter.write`, in record order."""
         labels = batch["labels"]
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         hidden, answers = answer_states(self._teacher, inputs, labels)
-        tensors, errors = ({"hidden": hidden}, {}) if self._kind == "hidden" else self._best(hidden)
+        tensors, errors = ({"hidden": hidden}, {}) if self._kind == "hidden" else self._top_k(hidden)
         return {"answers": answers, **tensors}, answer_lengths(batch["segment_ids"], labels), errors
 
-    def _best(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The k best logits of hidden states [n, H], and the sums of the error that they make, by temperature."""
+    def _top_k(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the k largest logits of hidden states [n, H], and their error summed over tokens, by temperature."""
         exact, parts, errors = HiddenTeacher(hidden, self._head), [], dict.fromkeys(map(str, TEMPERATURES), 0.0)
         for start in range(0, len(hidden), CHUNK):
             logits = exact.logits(slice(start, start + CHUNK), self._shared, torch.float32)
             best = logits.topk(self._k)
-            kept = TopKTeacher(best.indices.to(torch.int32), best.values, logits.logsumexp(-1))
-            rebuilt = kept.logits(slice(0, CHUNK), self._shared, torch.float32)
+            approximate = TopKTeacher(best.indices.to(torch.int32), best.values, logits.logsumexp(-1))
+            rebuilt = approximate.logits(slice(0, CHUNK), self._shared, torch.float32)
             for temperature in TEMPERATURES:
                 errors[str(temperature)] += forward_kl(logits, rebuilt, temperature).item()
-            parts.append(kept)
+            parts.append(approximate)
         names = ("ids", "best", "logsumexp")
         return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}, errors
 
 
 def answer_lengths(segment_ids: Tensor, labels: Tensor) -> list[int]:
-    """How many answer tokens each record of a packed batch [B, S] has, in order."""
+    """Count the answer tokens of each record of a packed batch [B, S], in order."""
     answered = labels[:, 1:] != IGNORE
-    # A record is one segment of one row: numbered so that neighbours differ.
+    # A record is one segment of one row; give each a number of its own.
     rows = torch.arange(len(labels), device=labels.device)[:, None] * (segment_ids.max() + 1)
     owners = (rows + segment_ids[:, 1:])[answered]
     return torch.unique_consecutive(owners, return_counts=True)[1].tolist()

@@ -1,17 +1,17 @@
-"""What the teacher knows of every answer token, kept on disk: computed once, read by every distillation.
+"""Store the teacher's targets for every answer token on disk: computed once, read by every distillation.
 
-A folder of
+The folder holds
 
-    answers.json                 the teacher's own answers, by record id, to questions that came without one
-    index.json                   what the targets are and, as fingerprints, what they were made from
+    answers.json                 the teacher's answers, by record id, to questions that have none in the data
+    index.json                   the kind of targets and, as fingerprints, what they were made from
     head.safetensors             the teacher's output head over the shared vocabulary [V, H]; for `hidden`
-    {split}-00000.safetensors    shards of a split, each complete in itself: n answer tokens of r records
+    {split}-00000.safetensors    shards of a split, each readable alone: n answer tokens of r records
 
-A shard holds `answers` [n] int32, `lengths` [r] int32 (the answer tokens of each record), and a row for each token:
-for `hidden`, `hidden` [n, H], the final hidden states that predict the tokens, in the precision in which the teacher
-computes, so that the loss made from them is the loss made with the teacher at hand, for any temperature, weight and
-divergence; for `topk`, `ids` [n, k] int32, `best` [n, k] and `logsumexp` [n]. For `online` there is the index alone.
-Records are numbered as they come in the split's file, whose fingerprint the index holds.
+A shard holds `answers` [n] int32, the answer tokens; `lengths` [r] int32, their number in each record; and a row per
+token: for `hidden`, `hidden` [n, H], the final hidden states that predict the tokens, in the teacher's dtype, so that
+the loss equals that of a teacher run in training, for any temperature, alpha and divergence; for `topk`, `ids` [n, k]
+int32, `best` [n, k] and `logsumexp` [n] (`firstsight.loss.teachers`). For `online` there are no shards. Records are
+numbered in the order of the split's file, whose fingerprint is in the index.
 """
 
 import bisect
@@ -40,17 +40,17 @@ from firstsight.core.validation import describe
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
 from firstsight.records.sample import Sample
 
-# When a shard is full: what an interruption may cost, and how many files there are.
+# The size of a shard: smaller ones lose less work to an interruption, larger ones make fewer files.
 _SHARD_BYTES, _SHARD_RECORDS = 1 << 26, 2048
-MADE_BY = "cache-teacher-targets"
+STAGE = "cache-teacher-targets"
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Index:
-    """Contents of index.json. `data`, `vocabulary` and `files` are compared on reading.
+    """Hold the contents of index.json; `data`, `vocabulary` and `files` are checked on reading.
 
-    `precision` is how the teacher was, or is to be, loaded; `topk_error` the mean KL a token of the exact teacher
-    from its k best, by temperature; `files` the SHA-256 of every other file of the folder.
+    `precision` is that in which the teacher was, or for `online` will be, loaded; `topk_error` is the mean KL per token
+    from the exact teacher to its top k, by temperature; `files` has the SHA-256 of every other file of the folder.
     """
 
     kind: Literal["hidden", "topk", "online"]
@@ -66,10 +66,10 @@ class Index:
 
 
 class SplitTargetsWriter:
-    """Writes one split's targets, batch by batch, with one shard in memory.
+    """Write one split's targets, batch by batch, with one shard in memory.
 
-    A shard appears whole or not at all, and ends where a batch does; so a writer over a folder that an interrupted one
-    left goes on after `batches`, and the shards come out the same.
+    Shards are renamed into place when complete, and end with a batch: after an interruption, a new writer over the same
+    folder continues after `batches` batches, and the shards come out the same.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -81,11 +81,11 @@ class SplitTargetsWriter:
             try:
                 with safe_open(path, framework="pt") as file:
                     written = json.loads(file.metadata()["written"])
-                    shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                    shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
                 if written.pop("sha256") != _checksum(shard, written):
-                    raise SafetensorError("not as it was written")
+                    raise SafetensorError("its checksum differs")
             except (SafetensorError, OSError, ValueError, LookupError) as error:
-                log.warning("%s is damaged (%s); made again from here on", path, error)
+                log.warning("%s is damaged (%s); it and later shards are computed again", path, error)
                 for later in folder.glob(f"{split}-*.safetensors"):
                     if later >= path:
                         later.unlink()
@@ -95,8 +95,12 @@ class SplitTargetsWriter:
             self._shards += 1
 
     def write(self, tensors: dict[str, Tensor], lengths: list[int], error_sums: dict[str, float]) -> None:
-        """A batch: tensors by name, `answers` among them, a row an answer token; the answer tokens of each record; and
-        what is to be summed over the split.
+        """Write a batch.
+
+        Args:
+            tensors: by name, `answers` among them, with a row per answer token.
+            lengths: number of answer tokens of each record.
+            error_sums: values to be summed over the split.
 
         Raises:
             UserError: a value is not finite; names the first such record.
@@ -108,7 +112,7 @@ class SplitTargetsWriter:
                 record = self._records + bisect.bisect_right(list(accumulate(lengths)), row)
                 raise UserError(
                     f"{self._split} split: expected finite values from the teacher, found NaN or infinity in {name} of "
-                    f"record {record}; set targets.precision to float32, or mend or fine-tune the teacher again"
+                    f"record {record}; set targets.precision to float32, or repair or retrain the teacher"
                 )
         integers = {"answers": batch["answers"], "lengths": torch.tensor(lengths)}
         self._pending.append(batch | {name: tensor.to(torch.int32) for name, tensor in integers.items()})
@@ -122,7 +126,7 @@ class SplitTargetsWriter:
             self._flush()
 
     def close(self) -> dict[str, float]:
-        """Finish the split; returns what was summed over it."""
+        """Write the last shard and return `error_sums`, summed over the split."""
         if self._pending:
             self._flush()
         return self._error_sums
@@ -144,18 +148,18 @@ class SplitTargetsWriter:
 
 
 def _checksum(tensors: dict[str, Tensor], written: dict[str, Any]) -> str:
-    """SHA-256 of a shard: until the index is there, nothing else tells a number that has changed."""
+    """Return the SHA-256 of a shard; until the index is written, nothing else reveals a changed value."""
     return hashlib.sha256(save(tensors, {"written": json.dumps(written)})).hexdigest()
 
 
 def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
-    """Write index.json and, for `hidden`, the teacher's head [V, H]; the last step of building targets.
+    """Write index.json and, for `hidden`, the teacher's head [V, H]: the last step, because it takes checksums of all.
 
     Raises:
         UserError: a value of the head is not finite.
     """
     if head is not None and not head.isfinite().all():
-        raise UserError("teacher: expected a finite output head, found NaN or infinity; mend or fine-tune it again")
+        raise UserError("teacher: expected a finite output head, found NaN or infinity; repair or retrain it")
     if head is not None:
         save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
     files = {path.name: fingerprint_files([path]) for path in sorted(folder.iterdir())}
@@ -168,26 +172,28 @@ def write_answers(folder: Path, answers: dict[str, str]) -> None:
 
 
 def read_answers(folder: Path) -> dict[str, str]:
-    return read_json(folder / "answers.json", MADE_BY)
+    """Read what `write_answers` wrote. Raises UserError when it is missing or broken."""
+    return read_json(folder / "answers.json", STAGE)
 
 
 def read_index(folder: Path) -> Index:
+    """Read index.json. Raises UserError when it is missing or broken."""
     path = folder / "index.json"
-    values = read_json(path, MADE_BY)
+    values = read_json(path, STAGE)
     try:
         return Index(**values)
     except TypeError:
         found = f"expected an index of targets, found {type(values).__name__}"
     except ValidationError as error:
         found = describe(error)
-    raise UserError(f"{path}: {found}; run {MADE_BY} again")
+    raise UserError(f"{path}: {found}; run {STAGE} again")
 
 
 def check_files(folder: Path, index: Index) -> None:
-    """Compare every file with the index's checksum: a number that is wrong, but finite, would be learnt from.
+    """Compare every file with its checksum in the index: a changed but finite value would be trained on unnoticed.
 
     Raises:
-        UserError: a file is missing or has changed since it was written.
+        UserError: a file is missing or differs.
     """
     for name, expected in index.files.items():
         try:
@@ -197,35 +203,38 @@ def check_files(folder: Path, index: Index) -> None:
         if found != expected:
             raise UserError(
                 f"{folder / name}: expected the file as it was written (SHA-256 {expected[:12]}), found {found[:80]}; "
-                f"run {MADE_BY} again"
+                f"run {STAGE} again"
             )
 
 
 def read_head(folder: Path, device: str) -> Tensor | None:
-    """The teacher's head [V, H] over the shared vocabulary; None for targets that need none."""
+    """Load the teacher's head [V, H] over the shared vocabulary; None for targets other than `hidden`."""
     if read_index(folder).kind != "hidden":
         return None
     try:
         return load_file(folder / "head.safetensors", device=device)["head"]
     except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder}: expected the teacher's head, found {error}; run {MADE_BY} again") from None
+        raise UserError(f"{folder}: expected the teacher's head, found {error}; run {STAGE} again") from None
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless the targets' shared vocabulary is the first tokens of the student's tokenizer."""
+    """Raise UserError unless the targets' shared vocabulary is the first V tokens of the student's tokenizer."""
     index = read_index(folder)
     if vocabulary_fingerprint(tokenizer, index.shared_vocabulary) != index.vocabulary:
         raise UserError(
             f"{folder}: expected targets over the vocabulary of {tokenizer.name_or_path}, "
-            f"found another vocabulary's; run {MADE_BY} again"
+            f"found targets over another; run {STAGE} again"
         )
 
 
 class SplitTargets:
-    """One split's targets, memory-mapped: only what is asked for is read.
+    """Provide one split's targets to a dataset (a `TeacherSource`) from memory-mapped shards, read on access.
+
+    Args:
+        data: fingerprint of the split's file.
 
     Raises:
-        UserError: a file is missing or broken, or the split's data is not what the targets were made from.
+        UserError: a file is missing or broken, or the targets were made from another file.
     """
 
     def __init__(self, folder: Path, split: str, data: str):
@@ -233,7 +242,7 @@ class SplitTargets:
         if index.data.get(split) != data:
             raise UserError(
                 f"{folder}: expected targets made from this {split} split ({data[:12]}), "
-                f"found targets made from {str(index.data.get(split))[:12]}; run {MADE_BY} again"
+                f"found targets made from {str(index.data.get(split))[:12]}; run {STAGE} again"
             )
         self._folder, self._split = folder, split
         self._shards, self._starts, answers, lengths = [], [0], [], []
@@ -245,9 +254,9 @@ class SplitTargets:
                 lengths.append(shard.get_tensor("lengths"))
                 self._starts.append(self._starts[-1] + len(answers[-1]))
         except (OSError, SafetensorError) as error:
-            raise self._broken(error) from None
+            raise self._error(error) from None
         if self._starts[-1] != (expected := index.answer_tokens.get(split)):
-            raise self._broken(f"{self._starts[-1]} of {expected} answer tokens")
+            raise self._error(f"{self._starts[-1]} of {expected} answer tokens")
         self._answers = torch.cat(answers)
         self._offsets = [0, *torch.cat(lengths).cumsum(0).tolist()]
 
@@ -257,21 +266,20 @@ class SplitTargets:
     def answers(self, _sample: Sample, records: range) -> list[list[int]]:
         return [self._answers[self._offsets[one] : self._offsets[one + 1]].tolist() for one in records]
 
-    def of(self, _sample: Sample, records: range) -> dict[str, Tensor]:
-        """The records' tensors, a row an answer token, one record after the other.
+    def features(self, _sample: Sample, records: range) -> dict[str, Tensor]:
+        """Read the targets of the records: tensors with a row per answer token, in record order.
 
         Raises:
-            UserError: a value is not finite, as from a damaged file.
+            UserError: a value is not finite, as in a damaged file.
         """
         parts = [self._rows(one) for one in records]
         for one, part in zip(records, parts, strict=True):
             if not all(tensor.isfinite().all() for tensor in part.values()):
-                raise self._broken(f"values that are not finite, at record {one}")
+                raise self._error(f"values that are not finite, at record {one}")
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def blank(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a sample none of whose answers count."""
-        return {name: tensor[:0] for name, tensor in tensors.items()}
+    def without_answers(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor[:0] for name, tensor in features.items()}
 
     def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([feature[name] for feature in features]) for name in features[0]}
@@ -283,5 +291,5 @@ class SplitTargets:
         names = set(shard.keys()) - {"answers", "lengths"}
         return {name: shard.get_slice(name)[start - base : end - base] for name in sorted(names)}
 
-    def _broken(self, found: object) -> UserError:
-        return UserError(f"{self._folder}: expected the {self._split} targets, found {found}; run {MADE_BY} again")
+    def _error(self, found: object) -> UserError:
+        return UserError(f"{self._folder}: expected the {self._split} targets, found {found}; run {STAGE} again")

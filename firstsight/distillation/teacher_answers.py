@@ -1,4 +1,4 @@
-"""Sequence-level targets: questions that nobody has answered, answered by the teacher."""
+"""Generate the teacher's answers to questions that have none in the data: sequence-level distillation."""
 
 from pathlib import Path
 
@@ -13,34 +13,35 @@ from firstsight.generation.answering import Question, answers
 from firstsight.records.sample import LETTERS
 
 
-def own_answers(
+def generate_answers(
     model: PreTrainedModel | None,
     processor: ProcessorMixin,
     questions: list[Question],
     settings: Targets,
-    kept: Path,
+    folder: Path,
 ) -> dict[str, str]:
-    """The teacher's answers to questions that have none, by record id (Kim and Rush, 2016, arXiv:1606.07947).
+    """Answer the questions with the teacher; return its answers by record id (Kim and Rush, 2016, arXiv:1606.07947).
 
-    One to options that is no letter of theirs comes out empty. They are kept in the folder `kept`, batch by batch, and
-    those that are there already are not asked for again.
+    To a question with options, an answer that is not one of their letters is replaced by "". Answers are written to
+    `folder` after each batch; those already there are not generated again, and `model` may be None if all are.
     """
-    path = kept / "answers.json"
+    path = folder / "answers.json"
     try:
-        found = read_answers(kept) if path.exists() else {}
+        found = read_answers(folder) if path.exists() else {}
     except UserError:
-        log.warning("%s is damaged; asked again", path)
+        log.warning("%s is damaged; its answers are generated again", path)
         found = {}
-    rest = questions[len(found) :]
-    asked = answers(model, processor, rest, settings.batch_size, settings.max_answer_tokens)
-    progress = tqdm(asked, desc="cache-teacher-targets: answers", unit=" questions", total=len(rest), disable=not rest)
-    for number, (text, (_, record)) in enumerate(zip(progress, rest, strict=True), start=1):
-        fits = not record.options or text in LETTERS[: len(record.options)]
-        found[record.id] = text if fits else ""
+    remaining = questions[len(found) :]
+    generated = answers(model, processor, remaining, settings.batch_size, settings.max_answer_tokens)
+    label = "cache-teacher-targets: answers"
+    progress = tqdm(generated, desc=label, unit=" questions", total=len(remaining), disable=not remaining)
+    for number, (text, (_, record)) in enumerate(zip(progress, remaining, strict=True), start=1):
+        valid = not record.options or text in LETTERS[: len(record.options)]
+        found[record.id] = text if valid else ""
         if number % settings.batch_size == 0:
-            write_answers(kept, found)
-    write_answers(kept, found)
+            write_answers(folder, found)
+    write_answers(folder, found)
     if questions:
-        useful = sum(map(bool, found.values()))
-        log.info("the teacher answered %d of %d questions that have no answer", useful, len(questions))
+        usable = sum(map(bool, found.values()))
+        log.info("the teacher answered %d of %d questions that have no answer", usable, len(questions))
     return found

@@ -1,7 +1,7 @@
-"""Do two models mean the same by a token id? Checked before any forward pass, never assumed.
+"""Check that teacher and student mean the same by a token id, and find the vocabulary that they share.
 
-Embeddings may differ in height (152,064 rows in Qwen2-VL-7B, 151,936 in 2B) while the tokens are the same; rows
-beyond a tokenizer's tokens mean nothing. The loss compares the models over the tokens that both really have.
+Their embeddings may differ in rows (152,064 in Qwen2-VL-7B, 151,936 in 2B) while their tokens are the same; rows beyond
+a tokenizer's tokens are unused. The loss compares the models over the tokens that both tokenizers have.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ from firstsight.core.files import fingerprint
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokenizer's tokens in the order of their ids, up to the first id without a token."""
+    """Return the tokenizer's tokens in the order of their ids, up to the first id without a token."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     ordered = []
     while (token := by_id.get(len(ordered))) is not None:
@@ -20,20 +20,20 @@ def tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> int:
-    """V, the number of tokens both have: ids 0 to V - 1 mean the same to both.
+    """Return V, the number of shared tokens: ids 0 to V - 1 mean the same to both.
 
-    What was added to the two vocabularies may differ after their last common token, as `<image>` of LLaVA-OneVision
-    and `<|object_ref_start|>` of Qwen2-VL do: such tokens stand for no text, and no answer has them.
+    Added tokens may differ after the last common one, as `<image>` of LLaVA-OneVision and `<|object_ref_start|>` of
+    Qwen2-VL do: they are special tokens, which no answer contains.
 
     Raises:
-        UserError: an id means different tokens, and one of the vocabularies has text at or after it, or the token that
-            ends an answer differs; names the first.
+        UserError: the tokens of an id differ and one of the vocabularies has text tokens at or after it, or the
+            end-of-answer tokens differ; names the first.
     """
-    theirs, ours = tokens(teacher), tokens(student)
-    shared = min(len(theirs), len(ours))
-    for index, (expected, found) in enumerate(zip(theirs, ours, strict=False)):
+    teacher_tokens, student_tokens = tokens(teacher), tokens(student)
+    shared = min(len(teacher_tokens), len(student_tokens))
+    for index, (expected, found) in enumerate(zip(teacher_tokens, student_tokens, strict=False)):
         if expected != found:
-            if index <= max(_last_of_text(teacher, theirs), _last_of_text(student, ours)):
+            if index <= max(_last_text_token(teacher, teacher_tokens), _last_text_token(student, student_tokens)):
                 raise UserError(
                     f"models.student: expected the teacher's vocabulary, where token {index} is {expected!r}, "
                     f"found {found!r} in {student.name_or_path}; take a teacher and a student that share a tokenizer"
@@ -44,17 +44,17 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     if ends[0] != ends[1] or ends[0] >= shared:
         raise UserError(
             f"models.student: expected an answer to end with the teacher's {teacher.eos_token!r} ({ends[0]}), found "
-            f"{student.eos_token!r} ({ends[1]}) in {student.name_or_path}; take models that end an answer alike"
+            f"{student.eos_token!r} ({ends[1]}) in {student.name_or_path}; take models that share this token"
         )
     return shared
 
 
-def _last_of_text(tokenizer: PreTrainedTokenizerBase, ordered: list[str]) -> int:
-    """The last id whose token was not added to the vocabulary."""
+def _last_text_token(tokenizer: PreTrainedTokenizerBase, ordered: list[str]) -> int:
+    """Return the last id whose token is not an added token."""
     added = tokenizer.added_tokens_decoder
     return max(index for index in range(len(ordered)) if index not in added)
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, shared: int) -> str:
-    """Fingerprint of the first `shared` tokens."""
+    """Return the fingerprint of the first `shared` tokens."""
     return fingerprint(tokens(tokenizer)[:shared])

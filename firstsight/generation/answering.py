@@ -1,4 +1,4 @@
-"""Asking a model: each question alone, greedily, in batches padded on the left."""
+"""Generate a model's answers: greedy decoding, one question per prompt, in batches padded on the left."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Question = tuple[Sample, Record]
 
 
 def model_inputs(processor: Any, questions: Sequence[Question], device: str) -> dict[str, torch.Tensor]:
-    """The processor's tensors for a batch of questions, padded on the left, on `device`."""
+    """Return the processor's tensors for a batch of questions, padded on the left, on `device`."""
     texts = [
         processor.apply_chat_template(messages(record, sample), add_generation_prompt=True, tokenize=False)
         for sample, record in questions
@@ -30,16 +30,16 @@ def model_inputs(processor: Any, questions: Sequence[Question], device: str) -> 
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **limits: int) -> torch.Tensor:
-    """New tokens [B, n] of greedy decoding; `limits` are max_new_tokens and min_new_tokens."""
-    produced = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None, **limits)
-    return produced[:, inputs["input_ids"].shape[1] :]
+    """Decode greedily and return the new tokens [B, n]; `limits` are max_new_tokens and min_new_tokens."""
+    sequences = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None, **limits)
+    return sequences[:, inputs["input_ids"].shape[1] :]
 
 
 def answers(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, max_new_tokens: int
 ) -> Iterator[str]:
-    """The model's answers, in the order of the questions."""
+    """Yield the model's answers as text without special tokens, in the order of the questions."""
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        produced = generate(model, model_inputs(processor, batch, model.device), max_new_tokens=max_new_tokens)
-        yield from (text.strip() for text in processor.batch_decode(produced, skip_special_tokens=True))
+        tokens = generate(model, model_inputs(processor, batch, model.device), max_new_tokens=max_new_tokens)
+        yield from (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))

@@ -1,15 +1,16 @@
-"""The distillation loss, exact and in chunks.
+"""The distillation objective, computed exactly and in chunks of answer tokens.
 
-For the N answer tokens of a batch, with student logits z_s and teacher logits z_t over the shared vocabulary V,
+For the N answer tokens y_n of a batch, with student logits z_s and teacher logits z_t,
 
-    sum_n  alpha T^2 D( softmax(z_t / T), softmax(z_s / T) )  +  (1 - alpha) CE(z_s, y)
+    L = sum_n  alpha T^2 D( softmax(z_t[:V] / T), softmax(z_s[:V] / T) )  +  (1 - alpha) CE(z_s, y_n)
 
-(Hinton et al., 2015, arXiv:1503.02531; T^2 keeps the size of the soft gradient as T grows). D, one of `divergences`,
-runs over V alone, renormalised on both sides; CE runs over the student's whole vocabulary, so that alpha = 0 is exactly
-the student's own fine-tuning loss. The caller divides the sum by the answer tokens of the whole optimizer step.
+(Hinton et al., 2015, arXiv:1503.02531; T^2 keeps the gradient of D at one scale as T grows). D is one of `divergences`,
+over the V tokens that both models have. CE runs over the student's whole vocabulary, so that alpha = 0 is supervised
+fine-tuning. The caller divides L by the number of answer tokens of the optimizer step.
 
-Logits are made from hidden states chunk by chunk, in float32, and the gradients of hidden states and head are made on
-the way forward: no (N x vocabulary) buffer exists, and backward only scales what is already there.
+Logits are computed from hidden states chunk by chunk, in float32, and the gradients for hidden states and head in the
+same pass: no [N, vocabulary] buffer is allocated, and backward only scales these gradients. The other files of this
+folder: `divergences`, the choices of D; `teachers`, where z_t comes from; `products`, products with an output head.
 """
 
 from dataclasses import dataclass
@@ -24,16 +25,16 @@ from firstsight.loss.divergences import DIVERGENCES, FORWARD_KL, Divergence
 from firstsight.loss.products import CHUNK
 from firstsight.loss.teachers import Teacher
 
-# Rows that the softmaxes work on at once. On a CPU their temporaries then stay in cache, which is what makes them fast;
-# a GPU wants fewer, larger kernels.
+# Rows per softmax: few on a CPU, so that temporaries stay in its cache; more on a GPU, for fewer and larger kernels.
 BLOCK = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over answer tokens: scalars in float32, or float64 for such inputs. Only `total` carries a gradient.
+    """Hold sums over answer tokens: scalars in float32, or float64 for float64 inputs. Only `total` has a gradient.
 
-    `agreement` counts the tokens at which the student's likeliest token of the shared vocabulary is the teacher's.
+    `total` is L; `divergence` and `ce` are the sums of D and CE; `agreement` counts the answer tokens at which student
+    and teacher have the same argmax over the shared vocabulary.
     """
 
     total: Tensor
@@ -53,50 +54,51 @@ def distillation_loss(
     alpha: float,
     divergence: Divergence = FORWARD_KL,
 ) -> Loss:
-    """The loss summed over N answer tokens.
+    """Compute the objective L of this module, summed over N answer tokens.
 
     Args:
         student_hidden: [N, H] final hidden states (after the last norm) that predict the answer tokens.
-        student_head: [V_s, H] the student's output head; gradients flow to it unless it is frozen.
+        student_head: [V_s, H] the student's output head; it gets a gradient unless it is frozen.
         answers: [N] int64 answer tokens, each below V_s.
-        teacher: the teacher at these tokens; None, with alpha 0, for plain fine-tuning.
-        shared_vocabulary: V, the tokens that both models have; D runs over logits [:V] of each.
-        temperature: T > 0. It enters D alone.
-        alpha: the weight of the teacher, in [0, 1].
-        divergence: which D.
+        teacher: the teacher at these tokens; None, with alpha 0, for supervised fine-tuning.
+        shared_vocabulary: V; the token ids below it mean the same to both models.
+        temperature: T > 0; CE is computed at temperature 1.
+        alpha: the weight of D, in [0, 1].
+        divergence: D.
 
     Raises:
-        ValueError: alpha above 0 without a teacher.
+        ValueError: alpha is above 0 and teacher is None.
     """
     if teacher is None and alpha > 0:
-        raise ValueError(f"alpha = {alpha:g} gives weight to a teacher, and there is none")
-    # Without gradients, none are made; with them, autocast would round the logits to 16 bits.
+        raise ValueError(f"expected a teacher, because alpha is {alpha:g}, found None; pass one or set alpha to 0")
+    # Under no_grad, no gradient for the head is computed. Autocast is disabled: it would round the logits to 16 bits.
     head = student_head if torch.is_grad_enabled() else student_head.detach()
     objective = _Objective(teacher, shared_vocabulary, temperature, alpha, divergence)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        return Loss(*_Chunked.apply(student_hidden, head, answers, objective))
+        return Loss(*_ChunkedLoss.apply(student_hidden, head, answers, objective))
 
 
-class _Chunked(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks of tokens."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Compute the loss and its gradients in one pass over chunks of tokens."""
 
     @staticmethod
     def forward(ctx, hidden, head, answers, objective):
         ctx.save_for_backward(hidden, head, answers)
-        ctx.objective, ctx.wanted = objective, ctx.needs_input_grad[:2]
-        sums, *ctx.gradients = _sums_and_gradients(hidden, head, answers, objective, *ctx.wanted)
-        soft, ce, agreement = sums
-        ctx.mark_non_differentiable(soft, ce, agreement)
-        return objective.alpha * objective.temperature**2 * soft + (1 - objective.alpha) * ce, soft, ce, agreement
+        ctx.objective, ctx.needs_gradients = objective, ctx.needs_input_grad[:2]
+        sums, *ctx.gradients = _sums_and_gradients(hidden, head, answers, objective, *ctx.needs_gradients)
+        divergence, ce, agreement = sums
+        ctx.mark_non_differentiable(divergence, ce, agreement)
+        total = objective.alpha * objective.temperature**2 * divergence + (1 - objective.alpha) * ce
+        return total, divergence, ce, agreement
 
     @staticmethod
     @once_differentiable
     def backward(ctx, total_grad, *_):
-        # The gradients are scaled in place and given away, which saves a copy of the head's; a second backward pass
-        # over a retained graph makes them again.
+        # The gradients are scaled in place and released, which saves a copy of the head's; a second backward pass over
+        # a retained graph computes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, *gradients = _sums_and_gradients(*ctx.saved_tensors, ctx.objective, *ctx.wanted)
+            _, *gradients = _sums_and_gradients(*ctx.saved_tensors, ctx.objective, *ctx.needs_gradients)
         hidden_grad, head_grad = (None if one is None else one.mul_(total_grad) for one in gradients)
         if hidden_grad is not None:
             hidden_grad = hidden_grad.to(ctx.saved_tensors[0].dtype)
@@ -105,7 +107,7 @@ class _Chunked(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Objective:
-    """The arguments of the loss that are no tensors of the student."""
+    """Hold the arguments of `distillation_loss` other than the student's tensors."""
 
     teacher: Teacher | None
     shared: int
@@ -115,54 +117,55 @@ class _Objective:
 
 
 def _sums_and_gradients(
-    hidden: Tensor, head: Tensor, answers: Tensor, objective: _Objective, wants_hidden: bool, wants_head: bool
+    hidden: Tensor, head: Tensor, answers: Tensor, objective: _Objective, needs_hidden: bool, needs_head: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sums [3] of divergence, CE and agreement, and the gradients [N, H] and [V_s, H] that are wanted."""
-    # float32 at least; float64 stays, so that the gradient can be checked numerically.
+    """Return sums [3] of D, CE and agreement, and the gradients [N, H] and [V_s, H]; None where not needed."""
+    # At least float32; float64 inputs stay in float64, so that the gradient can be checked numerically.
     precision = torch.promote_types(hidden.dtype, torch.float32)
-    hidden_grad = torch.empty_like(hidden, dtype=precision) if wants_hidden else None
-    # Summed in full precision over the chunks, whatever the head's own.
-    head_grad = torch.empty_like(head, dtype=precision) if wants_head else None
+    hidden_grad = torch.empty_like(hidden, dtype=precision) if needs_hidden else None
+    # Accumulated over the chunks in this precision, even if the head is narrower.
+    head_grad = torch.empty_like(head, dtype=precision) if needs_head else None
     sums = hidden.new_zeros(3, dtype=precision)
     block = BLOCK[hidden.device.type]
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
         chunk = hidden[rows].to(precision)
         logits = products.logits(chunk, head)
-        known = objective.teacher and objective.teacher.logits(rows, objective.shared, precision)
+        teacher_logits = objective.teacher and objective.teacher.logits(rows, objective.shared, precision)
         for first in range(0, len(chunk), block):
             part = slice(first, first + block)
-            teacher_logits = None if known is None else known[part]
-            # The logits' gradient takes the logits' place.
-            sums += _differentiate(logits[part], answers[rows][part], teacher_logits, objective)
-        if wants_hidden:
+            teacher_part = None if teacher_logits is None else teacher_logits[part]
+            # Overwrites the logits with their gradient.
+            sums += _differentiate(logits[part], answers[rows][part], teacher_part, objective)
+        if needs_hidden:
             hidden_grad[rows] = products.times_head(logits, head)
-        if wants_head:
-            # The first product starts the sum: a buffer of zeros would be written and read for nothing.
+        if needs_head:
+            # beta = 0 in the first chunk overwrites the buffer, so that it need not be zeroed.
             head_grad.addmm_(logits.T, chunk, beta=min(start, 1))
-    if wants_head and not len(hidden):
+    if needs_head and not len(hidden):
         head_grad.zero_()
-    return sums, hidden_grad, head_grad.to(head.dtype) if wants_head else None
+    return sums, hidden_grad, head_grad.to(head.dtype) if needs_head else None
 
 
 def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | None, objective: _Objective) -> Tensor:
-    """Replace logits [n, V_s] by the loss's gradient for them; returns the sums [3] of `_sums_and_gradients`."""
+    """Overwrite logits [n, V_s] with the gradient of L for them; return the sums [3] of D, CE and agreement."""
     shared, temperature, alpha = objective.shared, objective.temperature, objective.alpha
-    soft, agreement = logits.new_zeros(2)
-    soft_gradient = None
+    divergence, agreement = logits.new_zeros(2)
+    divergence_gradient = None
     if teacher_logits is not None:
         agreement = (logits[:, :shared].argmax(-1) == teacher_logits.argmax(-1)).sum()
-        # The gradient of forward_kl is q - p. In those of the others terms cancel, where p and q are alike to a
-        # thousandth of themselves: float32 is too short for that.
+        # The gradient of forward_kl is q - p. The other gradients are differences of larger terms, which float32 rounds
+        # too much where p and q differ by a thousandth.
         precision = torch.float64 if objective.divergence.kind != "forward_kl" else logits.dtype
         log_p = log_softmax(teacher_logits.div_(temperature), dim=-1, dtype=precision)
         log_q = log_softmax(logits[:, :shared] / temperature, dim=-1, dtype=precision)
-        soft_gradient, soft = DIVERGENCES[objective.divergence.kind](log_p, log_q, objective.divergence.beta)
+        compute = DIVERGENCES[objective.divergence.kind]
+        divergence_gradient, divergence = compute(log_p, log_q, objective.divergence.beta)
     log_probabilities = log_softmax(logits, dim=-1)
     ce = -log_probabilities.gather(-1, answers[:, None]).sum()
     torch.exp(log_probabilities, out=logits).mul_(1 - alpha)
     logits.scatter_add_(-1, answers[:, None], logits.new_full((len(logits), 1), alpha - 1))
-    if soft_gradient is not None:
-        # T^2 of the loss, 1 / T of the inner derivative.
-        logits[:, :shared].add_(soft_gradient, alpha=alpha * temperature)
-    return torch.stack([soft.to(ce.dtype), ce, agreement.to(ce.dtype)])
+    if divergence_gradient is not None:
+        # T^2 is in L; 1 / T is the derivative of z / T.
+        logits[:, :shared].add_(divergence_gradient, alpha=alpha * temperature)
+    return torch.stack([divergence.to(ce.dtype), ce, agreement.to(ce.dtype)])

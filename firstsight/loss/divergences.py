@@ -1,9 +1,13 @@
-"""Divergences between a teacher's and a student's distribution, each with its gradient.
+"""The divergences D of the objective (`distillation_loss`), each with its gradient.
+
+To add one, write a function like `_forward_kl` below, which returns gradient and value, and enter it in `DIVERGENCES`;
+add its name to `Train.divergence` in firstsight/core/params.py;
+add it to `DIVERGENCES` and its definition to `oracle` in tests/test_loss.py, which checks value and gradient.
 
 With p the teacher's distribution over the shared vocabulary at temperature T, and q the student's:
 
-    forward_kl   KL(p || q)                                              covers all that the teacher does
-    reverse_kl   KL(q || p)                                              keeps to what the teacher does most
+    forward_kl   KL(p || q)                                              mode-covering
+    reverse_kl   KL(q || p)                                              mode-seeking
     jsd          beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
 
 (the generalised Jensen-Shannon divergence of Agarwal et al., 2023, arXiv:2306.13649, with 0 < beta < 1).
@@ -19,7 +23,7 @@ from torch.nn.functional import log_softmax
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which D, and beta for "jsd"."""
+    """Name a divergence of `DIVERGENCES`; `beta` is the teacher's weight in the mixture of "jsd"."""
 
     kind: str
     beta: float = 0.5
@@ -28,10 +32,10 @@ class Divergence:
 FORWARD_KL = Divergence("forward_kl")
 
 
-# Each takes log p and log q [n, V], and overwrites them: fresh memory for every term is what takes time on a CPU. It
-# returns the gradient of D for the student's logits over T [n, V], and D summed over rows. Terms that sum to zero, such
-# as q - p, are added to D: they cancel, to first order, the rounding of the softmax normalisers, which at high
-# temperatures is not small beside D.
+# Each function takes log p and log q [n, V], which it may overwrite, because allocating every term is slow on a CPU. It
+# returns the gradient of D for z_s / T [n, V], and D summed over rows. Terms that sum to zero in each row, such as
+# q - p, are added to D: to first order they cancel the rounding error of the softmax normalisers, which at high
+# temperatures is not small compared with D.
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor, _beta: float) -> tuple[Tensor, Tensor]:
@@ -51,13 +55,13 @@ def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     p, q, m = log_p.exp(), log_q.exp(), log_m.exp()
     ratio = log_q - log_m
-    # dD/dq = (1 - beta) log(q / m): what m contributes cancels.
+    # dD/dq = (1 - beta) log(q / m); the terms through m cancel.
     gradient = (1 - beta) * q * (ratio - (q * ratio).sum(-1, keepdim=True))
     return gradient, (beta * (p * (log_p - log_m) + m - p) + (1 - beta) * (q * ratio + m - q)).sum()
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """KL(p || q) at temperature T, summed over rows of logits [n, V]."""
+    """Return KL(p || q) at temperature T, summed over rows of logits [n, V]."""
     return _forward_kl(log_softmax(teacher_logits / temperature, -1), log_softmax(student_logits / temperature, -1), 0)[
         1
     ]

@@ -1,18 +1,18 @@
-"""Products of hidden states and output heads, in the sizes that memory allows."""
+"""Multiply hidden states and gradients by output heads, without a full copy of a 16-bit head in float32."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Rows of logits alive at once, of each model: at a vocabulary of 152,000 they take 156 MB in float32. Fewer would
-# stream the head and its gradient through memory more often, more would buy little.
+# Answer tokens whose logits are in memory at once, per model: 156 MB in float32 at a vocabulary of 152,000. Fewer would
+# read the head and its gradient from memory more often; more would save little time.
 CHUNK = 256
 # Rows of a 16-bit head converted at once.
 HEAD_ROWS = 16_384
 
 
 def logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden [n, H] times head [V, H] transposed, in the precision of `hidden`; no whole copy of a narrower head."""
+    """Return hidden [n, H] times head [V, H] transposed, in the dtype of `hidden`; a narrower head is cast in parts."""
     if head.dtype == hidden.dtype:
         return linear(hidden, head)
     product = hidden.new_empty(len(hidden), len(head))
@@ -23,7 +23,7 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def times_head(gradient: Tensor, head: Tensor) -> Tensor:
-    """gradient [n, V] times head [V, H], in the precision of `gradient`; no whole copy of a narrower head."""
+    """Return gradient [n, V] times head [V, H], in the dtype of `gradient`; a narrower head is cast in parts."""
     if head.dtype == gradient.dtype:
         return gradient @ head
     product = gradient.new_zeros(len(gradient), head.shape[1])

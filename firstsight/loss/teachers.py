@@ -1,4 +1,4 @@
-"""What is known of a teacher at the answer positions, and the logits that follow from it."""
+"""The teacher's logits z_t at the answer tokens, exact from hidden states or approximate from the top k."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from firstsight.loss import products
 
 
 class Teacher(Protocol):
-    """The teacher at the N answer positions, whatever is known of it there."""
+    """Provide the teacher's logits at the N answer tokens of a batch."""
 
     def logits(self, rows: slice, shared: int, precision: torch.dtype) -> Tensor:
-        """Logits [n, shared] of the first `shared` tokens for these rows, in `precision`."""
+        """Return logits [n, shared] over the first `shared` token ids for these rows of the batch, in `precision`."""
 
 
 @dataclass(frozen=True)
 class HiddenTeacher:
-    """A teacher by its final hidden states [N, H_t] and its output head [V_t, H_t]: exact."""
+    """Compute exact logits from the final hidden states [N, H_t] and the output head [V_t, H_t]."""
 
     hidden: Tensor
     head: Tensor
@@ -35,10 +35,10 @@ class HiddenTeacher:
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """A teacher by its k best tokens: `ids` [N, k], their `best` logits [N, k], and log-sum-exp [N] over all V.
+    """Approximate logits from the k largest: `ids` [N, k], their logits `best` [N, k], and `logsumexp` [N] over all V.
 
-    The probability the k leave over is spread evenly over the other V - k tokens, as one logit for all of them: exact
-    in total at T = 1, and defined at every T. What that loses is measured when the targets are built.
+    The remaining probability is spread evenly over the other V - k tokens, which get one logit: at T = 1 their total is
+    exact. The error is measured when the targets are built (`firstsight.distillation.builder`).
     """
 
     ids: Tensor
@@ -46,11 +46,11 @@ class TopKTeacher:
     logsumexp: Tensor
 
     def logits(self, rows: slice, shared: int, precision: torch.dtype) -> Tensor:
-        best, whole = self.best[rows].to(precision), self.logsumexp[rows, None].to(precision)
-        # log(exp(whole) - sum exp(best)) - log(V - k); rounding may leave nothing over.
-        left = torch.log1p(-torch.exp(best - whole).sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-        rest = whole + left - math.log(max(shared - best.shape[-1], 1))
-        # None of the others is likelier than the k best.
+        best, logsumexp = self.best[rows].to(precision), self.logsumexp[rows, None].to(precision)
+        # log(exp(logsumexp) - sum exp(best)) - log(V - k); clamped, because rounding may leave nothing.
+        log_remaining = torch.log1p(-torch.exp(best - logsumexp).sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+        rest = logsumexp + log_remaining - math.log(max(shared - best.shape[-1], 1))
+        # No other token is more probable than the k best.
         rest = torch.minimum(rest, best.amin(-1, keepdim=True))
         return rest.expand(-1, shared).scatter(-1, self.ids[rows].long(), best)
 

@@ -1,4 +1,4 @@
-"""Which of transformers' classes a checkpoint's `model_type` stands for, and what they say as they load."""
+"""Find the transformers class for a checkpoint's `model_type`, and silence what transformers prints as it loads."""
 
 import logging
 
@@ -11,18 +11,18 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from firstsight.models import egogpt  # noqa: F401 - makes the auto classes know it
+from firstsight.models import egogpt  # noqa: F401 - registers EgoGPT with the auto classes
 
-# A bar for each load and each save, which take seconds; a table of weights that do not fit, which we say in one line;
-# and layers that no one asked to be shared out.
+# Silenced: progress bars of loads and saves, which take seconds; tables of mismatched weights, which
+# `firstsight.models.loading` reports in one line; and warnings about tensor parallelism, which is not used.
 disable_progress_bar()
 for _name in ("modeling_utils", "distributed.tensor_parallel"):
     logging.getLogger(f"transformers.{_name}").setLevel(logging.ERROR)
 
 
 def auto_class(model_type: str | None) -> type | None:
-    """The Auto class that builds such a model: of those that see, or else of text-only ones; None if there is none."""
-    # Its get() knows nothing: it is filled as classes are asked for.
+    """Return the Auto class that builds such a model, image-text-to-text before causal LM; None if neither can."""
+    # CONFIG_MAPPING is filled lazily, so its get() finds nothing.
     config = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText

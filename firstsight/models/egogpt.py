@@ -1,11 +1,12 @@
-r"""EgoGPT as a transformers model: LLaVA-OneVision that hears silence, and pools and lays out videos as EgoGPT does.
+r"""EgoGPT as a transformers model: LLaVA-OneVision with speech features, and with EgoGPT's pooling of videos.
 
-EgoGPT puts speech features between the pictures and the question, those of 30 seconds of silence where there is no
-audio. FirstSight has no audio, so they depend on the weights alone: `firstsight.acquisition.egogpt_conversion` computes
-them once and keeps them as a parameter, and neither Whisper's encoder nor its 635 M parameters are needed here.
-Importing this module makes transformers' auto classes read what that conversion writes.
+EgoGPT puts speech features between the images and the question; without audio, they are those of 30 seconds of
+silence. FirstSight has no audio, so these features depend on the weights alone:
+`firstsight.acquisition.egogpt_conversion` computes them once and stores them as a parameter, and neither Whisper's
+encoder nor its 635 M parameters are needed here. Importing this module registers EgoGPT with transformers' auto
+classes, which then load what that conversion writes.
 
-The order is that of the authors' forward pass, `<image>\n<speech>\n\n`; only a function of theirs that nothing calls
+The order, `<image>\n<speech>\n\n`, is that of the authors' forward pass; only a function of theirs that nothing calls
 puts speech first.
 """
 
@@ -28,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE_TOKEN, VIDEO_TOKEN, SPEECH_TOKEN = "<image>", "<video>", "<speech>"
 
-# `<image>\n<speech>\n\n{question}` in ChatML, as the authors ask; without media, the question alone.
+# `<image>\n<speech>\n\n{question}` in ChatML, the authors' prompt; the question alone without media.
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != 'system' -%}
 <|im_start|>system
@@ -52,11 +53,13 @@ You are a helpful assistant.<|im_end|>
 
 
 class EgoGptConfig(LlavaOnevisionConfig):
-    """LLaVA-OneVision's configuration, and how EgoGPT lays out silence and video.
+    """Extend LLaVA-OneVision's configuration by EgoGPT's layout of silence and videos.
 
-    speech_tokens, speech_token_index: how many speech features silence has, and the id of their placeholder;
-    newline_position: the newline of a video stands after each row of each frame ("grid") or once at its end
-    ("one_token").
+    Args:
+        speech_tokens: number of speech features of silence.
+        speech_token_index: token id of their placeholder.
+        newline_position: where the newline feature of a video is inserted, after each row of each frame ("grid") or
+            once at the end ("one_token").
     """
 
     model_type = "egogpt"
@@ -67,7 +70,7 @@ class EgoGptConfig(LlavaOnevisionConfig):
 
 
 class EgoGptModel(LlavaOnevisionModel):
-    """The model without its head; `silence` [speech_tokens, H] are the speech features of no speech."""
+    """Compute hidden states, without the output head; `silence` [speech_tokens, H] holds the features of silence."""
 
     config: EgoGptConfig
 
@@ -85,10 +88,10 @@ class EgoGptModel(LlavaOnevisionModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As of LLaVA-OneVision; input_ids [B, S] have a placeholder for each feature of silence, images and videos.
+        """Run LLaVA-OneVision; input_ids [B, S] have a placeholder for each feature of silence, images and videos.
 
         Raises:
-            ValueError: there are more or fewer placeholders than features.
+            ValueError: the numbers of placeholders and of features differ.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -103,17 +106,17 @@ class EgoGptModel(LlavaOnevisionModel):
                 videos = self.get_video_features(pixel_values_videos)
                 features[self.config.video_token_index] = videos.pooler_output.flatten(0, 1)
             for token, values in features.items():
-                inputs_embeds = _place(values, inputs_embeds, input_ids == token)
+                inputs_embeds = _scatter_features(values, inputs_embeds, input_ids == token)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`pooler_output` [B, tokens, H] of videos [B, frames, 3, height, width], newlines included."""
+        """Return `pooler_output` [B, tokens, H], newlines included, of videos [B, frames, 3, height, width]."""
         batch = len(pixel_values_videos)
         states = self.vision_tower(pixel_values_videos.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
         features = self.multi_modal_projector(states)
         side = isqrt(features.shape[1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # 27 x 27 becomes 13 x 13: the last row and column are left out.
+        # 27 x 27 becomes 13 x 13: the last row and column are dropped.
         pooled = nn.functional.avg_pool2d(grid, 2).permute(0, 2, 3, 1)
         newline = self.image_newline.to(pooled)
         if self.config.newline_position == "grid":
@@ -123,29 +126,31 @@ class EgoGptModel(LlavaOnevisionModel):
         return BaseModelOutputWithPooling(pooler_output=torch.cat([pooled, newline.expand(batch, 1, -1)], dim=1))
 
 
-def _place(features: Tensor, embeddings: Tensor, places: Tensor) -> Tensor:
-    """`embeddings` [B, S, H] with the rows of `features` [n, H] in the n `places` [B, S], in order."""
-    if places.sum() != len(features):
-        raise ValueError(f"expected a placeholder for each of {len(features)} features, found {places.sum()}")
-    return embeddings.masked_scatter(places[..., None], features.to(embeddings))
+def _scatter_features(features: Tensor, embeddings: Tensor, placeholders: Tensor) -> Tensor:
+    """Return `embeddings` [B, S, H] with `features` [n, H] at the n true entries of `placeholders` [B, S], in order."""
+    if placeholders.sum() != len(features):
+        raise ValueError(f"expected a placeholder for each of {len(features)} features, found {placeholders.sum()}")
+    return embeddings.masked_scatter(placeholders[..., None], features.to(embeddings))
 
 
 class EgoGptForConditionalGeneration(LlavaOnevisionForConditionalGeneration):
-    """EgoGPT with its output head."""
+    """Add the output head to `EgoGptModel`."""
 
     config: EgoGptConfig
 
     def __init__(self, config: EgoGptConfig):
-        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)  # not its own model of 8 B parameters
+        # Not LLaVA-OneVision's own __init__, which builds a model of 8 B parameters.
+        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
         self.model = EgoGptModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
 
 class EgoGptProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor with EgoGPT's token counts.
+    """Extend LLaVA-OneVision's processor by EgoGPT's token counts.
 
-    num_image_tokens: patches of a tile; num_speech_tokens and newline_position as in `EgoGptConfig`.
+    `num_image_tokens` is the number of patches of a tile; `num_speech_tokens` and `newline_position` are as in
+    `EgoGptConfig`.
     """
 
     def __init__(
@@ -174,9 +179,9 @@ class EgoGptProcessor(LlavaOnevisionProcessor):
         )
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
-        """As of LLaVA-OneVision; `images` in the order of their placeholders in `text`.
+        """Run LLaVA-OneVision's processor; `images` are in the order of their placeholders in `text`.
 
-        Several images of one prompt are taken whole, one tile each; a single one is cut into tiles.
+        A single image of a prompt is split into tiles; of several images, each is one tile.
         """
         if isinstance(text, str):
             text = [text]
@@ -188,7 +193,7 @@ class EgoGptProcessor(LlavaOnevisionProcessor):
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one video."""
+        """Return the placeholders of one video."""
         frames = len(video_inputs["pixel_values_videos"][video_idx])
         side = isqrt(self.num_image_tokens) // 2
         tokens = frames * side * (side + 1) if self.newline_position == "grid" else frames * side * side + 1

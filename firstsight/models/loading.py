@@ -1,4 +1,4 @@
-"""Loading models and processors from Hugging Face folders: the one place that decides device and precision."""
+"""Load models and processors from Hugging Face folders; device and precision are decided here and nowhere else."""
 
 import json
 import logging
@@ -27,33 +27,36 @@ from firstsight.core.stage import log
 from firstsight.core.variants import METHODS
 from firstsight.models.architecture import auto_class
 
-# It says at every layer that inputs are cast to float16, which is what LLM.int8 does.
+# It warns for every layer that inputs are cast to float16, which LLM.int8 always does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# The vision tower loses most from 8 and 4 bits and holds least of the weights. Whole names, because "visual" alone
-# would not match the tower's blocks; and with the head's, because naming any module drops the default that skips it.
-KEPT_IN_HIGH_PRECISION = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# The vision tower loses most from 8 and 4 bits and has the fewest weights. Full names, because "visual" alone would not
+# match the tower's blocks; lm_head too, because naming any module replaces the default list, which skips it.
+MODULES_NOT_QUANTIZED = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # What the precision "auto" means on each device, for weights that are not quantized.
 AUTO = {"cuda": "bfloat16", "cpu": "float32"}
 # The precision in which each method of training loads a model: float32 for weights that are trained themselves.
 TRAINING_PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
 # Where training computes under bfloat16 autocast.
 AUTOCAST = {"cuda": True, "cpu": False}
-# The folder of an adapter that belongs to the model it lies in.
+# The subfolder of a model folder that holds the model's adapter.
 ADAPTER = "adapter"
 
-# Bytes: a cache line, and what torch itself allocates at.
+# Bytes: the length of a cache line, and the alignment of torch's own allocator.
 _ALIGNMENT = 64
 
-MAKE_AGAIN = "make it again (dvc repro) or restore it (dvc checkout)"
+RESTORE_REMEDY = "make it again (dvc repro) or restore it (dvc checkout)"
 
 _SENTENCE = "What is in the cup?"
 
 
 def pick_device(wanted: str) -> str:
-    """ "cuda" or "cpu" for `runtime.device`; "auto" takes CUDA where there is any, and says what it took.
+    """Return "cuda" or "cpu" for `runtime.device`, and log it; "auto" is CUDA where available.
 
-    Of several processes, each gets a GPU of its own as its "cuda", or its share of the CPU's threads.
+    With several processes, each gets a GPU of its own as its "cuda", or its share of the CPU's threads.
+
+    Raises:
+        UserError: "cuda" is wanted and not available.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
@@ -63,14 +66,14 @@ def pick_device(wanted: str) -> str:
     if device == "cuda":
         log.info("running on %s", torch.cuda.get_device_name(state.device))
     else:
-        # `accelerate launch` leaves each process one thread; share out all that this machine gives us.
+        # `accelerate launch` leaves each process one thread; divide all that this process may use.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
         log.info("running on the CPU, %d threads", torch.get_num_threads())
     return device
 
 
 class TextProcessor:
-    """A tokenizer as the processor of a text-only model."""
+    """Wrap the tokenizer of a text-only model in the interface of a processor."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -80,10 +83,10 @@ class TextProcessor:
         return self.tokenizer(text, **options)
 
     def apply_chat_template(self, conversations: list, **options: Any) -> Any:
-        """As the tokenizer's, with contents joined to text, which is what text-only templates expect.
+        """Apply the tokenizer's template, with the parts of each turn joined to text, as text-only templates expect.
 
         Raises:
-            UserError: a content has media.
+            UserError: a turn has images or a video.
         """
         single = isinstance(conversations[0], dict)
         plain = [
@@ -101,10 +104,12 @@ class TextProcessor:
         return "".join(part["text"] for part in content)
 
 
-def load_processor(folder: Path, place: str = "", remedy: str = MAKE_AGAIN) -> ProcessorMixin | TextProcessor:
-    """The folder's processor: tokenizer, image and video processor, chat template.
+def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) -> ProcessorMixin | TextProcessor:
+    """Load the folder's processor: tokenizer, image and video processor, chat template.
 
-    Raises UserError, which calls the folder `place` (its path if empty) and ends with `remedy`, when it cannot be used.
+    Raises:
+        UserError: the processor is unusable; the message names the folder as `place` (empty: its path) and ends with
+            `remedy`.
     """
     place = place or str(folder)
     try:
@@ -115,18 +120,18 @@ def load_processor(folder: Path, place: str = "", remedy: str = MAKE_AGAIN) -> P
         turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
         rendered = processor.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # whatever libraries raise over a damaged file
-        raise _broken(place, error, remedy) from None
-    # Without its vocabulary a tokenizer still loads, and reads nothing.
+        raise _load_error(place, error, remedy) from None
+    # A tokenizer without its vocabulary still loads, and encodes to nothing.
     if read_back != _SENTENCE:
-        raise _broken(place, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}", remedy)
-    # An answer is taught as its text and this token; another would never end it.
+        raise _load_error(place, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}", remedy)
+    # Answers are trained with this token at their end; with another the model would never stop.
     end = processor.tokenizer.eos_token
     if f"{_SENTENCE}{end}" not in rendered:
         found = f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}"
-        raise _broken(place, found, remedy)
+        raise _load_error(place, found, remedy)
     videos = getattr(processor, "video_processor", None)
     if getattr(videos, "cap_pixels_per_frame", False) is None:
-        # Frames have their size since the data set was built; left open, transformers warns in every process.
+        # Frames were resized when the data set was built; None makes transformers warn in every process.
         videos.cap_pixels_per_frame = False
     return processor
 
@@ -138,21 +143,21 @@ def load_model(
     double_quantization: bool = True,
     compute_dtype: str = "auto",
 ) -> PreTrainedModel:
-    """The folder's model, on `device`, in eval mode; its adapter, if there is one, merged, or over quantized weights.
+    """Load the folder's model on `device`, in eval mode.
 
-    The architecture is what its config says: any of transformers' image-text models, or a text-only language model.
+    The architecture is the config's: any of transformers' image-text models, or a text-only language model. The
+    folder's adapter, if it has one, is merged; over quantized weights it stays separate.
 
     Args:
-        precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantizes the language model on loading, and
-            nothing else; "auto" is bfloat16 on CUDA and float32 on the CPU, and of a quantized folder all is
-            as it is stored.
-        double_quantization: of "nf4": its scales are quantized too.
-        compute_dtype: of "nf4": what its products are computed in; "auto" is what the other weights are in.
+        precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantizes the language model alone on
+            loading; "auto" is bfloat16 on CUDA and float32 on the CPU, and the stored precision for a quantized folder.
+        double_quantization: for "nf4", whether its scales are quantized too.
+        compute_dtype: for "nf4", the dtype of its matrix products; "auto" is that of the other weights.
 
     Raises:
         UserError: the folder lacks files, a file is broken, weights are missing or of another shape, transformers
-            does not know the architecture, or the folder is quantized and `precision` says otherwise.
-        RuntimeError: a layer that should keep its precision was quantized, or none was; never expected.
+            does not know the architecture, or the folder is quantized by a method other than `precision`.
+        RuntimeError: a layer outside the language model was quantized, or none was: a defect, not a user's mistake.
     """
     if (stored := stored_method(folder)) and precision not in ("auto", stored):
         raise UserError(
@@ -163,7 +168,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
-        # Left out where there is none: None would undo the quantization that a quantized folder declares.
+        # Not passed as None, which would undo the quantization that a quantized folder declares.
         quantization = {}
         if quantizing:
             computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
@@ -175,15 +180,15 @@ def load_model(
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,  # not even asked about
+            trust_remote_code=False,  # without asking the user
             **quantization,
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever libraries raise over a damaged file
-        raise _broken(folder, error) from None
-    if absent := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-        raise _broken(folder, f"no fitting weight for {absent[0]} and {len(absent) - 1} more")
+        raise _load_error(folder, error) from None
+    if missing := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise _load_error(folder, f"no fitting weight for {missing[0]} and {len(missing) - 1} more")
     if quantizing:
         check_quantized(model)
     if device == "cpu":
@@ -196,23 +201,23 @@ def load_model(
 
 
 def stored_method(folder: Path) -> str | None:
-    """How bitsandbytes quantized the weights stored in `folder`: "int8", "nf4" or "fp4"; None if it did not."""
+    """Return the method by which the weights in `folder` are quantized: "int8", "nf4", "fp4", or None."""
     try:
         quantized = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
-        return None  # what is wrong with it is said when it is loaded
+        return None  # loading it reports what is wrong
     if not quantized:
         return None
     return "int8" if quantized.get("load_in_8bit") else quantized.get("bnb_4bit_quant_type", "fp4")
 
 
-def language_model_name(model: PreTrainedModel) -> str:
-    """The name, with a dot after it, under which a model has its language model; what is beside it sees."""
+def language_model_prefix(model: PreTrainedModel) -> str:
+    """Return the prefix, dot included, of the names of the language model's modules; vision modules lack it."""
     return "model.language_model." if hasattr(model.model, "language_model") else "model."
 
 
 def check_quantized(model: PreTrainedModel) -> dict[str, int]:
-    """Number of quantized and of other linear layers. Names of modules to skip fail silently, so types are asserted.
+    """Count quantized and other linear layers, and check where they are: a misspelt module to skip fails silently.
 
     Raises:
         RuntimeError: a layer outside the language model was quantized, or none was.
@@ -221,7 +226,7 @@ def check_quantized(model: PreTrainedModel) -> dict[str, int]:
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantized = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
-    wrong = [name for name in quantized if not name.startswith(language_model_name(model))]
+    wrong = [name for name in quantized if not name.startswith(language_model_prefix(model))]
     if wrong or not quantized:
         raise RuntimeError(
             f"expected quantized layers in the language model only, found {len(quantized)}, and {wrong[:3]} outside it"
@@ -230,14 +235,14 @@ def check_quantized(model: PreTrainedModel) -> dict[str, int]:
 
 
 def keep_weights_as_stored(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model on the CPU.
+    """Prevent bitsandbytes from repacking the 4-bit weights of a model on the CPU.
 
     On a processor with AVX-512-BF16, `Linear4bit` of bitsandbytes 0.50.2 replaces its weights at the first forward pass
     in eval mode: scales become bfloat16, and products are computed in bfloat16, whatever `compute_dtype` says. That
     raises unless a layer has a multiple of 32 rows and of 64 columns; saving afterwards stores the rounded scales;
-    training afterwards gets no gradient through the layer. Without it, every processor computes from the weights as
-    stored, in the precision that was asked for, and figures of one machine hold on another. To be removed when the
-    library computes layers of every shape in `compute_dtype` (`_convert_weight_packed_for_cpu` in its functional.py).
+    training afterwards gets no gradient through the layer. Without repacking, every processor computes from the weights
+    as stored, in `compute_dtype`, and results of one machine hold on another. Remove this function when the library
+    computes layers of every shape in `compute_dtype` (`_convert_weight_packed_for_cpu` in its functional.py).
     """
     from bitsandbytes.nn import Linear4bit  # absent where nothing is quantized
 
@@ -253,12 +258,12 @@ def keep_weights_as_stored(model: nn.Module) -> None:
 
 
 def align_weights(model: nn.Module) -> None:
-    """Move float weights and buffers on the CPU to addresses that are multiples of 64 bytes, where they are not.
+    """Copy float weights and buffers on the CPU to addresses that are multiples of 64 bytes, where they are not.
 
-    In a safetensors file, weights lie wherever its header ends, and are used there. Matrix products of MKL may round
-    differently by address (Intel's notes on conditional numerical reproducibility ask for 64 bytes), and LLM.int8 turns
-    such a difference of 1e-6 into one of 1e-2 where an activation then rounds to another of its 255 levels: a model and
-    its saved copy would answer differently.
+    Weights of a safetensors file are memory-mapped, so their addresses depend on the length of its header. Matrix
+    products of MKL may round differently by address (Intel's notes on conditional numerical reproducibility ask for 64
+    bytes), and LLM.int8 turns such a difference of 1e-6 into one of 1e-2 where an activation then rounds to another of
+    its 255 levels: a model and its saved copy would answer differently.
     """
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point() and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
@@ -266,20 +271,20 @@ def align_weights(model: nn.Module) -> None:
 
 
 def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = True) -> BitsAndBytesConfig:
-    """bitsandbytes settings for "int8" (LLM.int8) or "nf4" (by default with double quantization)."""
+    """Return bitsandbytes' settings for "int8" (LLM.int8) or "nf4" (by default with double quantization)."""
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_IN_HIGH_PRECISION)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=MODULES_NOT_QUANTIZED)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=KEPT_IN_HIGH_PRECISION,
+        llm_int8_skip_modules=MODULES_NOT_QUANTIZED,
     )
 
 
 def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
-    """The precision of the weights that are not quantized; on a CPU, beside quantized ones, that of the checkpoint."""
+    """Return the dtype of weights that are not quantized; on the CPU, if others are quantized, the checkpoint's."""
     if precision not in ("auto", *METHODS):
         return getattr(torch, precision)
     quantized = precision in METHODS or hasattr(config, "quantization_config")
@@ -289,19 +294,20 @@ def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
-    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, for the few models that have one
+    """Load the adapter in `folder` over the model, and merge it into the weights if asked to."""
+    from peft import PeftModel, get_peft_model_state_dict  # takes seconds to import, and few models have an adapter
 
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:  # peft would take a pickle
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:  # else peft would accept a pickle
             found = set(file.keys())
         adapted = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # whatever libraries raise over a damaged file
-        raise _broken(folder, error) from None
-    if absent := sorted(set(get_peft_model_state_dict(adapted)) - found):
-        raise _broken(folder, f"no weight for {absent[0]} and {len(absent) - 1} more")
+        raise _load_error(folder, error) from None
+    if missing := sorted(set(get_peft_model_state_dict(adapted)) - found):
+        raise _load_error(folder, f"no weight for {missing[0]} and {len(missing) - 1} more")
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
-def _broken(folder: Path | str, found: Any, remedy: str = MAKE_AGAIN) -> UserError:
+def _load_error(folder: Path | str, found: Any, remedy: str = RESTORE_REMEDY) -> UserError:
     first_line = " ".join(str(found).split())[:200]
     return UserError(f"{folder}: expected a complete Hugging Face model folder, found {first_line}; {remedy}")

@@ -1,4 +1,4 @@
-"""A split as a torch dataset of packed samples, with what is known of the teacher beside them where there is one."""
+"""A split as a torch dataset of packed samples, each with the teacher's targets or inputs where there is a teacher."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -16,23 +16,26 @@ from firstsight.records.sample import Sample
 
 
 class TeacherSource(Protocol):
-    """Where a dataset gets what the loss needs of the teacher: its cached targets, or its own view of the sample."""
+    """Provide what the loss needs of the teacher: its cached targets (`SplitTargets`), or its inputs (`OnlineTeacher`).
+
+    `records` are the numbers of a sample's records in the split.
+    """
 
     def answers(self, sample: Sample, records: range) -> list[list[int]]:
-        """The teacher's answer tokens for the records, with these running numbers, of a sample."""
+        """Return the answer tokens of each record, as the teacher's tokenizer encodes them."""
 
-    def of(self, sample: Sample, records: range) -> dict[str, Tensor]:
-        """What the loss needs of the teacher for the records of a sample: tensors by name."""
+    def features(self, sample: Sample, records: range) -> dict[str, Tensor]:
+        """Return the sample's targets or inputs, by name."""
 
-    def blank(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a sample none of whose answers count."""
+    def without_answers(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the features of the same sample with no answer tokens to learn from."""
 
     def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of several samples as a batch."""
+        """Join the features of several samples into a batch."""
 
 
 class OnlineTeacher:
-    """The samples of one split packed a second time, by the processor of a teacher that runs beside the student."""
+    """Pack the samples of one split a second time, with the processor of a teacher that runs during training."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -41,11 +44,11 @@ class OnlineTeacher:
     def answers(self, sample: Sample, records: range) -> list[list[int]]:
         return self._encode(sample, records).answers()
 
-    def of(self, sample: Sample, records: range) -> dict[str, Tensor]:
+    def features(self, sample: Sample, records: range) -> dict[str, Tensor]:
         return pack(self.processor, sample, self._encode(sample, records))
 
-    def blank(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors | {"labels": torch.full_like(tensors["labels"], IGNORE)}
+    def without_answers(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return features | {"labels": torch.full_like(features["labels"], IGNORE)}
 
     def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return collate(features, self.processor.tokenizer.pad_token_id)
@@ -57,18 +60,17 @@ class OnlineTeacher:
 
 
 class PackedDataset(Dataset):
-    """Sample i of the split, packed; with a teacher, also what is known of it under `teacher`.
+    """Pack sample i of a split; with a teacher, add the teacher's features under the key "teacher".
 
-    It may be lengthened by samples none of whose answers count, so that processes get equal shares
-    (`padded_to_multiple`).
+    `padded_to_multiple` lengthens the dataset by samples without answer tokens, so that processes get equal shares.
     """
 
     def __init__(self, split: Split | AnsweredSplit, processor: Any, teacher: TeacherSource | None = None):
         self.split, self.processor, self.teacher = split, processor, teacher
         self._length = len(split)
-        # Text is encoded once; media, which is large, is processed anew each time.
+        # Text is encoded once; frames, which are large, are processed at each access.
         self._encoded: dict[int, Encoded] = {}
-        # Number of the first record of every sample.
+        # The number, in the split, of each sample's first record.
         self._first_record = [0, *accumulate(split.record_counts())]
 
     def __len__(self) -> int:
@@ -76,41 +78,43 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= len(self.split):
-            return self._blank(self[index % len(self.split)])
+            return self._without_answers(self[index % len(self.split)])
         sample = self.split[index]
         features: dict[str, Any] = pack(self.processor, sample, self._encode(index))
         if self.teacher is not None:
-            features["teacher"] = self.teacher.of(sample, self._records(index))
+            features["teacher"] = self.teacher.features(sample, self._records(index))
         return features
 
     def padded_to_multiple(self, of: int) -> "PackedDataset":
-        """The same dataset, of a length that is a multiple of `of`."""
+        """Return the same dataset, lengthened to a multiple of `of` by samples without answer tokens."""
         padded = copy(self)
         padded._length += -len(self.split) % of
         return padded
 
     def answer_tokens(self) -> int:
-        """How many answer tokens the split has."""
+        """Count the answer tokens of the split."""
         return sum(len(answer) for index in range(len(self.split)) for answer in self._encode(index).answers())
 
     def check_answers(self) -> None:
-        """Raises UserError, naming the first difference, unless the teacher's answer tokens are the student's."""
+        """Raise UserError, naming the first difference, unless both tokenizers encode every answer alike."""
         for index in range(len(self.split)):
             sample = self.split[index]
-            theirs = self.teacher.answers(sample, self._records(index))
-            for record, mine, teachers in zip(sample.records, self._encode(index).answers(), theirs, strict=True):
-                for position, (expected, found) in enumerate(zip_longest(teachers, mine)):
+            teacher_answers = self.teacher.answers(sample, self._records(index))
+            student_answers = self._encode(index).answers()
+            for record, teacher, student in zip(sample.records, teacher_answers, student_answers, strict=True):
+                for position, (expected, found) in enumerate(zip_longest(teacher, student)):
                     if expected != found:
                         raise UserError(
                             f"{self.split.path}: record {record.id}: expected the teacher's answer tokens, where "
-                            f"token {position} is {self._name(expected)}, found {self._name(found)} in the student's; "
+                            f"token {position} is {self._token_text(expected)}, "
+                            f"found {self._token_text(found)} in the student's; "
                             "they must share a tokenizer"
                         )
 
     def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: `firstsight.packing.pack.collate`, and the teacher's under `teacher`."""
-        own = [{name: value for name, value in feature.items() if name != "teacher"} for feature in features]
-        batch: dict[str, Any] = collate(own, self.processor.tokenizer.pad_token_id)
+        """Join samples into a batch by `firstsight.packing.pack.collate`; the teacher's batch is under "teacher"."""
+        student = [{name: value for name, value in feature.items() if name != "teacher"} for feature in features]
+        batch: dict[str, Any] = collate(student, self.processor.tokenizer.pad_token_id)
         if self.teacher is not None:
             batch["teacher"] = self.teacher.collate([feature["teacher"] for feature in features])
         return batch
@@ -124,12 +128,12 @@ class PackedDataset(Dataset):
     def _records(self, index: int) -> range:
         return range(self._first_record[index], self._first_record[index + 1])
 
-    def _blank(self, features: dict[str, Any]) -> dict[str, Any]:
-        blank = features | {"labels": torch.full_like(features["labels"], IGNORE)}
-        return blank | {"teacher": self.teacher.blank(features["teacher"])} if self.teacher else blank
+    def _without_answers(self, features: dict[str, Any]) -> dict[str, Any]:
+        masked = features | {"labels": torch.full_like(features["labels"], IGNORE)}
+        return masked | {"teacher": self.teacher.without_answers(features["teacher"])} if self.teacher else masked
 
-    def _name(self, token: int | None) -> str:
-        """A token id as a person reads it; None is the end."""
+    def _token_text(self, token: int | None) -> str:
+        """Return a token id with its text; None is the end of an answer."""
         if token is None:
             return "the end"
         return f"{token} ({self.processor.tokenizer.convert_ids_to_tokens(token)!r})"

@@ -1,4 +1,4 @@
-"""Run a vision-language model over packed samples (`firstsight.packing.pack`), each record as if asked alone."""
+"""Run a vision-language model over packed samples (`firstsight.packing.pack`), as if each record were asked alone."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from firstsight.packing.pack import IGNORE
 
-MODEL_INPUTS_OF_PACKING = ("segment_ids", "branch_offsets", "labels")
+# Keys of a packed batch that the model itself does not take.
+PACKING_KEYS = ("segment_ids", "branch_offsets", "labels")
 
 
 def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, S, S] from segment ids [B, S]: 0 where attention is allowed, the dtype's minimum elsewhere.
+    """Return the additive mask [B, 1, S, S] of segment ids [B, S]: 0 where allowed, the dtype's minimum elsewhere.
 
     A token attends to itself and to earlier tokens of the prefix (segment 0) and of its own segment. Padding (-1)
     attends to padding, so that no row is empty (an empty softmax is NaN), and nothing attends to it.
@@ -25,10 +26,10 @@ def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Positions as if each record stood alone: [3, B, S] for multimodal rotary models, else [B, S].
+    """Return the positions of records asked alone: [3, B, S] for multimodal rotary models, else [B, S].
 
-    The model numbers the packed sequence as it would any other; a branch is then moved back by its offset. That is
-    exact because branches hold text only, whose positions grow by one a token in every dimension.
+    The model numbers the packed sequence as any other; each branch is then moved back by its offset. That is exact
+    because branches hold text alone, whose positions grow by one per token in every dimension.
     """
     base = model.base_model if not hasattr(model, "model") else model.model
     if hasattr(base, "get_rope_index"):
@@ -47,8 +48,8 @@ def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def last_hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Final hidden states [B, S, H] (after the last norm) of a packed batch; no logits are computed."""
-    inputs = {name: value for name, value in batch.items() if name not in MODEL_INPUTS_OF_PACKING}
+    """Compute the final hidden states [B, S, H] (after the last norm) of a packed batch, without logits."""
+    inputs = {name: value for name, value in batch.items() if name not in PACKING_KEYS}
     outputs = model.model(
         **inputs,
         position_ids=position_ids(model, batch),
@@ -59,7 +60,10 @@ def last_hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def answer_states(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [n, H] that predict the n answer tokens of a packed batch, and those tokens [n]."""
+    """Compute the hidden states [n, H] that predict the n answer tokens of a packed batch; return both.
+
+    `labels` [B, S] are those of `pack`; the answer tokens come as [n], in the order of the batch.
+    """
     # The state before a token predicts it.
     following = labels[:, 1:]
     answered = following != IGNORE

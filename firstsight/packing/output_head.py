@@ -1,4 +1,4 @@
-"""The output head as one matrix, which is how the distillation loss wants it."""
+"""The output head as one matrix, from which the distillation loss makes logits chunk by chunk."""
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -7,27 +7,27 @@ from firstsight.core.errors import UserError
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
-    """The output head's weight [V, H], with what LoRA adds to it; differentiable where the head or its adapter is.
+    """Return the output head's weight [V, H] plus LoRA's update; differentiable where the head or its adapter is.
 
     Raises:
-        UserError: the head is quantized, has a bias, or is wrapped in what cannot be written as one weight.
+        UserError: the head is quantized, has a bias, or has an adapter that cannot be written as one weight.
     """
-    head, adapters = model.get_output_embeddings(), []
+    head, updates = model.get_output_embeddings(), []
     if hasattr(head, "base_layer") or hasattr(head, "original_module"):
-        head, adapters = _unwrap(model, head)
+        head, updates = _unwrap(model, head)
     if type(head) is not nn.Linear:
         raise _refused(model, f"a {type(head).__name__}")
     if head.bias is not None:
         raise _refused(model, "one with a bias")
     weight = head.weight
-    for delta in adapters:
-        weight = weight + delta
+    for update in updates:
+        weight = weight + update
     return weight
 
 
 def _unwrap(model: PreTrainedModel, head: nn.Module) -> tuple[nn.Module, list[Tensor]]:
-    """What is inside peft's wrapper, and what the wrapper adds to its weight."""
-    from peft.tuners.lora import Linear as LoraLinear  # seconds to import, for the few heads that are wrapped
+    """Return the layer inside peft's wrapper, and the updates that the wrapper adds to its weight."""
+    from peft.tuners.lora import Linear as LoraLinear  # takes seconds to import, and few heads are wrapped
     from peft.utils import ModulesToSaveWrapper
 
     if isinstance(head, ModulesToSaveWrapper):
@@ -44,5 +44,6 @@ def _unwrap(model: PreTrainedModel, head: nn.Module) -> tuple[nn.Module, list[Te
 def _refused(model: PreTrainedModel, found: str) -> UserError:
     return UserError(
         f"{model.name_or_path}: expected an output head that is a plain linear layer without bias, or plain LoRA over "
-        f"one, because the loss works from its weight; found {found}; keep lm_head out of quantization and adapters"
+        f"one, because the loss computes logits from its weight; found {found}; keep lm_head out of quantization "
+        "and adapters"
     )

@@ -1,10 +1,10 @@
-"""One sample, one sequence: a media with all its questions, its visual tokens shared, each question as if asked alone.
+"""Pack a sample into one sequence: its images or video once, then all its questions, each as if it were asked alone.
 
-A sample's records are rendered one by one through the model's own processor and chat template, exactly as they are
-asked at evaluation. Their common beginning (system prompt and media) is kept once, as the prefix; what differs
-(question and answer) follows as branches. `segment_ids` say which token belongs where; attention and positions are
-made from them (`firstsight.packing.forward`), so that a branch sees the prefix and itself and nothing of its siblings.
-Eight questions about a clip then cost one pass over its frames, and nothing else changes.
+A sample's records are rendered one by one through the model's own processor and chat template, exactly as at
+evaluation. Their common prefix (system prompt and visual tokens) is stored once; what differs (question and answer)
+follows as branches, one per record. `segment_ids` say which token belongs to which; attention mask and positions are
+made from them (`firstsight.packing.forward`), so that a branch attends to the prefix and to itself, and not to other
+branches. Eight questions about a clip then take one pass over its frames, with the results of eight passes.
 """
 
 from collections.abc import Sequence
@@ -25,26 +25,26 @@ PREFIX, PADDING = 0, -1
 
 @dataclass(frozen=True)
 class Encoded:
-    """The text of a sample's records as token ids, media placeholders not yet expanded.
+    """Hold the text of a sample's records as token ids, with the placeholders of images and videos not yet expanded.
 
-    `prompt` is the first record's prompt as text; `branches` are what follows the tokens that all prompts begin with:
-    the rest of each prompt, and its answer up to and including the end of the turn.
+    `prompt` is the first record's prompt as text. `branches` has for each record the tokens of its prompt after the
+    prefix that all prompts share, and those of its answer, end of turn included.
     """
 
     prompt: str
     branches: tuple[tuple[list[int], list[int]], ...]
 
     def answers(self) -> list[list[int]]:
-        """The answer tokens of each record."""
+        """Return the answer tokens of each record."""
         return [answer for _, answer in self.branches]
 
 
 def encode(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
-    """Render and tokenize `records`, all about `sample`, each alone: the prompt as at evaluation, then the answer."""
+    """Render and tokenize each of the sample's `records` alone: the prompt as at evaluation, then the answer."""
     prompts = processor.apply_chat_template(
         [messages(record, sample) for record in records], add_generation_prompt=True, tokenize=False
     )
-    # Not as the template renders a past turn: LLaVA-OneVision's writes "assistant \n" there, and prompts "assistant\n".
+    # Not rendered by the template: LLaVA-OneVision's has "assistant \n" in past turns, but "assistant\n" in prompts.
     replies = [record.answer + processor.tokenizer.eos_token for record in records]
     ids = processor.tokenizer([*prompts, *replies], add_special_tokens=False)["input_ids"]
     prompt_ids, reply_ids = ids[: len(records)], ids[len(records) :]
@@ -58,22 +58,22 @@ def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:
 
     Returns:
         input_ids, mm_token_type_ids: int64 [S]; segment_ids: int64 [S], 0 for the prefix and k for the k-th record;
-        branch_offsets: int64 [S], by how much a token stands later than if its record were asked alone;
-        labels: int64 [S], the answer tokens in their own places (shift by one to predict), `IGNORE` elsewhere;
-        and the processor's own media tensors (pixel_values and the like).
+        branch_offsets: int64 [S], how many positions later a token is than if its record were asked alone;
+        labels: int64 [S], the answer tokens at their own positions (not shifted), `IGNORE` elsewhere;
+        and the processor's tensors of images and videos (pixel_values and others).
 
     Raises:
-        UserError: the chat template puts the question before the media, which then cannot be shared.
+        UserError: the chat template has the question before the images or video, which then cannot be shared.
     """
     media = dict(processor(text=[encoded.prompt], return_tensors="pt", **media_inputs(sample)))
     first, types = media.pop("input_ids")[0], media.pop("mm_token_type_ids", None)
     media.pop("attention_mask", None)
-    # The processor expands each media placeholder of the prefix into as many tokens as the media takes.
+    # The processor expands each placeholder of the prefix into the visual tokens of its image or video.
     width = len(first) - len(encoded.branches[0][0])
     if first[width:].tolist() != encoded.branches[0][0]:
         raise UserError(
-            f"sample {sample.id}: expected its media before the question in the chat template, "
-            "found media tokens after it; give the model a template with media first"
+            f"sample {sample.id}: expected its images or video before the question in the chat template, "
+            "found visual tokens after it; give the model a template with images and videos first"
         )
 
     ids, segments, offsets, labels = first[:width].tolist(), [PREFIX] * width, [0] * width, [IGNORE] * width
@@ -97,7 +97,7 @@ def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:
-    """Length of the longest common prefix, at least one token short of each sequence, so that every branch has one."""
+    """Return the length of the longest common prefix that leaves every sequence at least one token."""
     limit = min(map(len, sequences)) - 1
     for position in range(limit):
         if len({sequence[position] for sequence in sequences}) > 1:
@@ -106,7 +106,7 @@ def _common_prefix(sequences: list[list[int]]) -> int:
 
 
 def collate(features: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad packed samples on the right into one batch [B, S] and concatenate their media tensors."""
+    """Pad packed samples on the right into one batch [B, S] and concatenate their image and video tensors."""
     fill = {
         "input_ids": pad_token_id,
         "mm_token_type_ids": 0,
@@ -119,15 +119,19 @@ def collate(features: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[st
         for name, value in fill.items()
     }
     media = sorted({name for feature in features for name in feature} - set(fill))
-    return batch | {name: _join(name, [feature[name] for feature in features if name in feature]) for name in media}
+    return batch | {
+        name: _concatenate(name, [feature[name] for feature in features if name in feature]) for name in media
+    }
 
 
-def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Media tensors one after the other. LLaVA's images come as [images, patches, ...], of as many patches as each
-    needs; the model cuts off the zeros that even them out. Its videos it cannot even out.
+def _concatenate(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate the image or video tensors of several samples.
+
+    LLaVA's images are [images, patches, ...] with differing numbers of patches: they are padded with zeros, which the
+    model removes. Its videos cannot be padded.
 
     Raises:
-        UserError: media of several shapes that the model takes as one tensor.
+        UserError: tensors of different shapes that the model takes as one.
     """
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
@@ -135,5 +139,5 @@ def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
         return pad_sequence([image for tensor in tensors for image in tensor], batch_first=True)
     raise UserError(
         f"{name}: expected media of one shape in a batch, found {[list(one.shape[1:]) for one in tensors][:4]}; "
-        "this model wants batch_size: 1 for videos of different lengths"
+        "this model needs batch_size: 1 for videos of different lengths"
     )

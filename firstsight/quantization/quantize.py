@@ -1,4 +1,8 @@
-"""Quantizing a model folder with bitsandbytes into another that `from_pretrained` loads quantized."""
+"""Quantize a model folder with bitsandbytes into another that `from_pretrained` loads quantized.
+
+To add a method, list it in `METHODS` of firstsight/core/variants.py, whose comment names all places, and return its
+settings from `quantization_config` of firstsight/models/loading.py; add the class of its layers to `layer_errors`.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +22,10 @@ from firstsight.models.loading import check_quantized, load_model, load_processo
 def quantize_folder(
     source: Path, target: Path, method: str, settings: Quantize, device: str, calibration: Iterable[Question]
 ) -> dict[str, Any]:
-    """Load `source` as "int8" or "nf4", save it with its processor in `target`, and measure what that changed.
+    """Quantize the model in `source` by "int8" or "nf4", save it with its processor in `target`, and measure it.
 
-    Returns, as JSON: number of quantized and of other linear layers, bytes of all weights in memory before and after,
-    and the `layer_errors` on the `calibration` questions.
+    Returns, as JSON: the numbers of quantized and of other linear layers, the bytes of all weights in memory before and
+    after, and the `layer_errors` on the `calibration` questions.
     """
     processor = load_processor(source)
     quantized = load_model(source, method, device, settings.double_quantization, settings.compute_dtype)
@@ -37,10 +41,10 @@ def quantize_folder(
 def layer_errors(
     original: PreTrainedModel, quantized: PreTrainedModel, processor: ProcessorMixin, questions: Iterable[Question]
 ) -> dict[str, float]:
-    """By name of each quantized layer, its relative error |quantized(x) - original(x)| / |original(x)|.
+    """Return the relative error |quantized(x) - original(x)| / |original(x)| of each quantized layer, by name.
 
-    x are the inputs that the layer has in the original model when it reads the questions, so that a layer is not
-    blamed for those before it; norms are Frobenius', over all tokens.
+    x are the layer's inputs in the original model on the questions, so that errors of earlier layers do not count; the
+    norms are Frobenius norms over all tokens.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantized
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import ADAPTER, TRAINING_PRECISIONS, language_model_name, load_model, stored_method
+from firstsight.models.loading import ADAPTER, TRAINING_PRECISIONS, language_model_prefix, load_model, stored_method
 
 # What AdaLoRA keeps of every weight of an adapter: sensitivity, its average, and the average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -56,7 +56,7 @@ class Tuning:
         model = load_model(folder, TRAINING_PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
-            prefix = language_model_name(model)
+            prefix = language_model_prefix(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = settings.train_vision or name.startswith((prefix, "lm_head"))
             self.model = model
@@ -170,7 +170,7 @@ def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps:
 def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
     """Return a pattern of the layers to adapt: in the language model those that `adapter.target_modules` names, in the
     rest, if it is trained at all, every linear layer."""
-    prefix = language_model_name(model)
+    prefix = language_model_prefix(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     language = {name.rsplit(".", 1)[-1] for name in layers if name.startswith(prefix)}
     for target in settings.adapter.target_modules:

@@ -120,20 +120,13 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
 
 
 def render(found: list[Row]) -> str:
-    """The rows, and below them the sum on disk."""
+    """Return the rows as a plain-text table, with the total on disk below it."""
+    from firstsight.reporting import text_table  # imported here because benchmarks plan without its library
+
     operations = sum(row.operations for row in found)
-    cells = [HEADER, *(_cells(row, operations) for row in found)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    table = text_table.render([HEADER, *(_cells(row, operations) for row in found)], left=2)
     kept, scratch = sum(row.disk for row in found), max(row.scratch for row in found)
-    total = f"disk  {_disk(kept)} kept, and {_disk(scratch)} of checkpoints while a stage trains"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", total])
+    return f"{table}\n\ndisk  {_disk(kept)} kept, and {_disk(scratch)} of checkpoints while a stage trains"
 
 
 def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
@@ -151,7 +144,7 @@ def _cells(row: Row, operations: float) -> tuple[str, ...]:
     parts = (used.weights, used.training, used.activations, used.total) if used else (0,) * 4
     return (
         row.stage,
-        row.loads,
+        row.loads.replace(", ", ",\n"),
         *(_memory(one) if one else "-" for one in parts),
         *(_disk(one) if one else "-" for one in (row.disk, row.scratch)),
         f"{row.operations / operations:.1%}" if row.operations else "-",

@@ -19,7 +19,6 @@ from firstsight.core import yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import PARAMS_FILE, Data
-from firstsight.planning import preview
 from firstsight.records.parquet import Split
 from firstsight.records.sample import SPLITS, Sample
 
@@ -80,6 +79,9 @@ def workload(data: Data, path: Path) -> Workload:
     shares = {"train": 1 - sum(held_out.values()), **held_out}
     wanted = {split: getattr(data, f"{split}_samples") for split in shares}
     if data.source == "synthetic":
+        # Imported here because readers need video and data set libraries, which a machine for benchmarks may lack.
+        from firstsight.planning import preview
+
         shown = list(preview.samples(data, 32))
         samples, (typical, largest) = data.synthetic.scenes, _sizes(shown)
         source = f"{samples:,} rendered scenes"

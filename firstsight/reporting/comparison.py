@@ -12,13 +12,14 @@ from firstsight.core.files import read_json
 from firstsight.core.stage import main
 from firstsight.core.variants import LEFT_OUT, VARIANTS
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
+from firstsight.reporting.text_table import render
 
 METRICS = Path("metrics")
 HEADER = ("variant", "exact match", "F1", "retention", "parameters", "on disk", "peak memory", "latency", "answers/s")
 
 
 def size(count: float, unit: str = "B") -> str:
-    """1234567 -> "1.23 MB"; decimal prefixes, at most three digits."""
+    """Return a count with a decimal prefix and at most three digits: 1234567 gives "1.23 MB"."""
     for prefix in ("", "k", "M", "G"):
         if abs(count) < 999.5 or prefix == "G":
             return f"{count:.3g} {prefix}{unit}".rstrip()
@@ -27,7 +28,7 @@ def size(count: float, unit: str = "B") -> str:
 
 
 def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
-    """Cells of the table, a row a variant and a baseline, in the order of `HEADER`."""
+    """Return the table's cells in the order of `HEADER`: one row per variant, then one per baseline."""
     table = []
     for variant, fast in performance.items():
         good = quality[variant]
@@ -50,19 +51,6 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
             cells = (name.replace("-", " "), f"{quality[name]['exact_match']:.3f}")
             table.append(cells + ("",) * (len(HEADER) - len(cells)))
     return table
-
-
-def render(cells: list[tuple[str, ...]]) -> str:
-    """The cells, the first row a header, as lines; the first column to the left, others to the right."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def show_some(names: list[str]) -> None:

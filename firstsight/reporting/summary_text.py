@@ -1,9 +1,12 @@
 """summary.txt: what came of it, for a terminal, a paper or a mail."""
 
 from firstsight.core.variants import TEACHER
-from firstsight.reporting.comparison import render, size
+from firstsight.reporting.comparison import size
 from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
+from firstsight.reporting.text_table import render
+
+ACCURACIES = ("exact_match", "f1", "rouge_l", "bleu", "option_accuracy")
 
 
 def summary(quality: dict, performance: dict, verdicts: list[Verdict], environments: dict[str, dict[str, str]]) -> str:
@@ -45,17 +48,16 @@ def summary(quality: dict, performance: dict, verdicts: list[Verdict], environme
             ),
         ],
         f"Accuracy, {quality[TEACHER]['questions']} test questions, with 95% intervals": [
-            ("", "exact match", "F1", "ROUGE-L", "BLEU", "options", "as the teacher", "retention"),
+            ("", "exact match", "F1", "ROUGE-L", "BLEU", "options"),
+            *((name, *(_interval(quality[name], key) for key in ACCURACIES)) for name in performance),
+            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in (QUESTION_ONLY, MAJORITY)),
+        ],
+        "Against the teacher": [
+            ("", "as the teacher", "retention"),
             *(
-                (
-                    name,
-                    *(_interval(quality[name], key) for key in ("exact_match", "f1", "rouge_l", "bleu")),
-                    *(_interval(quality[name], key) for key in ("option_accuracy", "teacher_agreement")),
-                    _percent(quality[name].get("retention")),
-                )
+                (name, _interval(quality[name], "teacher_agreement"), _percent(quality[name].get("retention")))
                 for name in performance
             ),
-            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 6) for name in (QUESTION_ONLY, MAJORITY)),
         ],
         "Success criteria": [
             ("", "of", "figure", "minimum", "target", "stretch", "reached"),

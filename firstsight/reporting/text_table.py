@@ -1,0 +1,15 @@
+"""Plain-text tables, for a terminal and for summary.txt."""
+
+from collections.abc import Sequence
+
+import tabulate
+
+# By default a column is at least two characters wider than its header.
+tabulate.MIN_PADDING = 0
+
+
+def render(cells: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return `cells` as a table with the first row as header, the first `left` columns aligned left, the rest right."""
+    header, *body = cells
+    alignment = ["left"] * left + ["right"] * (len(header) - left)
+    return tabulate.tabulate(body, header, "simple", colalign=alignment, disable_numparse=True)

@@ -1,30 +1,41 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
-# make test    set up and run the tests; as root on Debian, with the packages of it that some tests need
+# make test    set up, then lint and run the unit tests and the smoke preset once, in one process
+# make test-all   run every test, with real DVC, Slurm, a browser, several processes, kills and a model of true size; as
+#                 root on Debian, install the packages of it that some of these need
 # make publish REPO=owner/name   show what would be pushed to the hub; with PUSH=1 push it; VARIANT=student-distilled
 # make torture   kill the pipeline at random moments, run it again each time, and compare with a run that nobody killed
 # make audit   look up what is installed in a database of known vulnerabilities
 # make clean   remove the environment
 # make clean-scratch   remove what interrupted runs have kept to go on from
 #
-# PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have.
+# PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have;
+# WORKERS=4 how many tests run at a time (each takes up to 2 GB of memory, one of them 12).
 
 PYTHON ?= python3
 VENV ?= .venv
 VARIANT ?= student-distilled
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
 TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo.txt requirements-test.txt | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test system-packages publish audit setup clean clean-scratch torture
+# In parallel, each file's tests in one process and the longest files first; tests/conftest.py says why.
+PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: repro test test-all system-packages publish audit setup clean clean-scratch torture
 repro: setup
 	@dvc repro
 	@python -m firstsight.reporting.comparison
 
-test: setup $(TEST_READY) system-packages
+test: setup $(TEST_READY)
 	@ruff check .
-	@python -m pytest
+	@$(PYTEST) -m "not slow and not system"
+
+test-all: setup $(TEST_READY) system-packages
+	@ruff check .
+	@$(PYTEST)
 
 publish: setup
 	@if [ -z "$(REPO)" ]; then echo "error: expected REPO=owner/name, found none"; exit 1; fi

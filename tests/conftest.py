@@ -11,13 +11,22 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Give each parallel worker, and every process that its tests start, as many processors of its own. Threads are
+    # counted from them, when torch is imported and by `pick_device`, so that the same bits come out in every worker.
+    cpus, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    share = max(1, len(cpus) // workers)
+    first = int(worker.removeprefix("gw")) * share % len(cpus)
+    os.sched_setaffinity(0, cpus[first : first + share])
 
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from ruamel.yaml import YAML
-from selenium import webdriver
 
 from firstsight.acquisition.initialise import build_model, build_processor, train_tokenizer
 from firstsight.core import params
@@ -112,12 +121,38 @@ def write_params(folder: Path, values) -> None:
         YAML().dump(values, file)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Mark tests of a browser, Slurm or DVC `system`; group tests for workers; put the longest files first.
+
+    With `--dist loadgroup` one worker runs all tests of a file, so that it builds the file's fixtures once, and all
+    files of `committed`, which its tests change and restore.
+    """
+    sharing = {item.path for item in items if "committed" in item.fixturenames}
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        if {"browser", "committed", "slurm"} & set(item.fixturenames):
+            item.add_marker("system")
+        item.add_marker(pytest.mark.xdist_group("committed" if item.path in sharing else item.path.stem))
+    items.sort(key=lambda item: (item.path not in sharing, item.path not in long))
+
+
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Path:
-    """A workspace after one run of the smoke preset. Read only: tests that write take a copy."""
-    folder = workspace(tmp_path_factory.mktemp("smoke"))
-    for stage in STAGES:
-        run_stage(folder, *stage)
+def smoke(tmp_path_factory, worker_id) -> Path:
+    """A workspace after one run of the smoke preset. Read only: tests that write take a copy.
+
+    Of parallel workers, the first that needs it makes it for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "smoke"
+    whole = folder.with_name("smoke.whole")
+    with FileLock(folder.with_name("smoke.lock")):
+        if not whole.exists():
+            folder.mkdir()  # fails where another worker has failed to make it
+            workspace(folder)
+            for stage in STAGES:
+                run_stage(folder, *stage)
+            whole.touch()
     return folder
 
 
@@ -224,8 +259,10 @@ def make_sample(name: str, kind: str, frames: int, questions: list[tuple[str, st
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    from selenium import webdriver
+
     if not (CHROMIUM and DRIVER):
         pytest.skip("no Chromium with its driver; on Debian: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()

@@ -151,6 +151,7 @@ def test_an_adapter_without_all_its_weights_or_pickled_is_refused(smoke, setting
         load_model(tmp_path, "auto", "cpu")
 
 
+@pytest.mark.system
 def test_an_adapted_teacher_and_student_go_through_the_stages(smoke_copy):
     change(smoke_copy, "finetune_teacher", method="lora", train_vision=False)
     change(smoke_copy, "train", method="qlora", train_vision=False)

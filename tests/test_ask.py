@@ -58,6 +58,7 @@ def media(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.system
 def test_models_are_asked_side_by_side(smoke, media, settings):
     others = ["models/teacher-finetuned", "models/student"]
     question = STUDENT, str(media / "clip.mp4"), " What did I pick up? "
@@ -77,6 +78,7 @@ def test_models_are_asked_side_by_side(smoke, media, settings):
         assert row.rindex(answer.line()) == header.index("answer")
 
 
+@pytest.mark.system
 def test_a_mistake_is_one_line(smoke, media):
     done = run_module(smoke, "firstsight.ask", STUDENT, str(media / "broken.mp4"), "What?")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
@@ -177,6 +179,7 @@ def test_without_gradio_the_demo_says_what_to_install(smoke, monkeypatch):
         demo.run()
 
 
+@pytest.mark.system
 def test_the_page_answers_on_this_machine_alone_and_forgets(smoke, media, tmp_path):
     """In a process of its own, asked by Gradio's own client."""
     pytest.importorskip("gradio")

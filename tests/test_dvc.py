@@ -23,7 +23,7 @@ from conftest import (
 
 from firstsight.acquisition.initialise import initialise
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -316,6 +316,7 @@ def save_student(original: Path, settings, folder: Path) -> None:
     build_processor(tokenizer, 12544).save_pretrained(folder)
 
 
+@pytest.mark.system
 def test_it_teaches_a_qwen2_vl_through_the_stages(checkpoints, settings, tmp_path):
     """Images and videos, from the authors' files to a distilled student; cached or beside it, the same student."""
     folder = workspace(tmp_path / "workspace")

@@ -80,6 +80,7 @@ def test_peak_memory_is_what_was_held_at_most_and_not_at_the_end():
     assert memory.peak() < 100e6
 
 
+@pytest.mark.system
 def test_a_method_that_is_not_asked_for_is_left_out_and_comes_when_it_is(smoke_copy):
     evaluations = smoke_copy / "evaluations"
     for name in ("teacher-int8", "teacher-nf4", "student-int8"):
@@ -109,6 +110,7 @@ def test_a_method_that_is_not_asked_for_is_left_out_and_comes_when_it_is(smoke_c
     assert set(json.loads((smoke_copy / "metrics/quantization.json").read_text())) == {"int8", "nf4"}
 
 
+@pytest.mark.system
 def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypatch):
     change(smoke_copy, "evaluate", batch_size=8)
     run_stage(smoke_copy, "evaluate", "teacher")
@@ -133,6 +135,7 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypat
     assert not list((smoke_copy / ".scratch").iterdir())
 
 
+@pytest.mark.system
 def test_answers_of_nothing_are_wrong_and_reported(smoke_copy, monkeypatch):
     monkeypatch.setattr("stages.evaluate.answers", lambda model, processor, questions, *_: ("" for _ in questions))
     for variant in ("teacher", "student-distilled"):

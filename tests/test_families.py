@@ -63,6 +63,7 @@ def run(llava, tmp_path_factory):
     return folder
 
 
+@pytest.mark.system
 def test_a_student_of_another_family_learns_from_cached_and_online_alike(run):
     weights = []
     for kind in ("hidden", "online"):
@@ -78,6 +79,7 @@ def test_a_student_of_another_family_learns_from_cached_and_online_alike(run):
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.system
 def test_a_llava_teacher_is_evaluated(run):
     run_stage(run, "evaluate", "teacher")
     predictions = json.loads((run / "evaluations/teacher/predictions.json").read_text())
@@ -101,6 +103,7 @@ def test_special_tokens_may_differ_and_text_may_not(processor):
     assert shared_vocabulary(longer, student) == text + 3
 
 
+@pytest.mark.system
 def test_an_answer_that_tokenizes_differently_stops_the_run(run, llava, monkeypatch):
     change(run, "targets", kind="online")
     run_stage(run, "cache_teacher_targets")

@@ -53,6 +53,7 @@ class NoGradient(torch.autograd.Function):
         return gradient * float("nan")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("how", [lambda loss: loss * float("nan"), NoGradient.apply], ids=["loss", "gradient"])
 def test_nonsense_stops_the_training_before_it_is_learnt_from(workspace, monkeypatch, how):
     before = fingerprint_folder(workspace / STUDENT)
@@ -74,6 +75,7 @@ def test_nonsense_stops_the_training_before_it_is_learnt_from(workspace, monkeyp
     assert fingerprint_folder(workspace / STUDENT) == before
 
 
+@pytest.mark.system
 def test_a_loss_that_explodes_stops_the_training(workspace, monkeypatch):
     monkeypatch.setattr(fit, "_LOGGING_STEPS", 1)
     spoil(monkeypatch, 4, lambda loss: loss * 1e4)
@@ -93,12 +95,14 @@ def limit_memory(monkeypatch, samples: int):
     monkeypatch.setattr(distillation_model.DistillationModel, "forward", limited)
 
 
+@pytest.mark.system
 def test_spent_memory_says_what_to_lower(workspace, monkeypatch):
     limit_memory(monkeypatch, 3)
     with pytest.raises(UserError, match=r"micro-batches of 8, found it spent; lower batch_size and raise"):
         run_stage(workspace, "distill")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("method", ["full", "adalora"])
 def test_auto_batch_halves_micro_batches_and_keeps_the_step(workspace, monkeypatch, method):
     change(workspace, "train", batch_size=2, gradient_accumulation_steps=4, method=method)
@@ -110,6 +114,7 @@ def test_auto_batch_halves_micro_batches_and_keeps_the_step(workspace, monkeypat
     assert fingerprint_folder(workspace / STUDENT) == expected
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("auto_batch", [True, False])
 def test_memory_for_not_even_one_sample_says_so(workspace, monkeypatch, auto_batch):
     change(workspace, "train", auto_batch=auto_batch)
@@ -118,6 +123,7 @@ def test_memory_for_not_even_one_sample_says_so(workspace, monkeypatch, auto_bat
         run_stage(workspace, "distill")
 
 
+@pytest.mark.system
 def test_a_killed_data_worker_is_named(workspace, monkeypatch):
     change(workspace, "runtime", data_workers=1)
     take = PackedDataset.__getitem__
@@ -144,6 +150,7 @@ may_mount = shutil.which("unshare") and not subprocess.run(
 ).returncode  # fmt: skip
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not may_mount, reason="may not mount a file system of its own")
 @pytest.mark.parametrize(
     ("options", "place", "stage", "expected"),

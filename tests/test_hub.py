@@ -547,6 +547,7 @@ def name_models(folder: Path) -> None:
     write_params(folder, values)
 
 
+@pytest.mark.system
 def test_hub_models_go_through_the_stages(served, published, tmp_path, caplog):
     """From the hub's layout to a distilled student, and into the metrics."""
     served.repositories |= {f"tiny/{role}": Repository(published / role) for role in ("teacher", "student")}
@@ -570,6 +571,7 @@ def test_hub_models_go_through_the_stages(served, published, tmp_path, caplog):
     assert load_model(folder / "models/student-distilled", "auto", "cpu")
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_dvc_repro_downloads_from_the_hub_and_distils(served, published, tmp_path):
     """What a user types, in processes of their own, with nothing cached."""
@@ -601,6 +603,7 @@ def test_dvc_repro_downloads_from_the_hub_and_distils(served, published, tmp_pat
     assert len(served.requests) == requests
 
 
+@pytest.mark.system
 def test_a_token_is_neither_printed_nor_stored(served, tmp_path):
     """In processes of their own, as a user runs them: a download, and refusals; whatever they say and write."""
     served.repositories[NAME].gated = True

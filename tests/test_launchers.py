@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches through /proc and pidfd")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(sys.platform != "linux", reason="watches through /proc and pidfd"),
+]
 
 # A stage that says its process id and works for a minute; told to end, it says so, and then in a file.
 STAGE = """

@@ -160,6 +160,7 @@ def test_a_quantized_folder_is_loaded_as_it_is_and_not_by_another_method(smoke):
             load_model(folder, precision, "cpu")
 
 
+@pytest.mark.system
 def test_loading_says_nothing(smoke):
     """No bars, and no tables of layers, from the libraries."""
     lines = [

@@ -66,12 +66,14 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert len(predictions) == quality["teacher"]["questions"]
 
 
+@pytest.mark.system
 def test_the_table_is_printed_from_the_metrics(smoke):
     printed = run_module(smoke, TABLE).stdout
     for word in ("student-nf4", "exact match", "retention", "latency", "question only", "metrics/report.html"):
         assert word in printed
 
 
+@pytest.mark.system
 def test_some_variants_are_shown_before_there_is_a_report(smoke_copy):
     shutil.rmtree(smoke_copy / "metrics")
     printed = run_module(smoke_copy, TABLE, "teacher", "student-nf4").stdout.splitlines()
@@ -91,6 +93,7 @@ def test_training_lowers_the_distillation_loss(smoke):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.system
 def test_the_same_seed_gives_the_same_weights_and_the_same_metrics(smoke, smoke_copy):
     for stage in (("distill",), ("evaluate", "student-distilled")):
         run_stage(smoke_copy, *stage)
@@ -98,6 +101,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_same_metrics(smoke, smoke_
         assert fingerprint_files([smoke / name]) == fingerprint_files([smoke_copy / name]), name
 
 
+@pytest.mark.system
 def test_micro_batches_of_unequal_answers_train_as_one_batch(smoke, smoke_copy):
     """The loss is a mean over the answer tokens of the optimizer step, not of each micro-batch."""
     from safetensors.torch import load_file
@@ -110,6 +114,7 @@ def test_micro_batches_of_unequal_answers_train_as_one_batch(smoke, smoke_copy):
         assert (weight - parts[name]).norm() <= 2e-3 * (weight - moved[name]).norm() + 1e-6, name
 
 
+@pytest.mark.system
 def test_a_teacher_that_is_not_finetuned_is_handed_on(smoke_copy):
     change(smoke_copy, "finetune_teacher", enabled=False)
     given, taken = smoke_copy / "models/teacher-finetuned", smoke_copy / "models/teacher"
@@ -237,6 +242,7 @@ def test_bad_input_is_one_line_and_leaves_outputs_intact(smoke_copy, damage):
     assert snapshot(smoke_copy) == before
 
 
+@pytest.mark.system
 def test_a_users_mistake_ends_the_process_with_one_line_and_status_one(smoke_copy):
     change(smoke_copy, "train", alpha=2)
     ended = run_module(smoke_copy, "stages.report")
@@ -244,6 +250,7 @@ def test_a_users_mistake_ends_the_process_with_one_line_and_status_one(smoke_cop
     assert ended.stderr == "error: params.yaml: train.alpha: expected at most 1, found 2\n"
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not REAL.exists(), reason="the real clip lies beside the repository in development only")
 def test_a_real_clip_goes_through_every_stage(tmp_path):
     """Three windows of one walk, so that every split has some: real decoding, free-form answers, the same stages."""

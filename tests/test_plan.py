@@ -461,6 +461,7 @@ def test_a_text_only_model_is_said_to_see_nothing(settings, processor, tmp_path,
     assert f"{tmp_path} reads text alone: for it media are not counted" in capsys.readouterr().out
 
 
+@pytest.mark.system
 def test_the_command_prints_a_table_and_a_verdict():
     command = [sys.executable, "-m", "firstsight.plan", "presets/qwen2-vl-7b-24gb.yaml"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

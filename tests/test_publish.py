@@ -33,6 +33,8 @@ TOKEN = "hf_secretsecretsecret"
 STUDENT = "models/student-distilled"
 QUANTIZED = model_card.VARIANTS[-1]  # the one that the smoke preset asks for
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def measured(smoke, tmp_path_factory) -> Path:

@@ -40,6 +40,7 @@ def test_sizes_are_said_in_three_digits(count, said):
     assert size(count) == said
 
 
+@pytest.mark.system
 def test_what_a_person_keeps_in_metrics_stays_there(smoke_copy):
     (smoke_copy / "metrics/notes.txt").write_text("mine")
     (smoke_copy / "metrics/plots/old.png").write_text("of an earlier run")

@@ -76,6 +76,7 @@ def kill():
     raise Killed
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
@@ -104,6 +105,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(workspace, monkeypatch, cap
     assert not list((workspace / ".scratch").iterdir())
 
 
+@pytest.mark.system
 def test_a_training_killed_after_its_last_step_is_not_trained_further(workspace, monkeypatch):
     stopping_early = {"learning_rate": 0.3, "epochs": 4, "warmup_fraction": 0.0, "early_stopping_epochs": 2}
     expected = whole(workspace, **stopping_early)
@@ -117,6 +119,7 @@ def test_a_training_killed_after_its_last_step_is_not_trained_further(workspace,
     assert result(workspace) == expected
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("which", ["parameter", "data", "model", "code"])
 def test_a_changed_setting_or_input_starts_anew(workspace, monkeypatch, caplog, which):
     interrupted(monkeypatch, workspace, 7)
@@ -136,6 +139,7 @@ def test_a_changed_setting_or_input_starts_anew(workspace, monkeypatch, caplog, 
     assert "resuming" not in caplog.text
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["optimizer.pt", "trained.safetensors", "trainer_state.json", "checkpoint.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(workspace, monkeypatch, caplog, name):
     expected = whole(workspace)
@@ -150,6 +154,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(workspace, monkeypatch
     assert result(workspace) == expected
 
 
+@pytest.mark.system
 def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(workspace, monkeypatch, caplog):
     expected = whole(workspace)
     seal = checkpoints.seal
@@ -164,6 +169,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(worksp
     assert result(workspace) == expected
 
 
+@pytest.mark.system
 def test_where_the_best_epochs_weights_are_damaged_training_goes_on_from_before_them(workspace, monkeypatch, caplog):
     expected = whole(workspace)
     kept = interrupted(monkeypatch, workspace, 12)
@@ -175,6 +181,7 @@ def test_where_the_best_epochs_weights_are_damaged_training_goes_on_from_before_
     assert result(workspace) == expected
 
 
+@pytest.mark.system
 def test_a_repository_that_was_moved_goes_on(workspace, monkeypatch):
     expected = whole(workspace)
     interrupted(monkeypatch, workspace, 17)
@@ -188,6 +195,7 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
+@pytest.mark.system
 def test_a_pickle_in_a_checkpoint_is_not_executed(workspace, monkeypatch):
     kept = interrupted(monkeypatch, workspace, 3)
     good = workspace / "good"
@@ -203,6 +211,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(workspace, monkeypatch):
             assert not (workspace / "executed").exists()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_that_it_is_unfinished(workspace, monkeypatch, told):
     expected = whole(workspace)
@@ -216,6 +225,7 @@ def test_a_signal_saves_and_says_that_it_is_unfinished(workspace, monkeypatch, t
     assert result(workspace) == expected
 
 
+@pytest.mark.system
 def test_unfinished_is_one_line_and_status_75():
     code = (
         "from firstsight.core.errors import Unfinished\nfrom firstsight.core.stage import main\n"
@@ -225,6 +235,7 @@ def test_unfinished_is_one_line_and_status_75():
     assert (ended.returncode, ended.stderr) == (75, "unfinished: stopped\n")
 
 
+@pytest.mark.system
 def test_two_at_the_same_work_one_waits_and_then_says_why(workspace, monkeypatch):
     """The other works on as if alone."""
     expected = whole(workspace)
@@ -269,6 +280,7 @@ def test_another_setting_at_work_may_remove_its_files_as_they_are_counted(tmp_pa
     assert "1 other unfinished runs, 0.2 MB" in caplog.text
 
 
+@pytest.mark.system
 def test_several_processes_go_on_and_end_the_same(workspace):
     """Told to end by a signal, and killed, in an epoch after the first."""
     change(workspace, "train", gradient_accumulation_steps=2, epochs=3)
@@ -294,14 +306,14 @@ from firstsight.training import checkpoints, fit
 from stages import distill
 
 moment = sys.argv[1]
-training._LOGGING_STEPS = 4
+fit._LOGGING_STEPS = 4
 
 class Interrupt(checkpoints.Checkpoints):
     def on_step_begin(self, args, state, control, **kwargs):
         if moment.rstrip("k") == str(state.global_step):
             os.kill(os.getpid(), signal.SIGKILL if moment.endswith("k") else signal.SIGTERM)
 
-training.Checkpoints = Interrupt
+fit.Checkpoints = Interrupt
 main(distill.run)
 """
 

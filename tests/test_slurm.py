@@ -17,7 +17,7 @@ from conftest import QUANTIZATIONS, ROOT, command, stages_run
 
 from slurm.set_params import set_params
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 # What the tests' user writes into slurm/site.sh: the node has no GPU, and the environment is there already.
 SITE = """
@@ -39,7 +39,7 @@ stages:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     if missing := slurm_cluster.missing():
-        pytest.skip(f"no {', '.join(missing)}: install slurm-wlm and munge, or run `make test` as root on Debian")
+        pytest.skip(f"no {', '.join(missing)}: install slurm-wlm and munge, or run `make test-all` as root on Debian")
     with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 

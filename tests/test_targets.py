@@ -71,6 +71,7 @@ def trained(folder, **settings):
     return load_file(folder / "models/student-distilled/model.safetensors")
 
 
+@pytest.mark.system
 def test_online_and_hidden_train_to_the_same_weights(smoke, smoke_copy):
     hidden = load_file(smoke / "models/student-distilled/model.safetensors")
     online = trained(smoke_copy, kind="online")
@@ -79,6 +80,7 @@ def test_online_and_hidden_train_to_the_same_weights(smoke, smoke_copy):
         torch.testing.assert_close(online[name], weight, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.system
 def test_top_k_of_everything_trains_as_hidden_does_and_fewer_reports_its_error(smoke, smoke_copy):
     hidden = load_file(smoke / "models/student-distilled/model.safetensors")
     whole = trained(smoke_copy, kind="topk", k=10_000)
@@ -91,6 +93,7 @@ def test_top_k_of_everything_trains_as_hidden_does_and_fewer_reports_its_error(s
     assert all(error > 0 for error in errors)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_every_divergence_trains(smoke, smoke_copy, divergence):
     before = fingerprint_files([smoke / "models/student-distilled/model.safetensors"])
@@ -110,6 +113,7 @@ def test_a_disk_without_room_is_refused_before_the_teacher_runs(smoke_copy, monk
         run_stage(smoke_copy, "cache_teacher_targets")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])])
 def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monkeypatch, damage):
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
@@ -137,6 +141,7 @@ def test_damaged_answers_of_an_interrupted_cache_are_asked_for_again(smoke_copy,
     assert generate_answers(model, processor, questions, settings.targets, tmp_path) == expected
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch, kind):
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
@@ -166,6 +171,7 @@ def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch,
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.system
 def test_a_cache_of_other_data_is_not_gone_on_with(smoke_copy, monkeypatch):
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 1)
     monkeypatch.setattr(SplitTargetsWriter, "close", lambda self: (_ for _ in ()).throw(InterruptedError))
@@ -279,6 +285,7 @@ def test_an_index_holds_every_precision_that_parameters_may_ask_for(tmp_path, pr
     assert read_index(tmp_path).precision == precision
 
 
+@pytest.mark.system
 def test_another_config_of_the_teacher_does_not_go_on_with_what_it_left(smoke_copy, monkeypatch):
     """The weights are the same; what they compute is not."""
     monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
@@ -309,6 +316,7 @@ def contents(folder) -> dict[str, str]:
     return {path.name: fingerprint_files([path]) for path in (folder / "data/teacher-targets").iterdir()}
 
 
+@pytest.mark.system
 def test_reading_leaves_the_targets_on_disk(tmp_path):
     """A process that reads every record holds none of them: memory of its own does not grow with the file."""
     count, width = 3000, 4096
@@ -337,6 +345,7 @@ print(own() - before)
     assert int(done.stdout) < 20_000  # KiB, of 192,000 read
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["hidden", "online"])
 def test_questions_without_an_answer_get_the_teachers(smoke_copy, kind):
     """Of answered and unanswered questions about one picture, one of them with options that the teacher ignores."""

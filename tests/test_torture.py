@@ -7,6 +7,7 @@ from benchmarks.torture import Kill
 from firstsight.core.errors import UserError
 
 
+@pytest.mark.system
 @pytest.mark.slow
 def test_a_pipeline_that_is_killed_three_times_ends_as_one_that_is_not(smoke, tmp_path):
     project = torture.new_project(tmp_path.resolve() / "project")

@@ -16,6 +16,8 @@ READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
 TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo.txt requirements-test.txt | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
+# DVC reads names of files in any script, whatever the locale.
+export PYTHONUTF8 := 1
 
 .PHONY: repro test system-packages publish audit setup clean clean-scratch torture
 repro: setup

@@ -20,6 +20,8 @@ READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
 TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo.txt requirements-test.txt | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
+# DVC reads names of files in any script, whatever the locale.
+export PYTHONUTF8 := 1
 
 # In parallel, each file's tests in one process and the longest files first; tests/conftest.py says why.
 PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,27 @@ import psutil
 import torch
 import transformers
 
+from firstsight.core.cores import cores
+
 
 def environment(device: str) -> dict[str, Any]:
     """Columns that say where and with what a row was measured."""
-    if device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    else:
-        models = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        hardware = f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {cores()} cores"
     return {
         "device": hardware,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
     }
+
+
+def _processor() -> str:
+    """Its name, where Linux knows one; not of every architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:

@@ -77,6 +77,22 @@ def test_a_stage_ends_with_dvc(project, deadly):
     assert (project / "told").exists()
 
 
+@pytest.mark.parametrize(
+    "missing",
+    ["del os.pidfd_open", "os.pidfd_open = lambda process: os.stat('/no')"],  # not built in; refused by the kernel
+    ids=["python", "kernel"],
+)
+def test_a_stage_ends_with_dvc_where_the_kernel_tells_of_no_deaths(project, missing):
+    (project / "stage.py").write_text(f"import os\n{missing}\n{STAGE}")
+    streams = {"stderr": subprocess.PIPE, "text": True}
+    dvc, stage = start(project, ["dvc", "repro"], **streams)
+    dvc.kill()
+    said = dvc.communicate()[1]
+    wait_until(lambda: not alive(stage), 10)
+    assert (project / "told").exists()
+    assert "Traceback" not in said
+
+
 def test_a_stage_ends_with_accelerate(project):
     words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "stage.py"]
     accelerate, stage = start(project, words)
@@ -120,6 +136,18 @@ def test_a_stage_outlives_the_shell_it_was_typed_in(project):
     assert alive(stage)
     os.kill(stage, signal.SIGTERM)
     wait_until(lambda: not alive(stage), 10)
+
+
+def test_what_is_set_for_a_whole_container_is_no_launcher(project):
+    """Its first process has none above it, and all below have its variables."""
+    inside = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no containers can be made here")
+    program = "from firstsight.core import stage; import time; stage.main(lambda: (time.sleep(0.5), print('done')))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    words = [*inside, sys.executable, "-c", program]
+    ran = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("done\n", "", 0)
 
 
 def test_a_stage_whose_launcher_died_before_it_began_ends(project):

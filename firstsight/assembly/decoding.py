@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from firstsight.assembly.assemble import Unit
+from firstsight.core.cores import cores
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint
@@ -109,7 +110,7 @@ class Decoder:
     def _written(self) -> Iterator[Path]:
         """Yield the path of each chunk, in order, once it is written."""
         missing = [number for number, path in enumerate(self._paths) if not _whole(path)]
-        workers = len(os.sched_getaffinity(0))
+        workers = cores()
         if workers == 1 or len(missing) * CHUNK <= _ALONE:
             missing = set(missing)
             for number, path in enumerate(self._paths):

@@ -1,6 +1,6 @@
 """A stage ends with what launched it. DVC and accelerate, when they are killed, leave behind what they started.
 
-On Linux; elsewhere nothing is watched.
+On Linux, where /proc is there; elsewhere nothing is watched.
 """
 
 import os
@@ -15,19 +15,22 @@ from pathlib import Path
 # Set by a launcher for what it starts: by DVC, by accelerate, and by the torchrun inside accelerate.
 _DVC = b"\0DVC_STAGE="
 _MARKS = (_DVC, b"\0ACCELERATE_", b"\0TORCHELASTIC_RUN_ID=")
+_WATCHED = sys.platform == "linux" and Path("/proc/self/stat").exists()
 # Seconds from being told to end to being killed: enough for a checkpoint.
 _GRACE = 120
+# Seconds from one look to the next where the kernel does not tell of a death.
+_LOOKS = 0.5
 
 
 def end_with_launchers() -> None:
     """Have this process told to end (SIGTERM), and two minutes later killed, when a launcher above it has died."""
-    if sys.platform == "linux":
+    if _WATCHED:
         threading.Thread(target=_watch_launchers, daemon=True).start()
 
 
 def end_with(process: int) -> None:
     """The same, when the given process has died."""
-    if sys.platform == "linux":
+    if _WATCHED:
         threading.Thread(target=_watch, args=([process],), daemon=True).start()
 
 
@@ -43,20 +46,41 @@ def _watch(processes: list[int] | None) -> None:
     """Wait until one of the processes has died; None: one has."""
     if processes == []:
         return
-    poll = select.poll()
-    try:
-        for process in processes or ():
-            poll.register(os.pidfd_open(process), select.POLLIN)
-        if processes:
-            poll.poll()
-    except ProcessLookupError:
-        pass
+    if processes:
+        _wait(processes)
     with suppress(OSError):  # who read it may have died too
         print("what launched this process has died: ending", file=sys.stderr)
     # To the main thread, which runs the handlers, and may be waiting.
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait(processes: list[int]) -> None:
+    """Return when one of the processes has died."""
+    poll = select.poll()
+    try:
+        for process in processes:
+            poll.register(os.pidfd_open(process), select.POLLIN)
+        poll.poll()
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):
+        # Linux before 5.3 and some sandboxes know of no such descriptors, nor do Pythons built for such.
+        while all(map(_alive, processes)):
+            time.sleep(_LOOKS)
+
+
+def _alive(process: int) -> bool:
+    try:
+        return _status(process)[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _status(process: int) -> list[str]:
+    """What the kernel says of a process, from its state on: state, parent and more."""
+    return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def _launchers() -> list[int] | None:
@@ -66,9 +90,10 @@ def _launchers() -> list[int] | None:
     """
     found, process = [], os.getpid()
     while any(mark in (marks := _environment(process)) for mark in _MARKS):
-        above = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-        adopted = os.getsid(above) != os.getsid(process) and _DVC in marks and _DVC not in _environment(above)
-        if above == 0 or adopted:
+        above = int(_status(process)[1])
+        if above == 0:  # the first process of a container, whose variables may have been set from outside
+            break
+        if os.getsid(above) != os.getsid(process) and _DVC in marks and _DVC not in _environment(above):
             return None
         found.append(above)
         process = above
@@ -81,3 +106,9 @@ def _environment(process: int) -> bytes:
         return b"\0" + Path(f"/proc/{process}/environ").read_bytes()
     except PermissionError:
         return b""
+    except FileNotFoundError:
+        try:
+            os.kill(process, 0)
+        except PermissionError:  # a machine may hide other users' processes (hidepid)
+            return b""
+        raise

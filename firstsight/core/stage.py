@@ -25,6 +25,7 @@ def main(run: Callable[[], None]) -> None:
 
     `Unfinished` too is one line, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
     """
+    _in_utf8()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # An exit like any other, so that what is half done is cleared away.
@@ -50,6 +51,16 @@ def main(run: Callable[[], None]) -> None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _in_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where names of files would be in another encoding: data may be in any script.
+
+    Python takes that mode by itself in the C locale, not in one of an older encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _hung_up(*_: object) -> None:

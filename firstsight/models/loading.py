@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from firstsight.core.cores import cores
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
 from firstsight.core.variants import METHODS
@@ -67,7 +67,7 @@ def pick_device(wanted: str) -> str:
         log.info("running on %s", torch.cuda.get_device_name(state.device))
     else:
         # `accelerate launch` leaves each process one thread; divide all that this process may use.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // state.num_processes))
+        torch.set_num_threads(max(1, cores() // state.num_processes))
         log.info("running on the CPU, %d threads", torch.get_num_threads())
     return device
 

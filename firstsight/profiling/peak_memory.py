@@ -1,5 +1,7 @@
 """Peak memory: of torch's allocator on CUDA, of the whole process on the CPU, above what was there before."""
 
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +12,8 @@ class PeakMemory:
     """Bytes above those held when this was made.
 
     On the CPU that is resident memory, with what libraries keep for reuse; the kernel's own high-water mark is read
-    and reset (Linux, proc(5): VmHWM, clear_refs), so that no peak falls between two looks.
+    and reset (Linux, proc(5): VmHWM, clear_refs), so that no peak falls between two looks. Where it cannot be reset, a
+    peak is that since the process began, or of what started it.
     """
 
     def __init__(self, device: str):
@@ -23,7 +26,7 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            with suppress(OSError):  # a sandbox may forbid it; peaks are then those since the process began
+            with suppress(OSError):  # a sandbox may forbid it
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
@@ -33,6 +36,9 @@ class PeakMemory:
     def _read(self) -> int:
         if self._cuda:
             return torch.cuda.max_memory_allocated()
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (kibibytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-        return 1024 * int(kibibytes)
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith("VmHWM:"):
+                    return 1024 * int(line.split()[1])
+        # Some sandboxes have no such line, and other systems no such file.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

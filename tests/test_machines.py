@@ -1,0 +1,90 @@
+"""The same work on machines that differ: in cores, in what they tell of a process, in their locale."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from firstsight.core.cores import cores, share
+
+# Without /proc, as in a bare chroot.
+BARE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+PROGRAM = """
+import torch
+from firstsight.core import stage
+from firstsight.evaluation.memory import PeakMemory
+
+def run():
+    memory = PeakMemory("cpu")
+    held = torch.ones(50_000_000)
+    del held
+    print(memory.peak())
+
+stage.main(run)
+"""
+NAMED = """
+import sys
+from pathlib import Path
+from firstsight.core import stage
+
+def run():
+    (Path(sys.argv[1]) / "küche 你.txt").write_text("so")
+    print(sys.argv[2])
+
+stage.main(run)
+"""
+
+
+def test_no_more_cores_than_a_process_is_bound_to():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_cores_where_none_can_be_bound(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert 1 <= cores() <= os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_what_a_container_grants(tmp_path, files, granted):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert share(tmp_path) == granted
+
+
+def test_peak_memory_without_proc():
+    if subprocess.run([*BARE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_STAGE": "evaluate@teacher"}
+    words = [*BARE, sys.executable, "-c", PROGRAM]
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert 0 <= int(ran.stdout) < 260e6  # what started the process may have held more
+
+
+def test_names_in_any_script_whatever_the_locale(tmp_path):
+    """PYTHONUTF8=0 leaves the C locale what it is: ASCII."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0"}
+    (tmp_path / "program.py").write_text(NAMED, encoding="utf-8")
+    (tmp_path / "made").mkdir()
+    words = [sys.executable, tmp_path / "program.py", tmp_path / "made", "grüner Löffel"]
+    ran = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("grüner Löffel\n", "", 0)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["küche 你.txt"]

@@ -15,7 +15,7 @@ BARE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs non
 PROGRAM = """
 import torch
 from firstsight.core import stage
-from firstsight.evaluation.memory import PeakMemory
+from firstsight.profiling.peak_memory import PeakMemory
 
 def run():
     memory = PeakMemory("cpu")

@@ -9,7 +9,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """Return the number of cores this process is bound to, or of all; at most as many as a container's limit of time."""
+    """Return how many cores this process is bound to (all, if to none), and at most what its container may use."""
     try:
         bound = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS binds no process

@@ -20,6 +20,8 @@ READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
 TEST_READY := $(VENV)/.ready-test-$(shell cat requirements.txt requirements-demo.txt requirements-test.txt | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement
 export PATH := $(abspath $(BIN)):$(PATH)
+# DVC asks for the user's name, which a number that the machine does not know has not (docker run --user).
+export USER ?= $(shell id -un 2> /dev/null || true)
 # DVC reads names of files in any script, whatever the locale.
 export PYTHONUTF8 := 1
 

@@ -2,16 +2,20 @@
 
 import math
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from firstsight.core.cores import cores, share
+from firstsight.distillation import training
 
 # Without /proc, as in a bare chroot.
 BARE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+FULL = [*BARE[:5], 'mount -t tmpfs -o size=4k none /dev/shm && echo > /dev/shm/full && exec "$@"', "sh"]
 PROGRAM = """
 import torch
 from firstsight.core import stage
@@ -88,3 +92,31 @@ def test_names_in_any_script_whatever_the_locale(tmp_path):
     ran = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert (ran.stdout, ran.stderr, ran.returncode) == ("grüner Löffel\n", "", 0)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["küche 你.txt"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 4).bfloat16(),
+        torch.randn(3, 4).T,
+        torch.arange(5),
+        torch.tensor(True),
+        torch.zeros(0, 3),
+    ],
+    ids=["bfloat16", "transposed", "integers", "single", "empty"],
+)
+def test_data_workers_hand_tensors_over_as_they_are(tensor):
+    back, content = training._by_value(tensor)
+    found = back(*pickle.loads(pickle.dumps(content)))
+    assert torch.equal(found, tensor)
+    assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+
+
+def test_full_shared_memory_is_named():
+    if subprocess.run([*FULL, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    program = "from firstsight.core import faults; print(faults.in_words(OSError(28, 'No space left on device')))"
+    words = [*FULL, sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("/dev/shm: expected room for what processes share, found it full; ")

@@ -13,6 +13,8 @@ from firstsight.core.errors import UserError
 # An error of writing, in the words of Python and of the libraries that write: safetensors, torch, pyarrow.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b|PytorchStreamWriter failed")
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
+# Where processes of one machine lock and share; a container's may be small.
+_SHARED_MEMORY = Path("/dev/shm")
 _READ_ONLY = re.compile(r"Read-only file system|os error 30\b")
 
 
@@ -67,6 +69,11 @@ def _unwritable(error: BaseException, path: Path) -> str | None:
         number, text = getattr(error, "errno", None), str(error)
         if number in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
             system = _file_system(path)
+            if _spent(_SHARED_MEMORY) and not _spent(system):
+                return (
+                    f"{_SHARED_MEMORY}: expected room for what processes share, found it full; free some, enlarge it "
+                    "(docker run --shm-size), or set runtime.data_workers: 0, and run it again: what is done is kept"
+                )
             free = shutil.disk_usage(system).free / 1e6
             return (
                 f"{path}: expected room on the file system {system}, found it full ({free:.1f} MB free); free some "
@@ -79,6 +86,11 @@ def _unwritable(error: BaseException, path: Path) -> str | None:
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def _spent(system: Path) -> bool:
+    """Whether not even a page is left."""
+    return system.exists() and shutil.disk_usage(system).free < 4096
 
 
 def _file_system(path: Path) -> Path:

@@ -3,9 +3,11 @@ alpha 0, supervised fine-tuning."""
 
 import math
 import signal
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -175,7 +177,19 @@ def _trainer(
         tuning=tuning,
     )
     trainer.remove_callback(ProgressCallback)
+    if data_workers:
+        # Not through /dev/shm, of which a container has 64 MB: where it is full, the training would wait for ever.
+        ForkingPickler.register(torch.Tensor, _by_value)
     return trainer
+
+
+def _by_value(tensor: torch.Tensor) -> tuple:
+    """How a data worker hands a tensor over: its bytes, through a pipe."""
+    return _restored, (tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def _restored(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
 def _run(trainer: DistillationTrainer, scratch: Path) -> None:

@@ -222,7 +222,7 @@ def pickles_only(folder):
 
 def unknown_architecture(folder):
     edit(folder, "config.json", model_type="nothing_known")
-    return "found model_type 'nothing_known'; take"
+    return "found model_type 'nothing_known'; name"
 
 
 def remote_code(folder):

@@ -149,7 +149,7 @@ def check_config(folder: Path, place: str) -> None:
         )
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever libraries raise over values that make no model
+    except Exception as error:  # libraries raise many kinds of error over invalid values
         found = " ".join(str(error).split())[:200]
         raise UserError(f"{place}: expected a {CONFIG} that can be read, found {found}; get it again") from None
 
@@ -168,7 +168,7 @@ def check_weights(folder: Path, place: str) -> None:
         return  # the conversion compares names and shapes
     try:
         differing = _differing(folder)
-    except Exception as error:  # whatever libraries raise over values that make no model
+    except Exception as error:  # libraries raise many kinds of error over invalid values
         found = " ".join(str(error).split())[:200]
     else:
         if not differing:

@@ -1,15 +1,14 @@
 """Convert an EgoGPT checkpoint in its authors' layout (`model_type: egogpt_qwen`) to a folder that transformers reads.
 
 `convert` does this in order:
-1. `check_texts`: check the settings in config.json, read the tokenizer and add the tokens that mark media to it.
-2. `_headers`: read the names, shapes and dtypes of the weights, without the weights, and rename them (`RENAMES`).
-3. `_processor`, `_config`: derive the processor and the config from the settings and, where these are silent, the
-shapes. 4. `_check`: build the model on the meta device, and compare its weights' names and shapes with the
-checkpoint's. 5. `_write_weights`: copy the weights under their new names, one shard at a time, but not those of
-Whisper's encoder and
-   the speech projector. These are run once, on 30 s of silence, and the features they return are stored as a weight
-   instead: FirstSight has no audio, see `firstsight.models.egogpt`.
-6. Save the processor, the config, the generation settings, the model card and the licence.
+1. `check_texts`: check the settings in config.json, read the tokenizer, and add the tokens that mark media to it.
+2. `_headers`: read the names, shapes and dtypes of the weights, not yet their values, and rename them (`RENAMES`).
+3. `_processor`, `_config`: derive the processor and the config from the settings and the shapes of the weights.
+4. `_check`: build the model on the meta device, and compare its weights' names and shapes with the checkpoint's.
+5. `_write_weights`: copy the weights under their new names, one shard at a time. Whisper's encoder and the speech
+   projector are not copied: FirstSight has no audio, so they are run once, on 30 s of silence, and the features that
+   they return are stored as a weight instead (see `firstsight.models.egogpt`).
+6. Save the processor, the config and the generation settings, and copy the model card and the licence.
 """
 
 import json
@@ -193,7 +192,7 @@ def check_texts(source: Path, name: str) -> tuple[dict[str, Any], Qwen2Tokenizer
     _pinpoints(settings, name)
     try:
         return settings, _tokenizer(source)
-    except Exception as error:  # whatever libraries raise over a damaged file
+    except Exception as error:  # libraries raise many kinds of error over a damaged file
         raise _broken(name, error) from None
 
 
@@ -204,7 +203,7 @@ def _headers(source: Path, name: str) -> tuple[list[Path], Shapes, str]:
         raise UserError(f"{name}: expected weights in *.safetensors, found none; name a complete EgoGPT checkpoint")
     try:
         stored = {key: (shape, dtype) for key, shape, dtype in _stored(files)}
-    except Exception as error:  # whatever libraries raise over a damaged file
+    except Exception as error:  # libraries raise many kinds of error over a damaged file
         raise _broken(name, error) from None
     shapes = {key: shape for key, (shape, _) in stored.items()}
     embedding = "model.language_model.embed_tokens.weight"

@@ -12,7 +12,7 @@ def messages(record: Record, sample: Sample) -> list[dict[str, Any]]:
 
 
 def media_inputs(sample: Sample) -> dict[str, Any]:
-    """Return a sample's images or video as arguments of a processor, which is told not to resample a video's frames."""
+    """Return a sample's images or video as arguments of a processor, which does not resample a video's frames."""
     if sample.media_kind == "none":
         return {}
     frames = sample.images()

@@ -136,7 +136,9 @@ def test_a_killed_data_worker_is_named(workspace, monkeypatch):
     monkeypatch.setattr(PackedDataset, "__getitem__", deadly)
     with pytest.raises(RuntimeError) as error:
         run_stage(workspace, "distill")
-    assert faults.in_words(error.value).startswith("data worker: expected it to live, found: DataLoader worker (pid")
+    assert faults.in_words(error.value).startswith(
+        "data worker: expected it to run to the end, found: DataLoader worker (pid"
+    )
 
 
 def mounted(options: str, place: str, stage: str) -> list[str]:
@@ -156,10 +158,15 @@ may_mount = shutil.which("unshare") and not subprocess.run(
     ("options", "place", "stage", "expected"),
     [
         ("size=64k", ".scratch", "distill", "expected 2."),
-        ("size=3M", ".scratch", "distill", "expected room on the file system {place}, found it full ("),
+        ("size=3M", ".scratch", "distill", "expected space on the file system {place}, found it full ("),
         ("size=64k", ".scratch", "cache_teacher_targets", "MB free on the file system {place}, found 0.1 MB; free"),
-        ("size=256k", ".scratch", "build_egoqa_dataset", "expected room on the file system {place}, found it full (0."),
-        ("size=8k", "evaluations", "evaluate student", "expected room on the file system {place}, found it full (0."),
+        (
+            "size=256k",
+            ".scratch",
+            "build_egoqa_dataset",
+            "expected space on the file system {place}, found it full (0.",
+        ),
+        ("size=8k", "evaluations", "evaluate student", "expected space on the file system {place}, found it full (0."),
         ("size=64k", "models", "quantize_student nf4", "student-distilled"),
         (
             "ro",
@@ -199,4 +206,4 @@ def test_a_full_disk_is_recognised_in_every_librarys_words(tmp_path):
 
 def test_a_file_of_another_user_is_one_line(tmp_path):
     error = PermissionError(13, "Permission denied", str(tmp_path))
-    assert faults.in_words(error).startswith(f"{tmp_path}: expected to be allowed to use it, found: Permission denied;")
+    assert faults.in_words(error).startswith(f"{tmp_path}: expected permission to use it, found: Permission denied;")

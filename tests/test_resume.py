@@ -242,7 +242,7 @@ def test_two_at_the_same_work_one_waits_and_then_says_why(workspace, monkeypatch
     monkeypatch.setattr(scratch, "_PATIENCE", 0.2)
 
     def begin_another():
-        with pytest.raises(UserError, match="expected to be alone at this work, found another process at it"):
+        with pytest.raises(UserError, match="expected no other process at this work, found one"):
             run_stage(workspace, "distill")
 
     monkeypatch.setattr(checkpoints.Checkpoints, "on_train_begin", lambda *_, **__: begin_another())

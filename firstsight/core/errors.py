@@ -1,12 +1,13 @@
-"""The exceptions that are no defects: the user can mend it, or it is to be gone on with."""
+"""Exceptions that are not defects of the code: a mistake that the user can correct, and work that is not finished."""
 
 
 class UserError(Exception):
-    """Bad input. Its message is one line: the place, what was expected, what was found, what to do.
+    """Report bad input in one line: the place, what was expected, what was found, what to do.
 
-    Stages print it alone and exit with status 1 (`firstsight.core.stage.main`); anything else keeps its traceback.
+    Stages print that line alone and exit with status 1 (`firstsight.core.stage.main`); other exceptions keep their
+    traceback.
     """
 
 
-class Unfinished(Exception):  # noqa: N818, it is no error
-    """Stopped from outside after saving what was done. Stages then exit with status 75, "temporary failure"."""
+class Unfinished(Exception):  # noqa: N818, it is not an error
+    """Report that work was stopped from outside and its progress saved. Stages exit with 75, "temporary failure"."""

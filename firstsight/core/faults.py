@@ -1,5 +1,4 @@
-"""Faults of the machine in one line each: a disk that is full or cannot be written, memory that is spent, a killed
-worker."""
+"""One line for each fault of the machine: a full or read-only disk, memory that has run out, a killed worker."""
 
 import errno
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from firstsight.core.errors import UserError
 
-# An error of writing, in the words of Python and of the libraries that write: safetensors, torch, pyarrow.
+# What Python and the libraries that write (safetensors, torch, pyarrow) call a full disk.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b|PytorchStreamWriter failed")
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
 # Where processes of one machine lock and share; a container's may be small.
@@ -20,7 +19,7 @@ _READ_ONLY = re.compile(r"Read-only file system|os error 30\b")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """In the block `path` is written. Raises UserError, naming its file system, when that is full or read-only."""
+    """Write `path` in the block. Raises UserError, naming the file system, when it is full or read-only."""
     try:
         yield
     except UserError:
@@ -43,14 +42,14 @@ def check_disk_space(place: Path, needed: int, remedy: str) -> None:
 
 
 def in_words(error: Exception) -> str | None:
-    """One line for a fault of the machine that reaches the end of a stage; None for anything else."""
+    """Return one line for a fault of the machine that ended a stage; None for any other error."""
     text = str(error)
     if line := _unwritable(error, Path(getattr(error, "filename", None) or ".")):
         return line
     if isinstance(error, PermissionError):
         return (
-            f"{error.filename}: expected to be allowed to use it, found: {error.strerror}; ask its owner for that, or "
-            "work elsewhere (a clone of your own; FIRSTSIGHT_SCRATCH for what is kept between runs)"
+            f"{error.filename}: expected permission to use it, found: {error.strerror}; ask its owner for it, or work "
+            "elsewhere (in a clone of your own; FIRSTSIGHT_SCRATCH sets the folder of unfinished work)"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return "memory: expected enough for this stage, found it spent; lower the stage's batch_size, or free memory"
@@ -58,13 +57,14 @@ def in_words(error: Exception) -> str | None:
         return "GPU memory: expected enough for this stage, found it spent; lower the stage's batch_size in params.yaml"
     if killed := _KILLED_WORKER.search(text):
         return (
-            f"data worker: expected it to live, found: {killed[0]} (out of memory?); lower runtime.data_workers, and "
-            "run it again: what is done is kept"
+            f"data worker: expected it to run to the end, found: {killed[0]} (out of memory?); lower "
+            "runtime.data_workers and run the stage again, which continues from what it has saved"
         )
     return None
 
 
 def _unwritable(error: BaseException, path: Path) -> str | None:
+    """Return one line where the error, or one behind it, says that `path` cannot be written; else None."""
     while error is not None:
         number, text = getattr(error, "errno", None), str(error)
         if number in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(text):
@@ -76,13 +76,13 @@ def _unwritable(error: BaseException, path: Path) -> str | None:
                 )
             free = shutil.disk_usage(system).free / 1e6
             return (
-                f"{path}: expected room on the file system {system}, found it full ({free:.1f} MB free); free some "
-                "(dvc gc --workspace, make clean-scratch) and run it again: earlier outputs are as they were"
+                f"{path}: expected space on the file system {system}, found it full ({free:.1f} MB free); free some "
+                "(dvc gc --workspace, make clean-scratch) and run the stage again; earlier outputs are unchanged"
             )
         if number == errno.EROFS or _READ_ONLY.search(text):
             return (
                 f"{path}: expected a file system that can be written, found {_file_system(path)} read-only; mount it "
-                "for writing, or work elsewhere (FIRSTSIGHT_SCRATCH for what is kept between runs)"
+                "for writing, or work elsewhere (FIRSTSIGHT_SCRATCH sets the folder of unfinished work)"
             )
         error = error.__cause__ or error.__context__
     return None

@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all, and fingerprints of what went into them."""
+"""Write outputs that appear whole or not at all, and fingerprint files, folders and JSON values."""
 
 import fcntl
 import hashlib
@@ -17,10 +17,10 @@ from firstsight.core.faults import writing
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `path` when the block ends, or vanishes when it raises.
+    """Yield a new folder to write into. It replaces `path` when the block ends, and is removed when the block raises.
 
-    It is made beside `path`, on the same file system, so that taking its place is a rename. An earlier `path` is
-    removed only then. What a killed process has left of such a folder is removed first.
+    The folder is created next to `path`, on the same file system, so that it can be renamed; an earlier `path` is
+    removed only then. Folders that killed processes have left there are removed first.
     """
     path = path.resolve()  # an output may be a link to a folder on a larger disk
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The folder as a living process's own. Raises BlockingIOError when it is another's."""
+    """Lock the folder for this process. Raises BlockingIOError when another process holds the lock."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,9 +61,9 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def link_file(path: Path, place: Path) -> None:
-    """Make the file `path` appear at `place`: tensors as a hard link where one can be made, anything else as a copy.
+    """Make the file `path` appear at `place`: as a hard link, if possible, for tensors; as a copy for other files.
 
-    Libraries write configs and tokenizers in place; through a link they would write into DVC's or the hub's cache.
+    Libraries overwrite configs and tokenizers in place; through a link they would change DVC's or the hub's cache.
     """
     if path.suffix == ".safetensors":
         with suppress(OSError):
@@ -73,9 +73,9 @@ def link_file(path: Path, place: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON; NaN and infinity are refused, because other readers of JSON refuse them.
+    """Write `value` as indented JSON. Raises ValueError for NaN and infinity, which standard JSON does not have.
 
-    The file is replaced, never written into: it may be a hard link to a user's file or to DVC's cache.
+    The file is replaced, not overwritten, because it may be a hard link to a user's file or to DVC's cache.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     beside = path.with_name(f".{path.name}.partial")
@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, made_by: str) -> Any:
-    """The JSON in `path`. Raises UserError, naming the stage that makes it, when it is missing or broken."""
+    """Return the JSON in `path`. Raises UserError, naming the stage that writes it, when it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,12 +92,12 @@ def read_json(path: Path, made_by: str) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON value with sorted keys: equal values, equal fingerprints, in any process."""
+    """Return the SHA-256 of a JSON value, keys sorted: equal values have equal fingerprints in any process."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def fingerprint_files(paths: list[Path]) -> str:
-    """SHA-256 over the contents of the files, in the order given."""
+    """Return the SHA-256 over the contents of the files, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -106,5 +106,5 @@ def fingerprint_files(paths: list[Path]) -> str:
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """SHA-256 over the contents of all files of a folder, in the order of their paths."""
+    """Return the SHA-256 over the contents of all files of a folder, in the order of their paths."""
     return fingerprint_files(sorted(path for path in folder.rglob("*") if path.is_file()))

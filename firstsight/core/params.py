@@ -1,7 +1,7 @@
-"""params.yaml as typed, validated classes: one class a section, one section a stage.
+"""params.yaml as typed, validated classes: one class for each section, one section for each stage.
 
-Nothing here has a default: what a run does is what its params.yaml says, and two runs differ only where their files
-do. `load` checks the whole file at once, so that a mistake under `evaluate` is met before a teacher is trained.
+No parameter has a default: a run does what its params.yaml says, and two runs differ only where their files do. `load`
+checks the whole file at once, so that a mistake under `evaluate` is reported before a teacher is trained.
 """
 
 from pathlib import Path
@@ -14,10 +14,10 @@ from firstsight.core.errors import UserError
 from firstsight.core.validation import mistakes
 
 PARAMS_FILE = Path("params.yaml")
-# Model folders that stages write, and therefore replace or remove.
+# Folders of models/ that stages write, and therefore replace or remove.
 MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", "student-distilled", "student-int8", "student-nf4")
 
-# Keys that were called otherwise in earlier versions, the last section in front, and what they are called now.
+# Keys that had another name in earlier versions, with the section that holds them, and their names now.
 RENAMED = {
     "adapter.alpha": "lora_alpha",
     "adapter.targets": "target_modules",
@@ -46,16 +46,18 @@ Methods = Annotated[list[Method], AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
-    """A mapping of known keys; a number written as text, or a fraction where a count belongs, is refused."""
+    """Hold the known keys of a section; refuse numbers written as text, and fractions where a count is expected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Initialisation(Section):
-    """A fresh Qwen2-VL: sizes of its language model and vision tower, and of the tokenizer trained for it.
+    """Describe a new Qwen2-VL: sizes of its language model and vision tower, and of the tokenizer trained for it.
 
-    `vocabulary_rows` is the height of the embedding, which may exceed the number of tokens, as in the hub's models.
-    `initializer_range` is the standard deviation of fresh weights; small widths want more than Qwen's 0.02.
+    `vocabulary_size` counts the tokens that the tokenizer learns, to which its special tokens are added.
+    `embedding_rows` is the number of rows of embedding and head: at least one a token, and more in the hub's models.
+    With `tie_word_embeddings` both are one weight.
+    `initializer_range` is the standard deviation of the random weights; small widths need more than Qwen's 0.02.
     """
 
     seed: Seed
@@ -89,7 +91,7 @@ class Initialisation(Section):
 
 
 class Model(Section):
-    """Where a model comes from: `init` (fresh weights, sizes under `init`), a local folder, or a hub id.
+    """Say where a model comes from: `init` (random weights, sizes under `init`), a local folder, or a hub id.
 
     `revision` is a branch, tag or commit of the hub repository; what it resolved to is recorded with the model.
     """
@@ -118,10 +120,10 @@ class Models(Section):
 
 
 class Synthetic(Section):
-    """Rendered scenes: how many, and how many questions each gets besides its description.
+    """Configure rendered scenes: how many there are, and how many questions each has besides its description.
 
-    A share of them, `clip_fraction`, are clips of 2 to `max_clip_frames` frames, the others images. A share of the
-    questions that can have options, `option_fraction`, has them.
+    The share `clip_fraction` of the scenes are clips of 2 to `max_clip_frames` frames, the others are images. Of the
+    questions that can have options, the share `option_fraction` has them.
     """
 
     scenes: Count
@@ -135,9 +137,10 @@ FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo"
 
 
 class Hub(Section):
-    """A data set of the hub, or a folder of one: `id`, `config`, `revision`, and `splits`, each given to one of ours.
+    """Name a data set of the hub, or a local folder of one, by `id`, `config` and `revision`.
 
-    `fields` says which column is what: our name (question, answer, options, image, video, id, ...) to theirs.
+    `splits` maps its splits to ours; `fields` maps our names (question, answer, options, image, video, id, ...) to its
+    columns.
     """
 
     id: str
@@ -148,7 +151,7 @@ class Hub(Section):
 
 
 class Benchmark(Section):
-    """Records of another file, all for the test split; what is trained on shares no media with them."""
+    """Name a second file whose records all go to the test split; the training split uses none of their media."""
 
     source: Literal["none", FileSource]
     path: Annotated[str, Field(min_length=1)]
@@ -156,17 +159,17 @@ class Benchmark(Section):
 
 
 class Data(Section):
-    """Where questions come from: rendered scenes (`synthetic`), the file `path` in one of several forms, or the hub.
+    """Say where questions come from: rendered scenes (`synthetic`), the file `path` in one of several formats, the hub.
 
-    `path` and `benchmark.path` must exist whatever the source, because the stage depends on them. Media are looked for
-    in `media_root` (null: the folder of the file), and nowhere else.
+    `path` and `benchmark.path` must exist whatever the source, because the stage depends on them. Images and videos are
+    read from `media_root` (null: the folder of the file) alone.
 
-    Records that cannot be used end the build (`on_error: stop`) or are counted and listed (`skip`). `unanswered`
-    questions are such, or get the teacher's answer.
+    A record that cannot be used ends the build (`on_error: stop`) or is counted and listed (`skip`). A question without
+    an answer counts as such a record (`unanswered: refuse`) or gets the teacher's answer (`teacher`).
 
-    Splits are by group. `train_samples` and its kin take so many records, in the proportions of the question types;
-    null takes all. Question types under `train_only_types` are left out of the test split: they are there to learn
-    from. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels` each.
+    Splits are made by group. `train_samples`, `validation_samples` and `test_samples` limit a split to that many
+    records, in the proportions of the question types; null takes all. Question types in `train_only_types` are left out
+    of the test split. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels`.
     """
 
     source: Literal["synthetic", "hub", FileSource]
@@ -202,7 +205,7 @@ class Data(Section):
 
 
 class Adapter(Section):
-    """peft's low-rank adapters: of `rank`, scaled by `alpha / rank`, on the modules whose names end in `targets`."""
+    """Configure peft's low-rank adapters: `rank`, scale `lora_alpha / rank`, on modules named in `target_modules`."""
 
     rank: Count
     lora_alpha: Positive
@@ -211,14 +214,14 @@ class Adapter(Section):
 
 
 class Optimisation(Section):
-    """AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
+    """Configure AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
 
     A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions, whatever the number
-    of processes. `gradient_checkpointing` computes activations twice instead of keeping them. When memory is spent,
-    `auto_batch` makes micro-batches smaller, and more of them to a step.
+    of processes. `gradient_checkpointing` computes activations twice instead of storing them. When memory runs out,
+    `auto_batch` makes micro-batches smaller and takes more of them for each step.
 
-    `method` says what is trained: all weights (full), or adapters over them (lora, adalora) or over their NF4 copy
-    (qlora). Without `train_vision` the vision tower and its projector stay as they are.
+    `method` says what is trained: all weights (full), or adapters over frozen weights (lora, adalora) or over frozen
+    NF4 weights (qlora). Without `train_vision`, the vision tower and its projector are frozen.
     """
 
     method: Literal["full", "lora", "qlora", "adalora"]
@@ -238,17 +241,17 @@ class Optimisation(Section):
 
 
 class FinetuneTeacher(Optimisation):
-    """Supervised fine-tuning of the teacher on the train split; `enabled: false` takes the teacher as it is."""
+    """Configure supervised fine-tuning of the teacher on the train split; `enabled: false` leaves it out."""
 
     enabled: bool
 
 
 class Targets(Section):
-    """What is kept of the teacher, and how the teacher is loaded for it.
+    """Say what is cached of the teacher for each answer token, and in which precision the teacher is loaded.
 
-    `hidden`: its final hidden states, exact; `topk`: its `k` best logits, approximate and smaller; `online`: nothing,
-    the teacher runs beside the student. `k` matters to topk alone.
-    Questions without an answer are answered by the teacher, in at most `max_answer_tokens`.
+    `hidden` caches final hidden states, exactly; `topk` the `k` best logits, smaller and approximate; `online` nothing:
+    the teacher runs during distillation. `k` matters to topk alone.
+    The teacher answers questions that have no answer, in at most `max_answer_tokens` tokens.
     """
 
     kind: Literal["hidden", "topk", "online"]
@@ -259,7 +262,7 @@ class Targets(Section):
 
 
 class Train(Optimisation):
-    """Distillation: L = alpha T^2 D(teacher, student) + (1 - alpha) CE. `alpha` is the weight of the teacher.
+    """Configure distillation: L = alpha T^2 D(teacher, student) + (1 - alpha) CE. `alpha` is the weight of the teacher.
 
     D is `divergence`; `jsd_beta`, between 0 and 1, is the weight of the teacher in jsd's mixture.
     Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
@@ -273,11 +276,11 @@ class Train(Optimisation):
 
 
 class Quantize(Section):
-    """How the distilled student is quantized, by each of `methods`: each gives a model, and a variant in evaluation.
+    """Configure quantization of the distilled student: each of `methods` makes a model, evaluated as a variant.
 
-    `double_quantization` (nf4's scales are quantized too; Dettmers et al., 2023, arXiv:2305.14314) and `compute_dtype`
-    (of nf4's products; auto is that of the other weights) are bitsandbytes'. The error of each layer is measured on
-    `calibration_samples` samples of the validation split.
+    For nf4, bitsandbytes also quantizes the scales with `double_quantization` (Dettmers et al., 2023,
+    arXiv:2305.14314), and multiplies in `compute_dtype` (auto: the precision of the other weights). The error of each
+    layer is measured on `calibration_samples` samples of the validation split.
     """
 
     methods: Methods
@@ -287,11 +290,11 @@ class Quantize(Section):
 
 
 class Evaluate(Section):
-    """Quality on the whole test split in batches of `batch_size`; intervals from `bootstrap_samples` resamplings.
+    """Configure evaluation. Quality is measured on the whole test split, `batch_size` questions at a time.
 
-    `teacher_methods` are ways in which the teacher too is quantized and measured, as targets.precision may load it.
-    Speed is that of `latency_runs` questions, each answered with exactly `latency_new_tokens` tokens, at batch 1, and
-    together in batches of each of `throughput_batch_sizes`.
+    95% intervals come from `bootstrap_samples` resamplings. The teacher is measured quantized, too, by each of
+    `teacher_methods`. Speed is measured on `latency_runs` questions, each answered with exactly `latency_new_tokens`
+    tokens: one at a time, and in batches of each of `throughput_batch_sizes`.
     """
 
     precision: Precision
@@ -306,7 +309,7 @@ class Evaluate(Section):
 
 
 class Levels(Section):
-    """What a figure must reach, or exceed, to be called this good."""
+    """Hold the values that a figure must reach for each verdict."""
 
     minimum: Positive
     target: Positive
@@ -320,7 +323,7 @@ class Levels(Section):
 
 
 class Criteria(Section):
-    """Of each student against the teacher; see `firstsight.reporting.criteria`."""
+    """Hold the levels for each student, compared with the teacher; see `firstsight.reporting.criteria`."""
 
     compression: Levels
     memory_saved: Levels
@@ -333,14 +336,14 @@ class Report(Section):
 
 
 class Runtime(Section):
-    """What cannot change a result; no stage depends on it. `device: auto` is CUDA where there is any."""
+    """Say how stages run, which cannot change a result: no stage depends on it. `device: auto` is CUDA if available."""
 
     device: Literal["auto", "cpu", "cuda"]
     data_workers: Annotated[int, Field(ge=0)]
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """Hold the whole of params.yaml."""
 
     models: Models
     data: Data
@@ -354,11 +357,11 @@ class Params(Section):
 
 
 def load(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate `path`.
+    """Read and validate the parameter file `path`.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, or a value is not what its key expects; one line that
-            names the first wrong key, what was expected and what was found, and how many more there are.
+        UserError: the file is missing or not a YAML mapping, or a value is wrong; one line that names the first wrong
+            key, what was expected, what was found, and how many more mistakes there are.
     """
     try:
         values = yaml12.load(path)

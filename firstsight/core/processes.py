@@ -1,4 +1,4 @@
-"""Several processes at one stage, as `accelerate launch` starts them: one writes, all read."""
+"""Several processes of one stage, as `accelerate launch` starts them: the main process writes, all of them read."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 @contextmanager
 def shared(folder: AbstractContextManager[Path]) -> Iterator[Path]:
-    """The folder that the main process makes, in every process; left when all are done with it."""
+    """Yield the folder that the main process creates to every process; close it when all processes are done."""
     state = PartialState()
     with ExitStack() as stack:
         made = [stack.enter_context(folder) if state.is_main_process else None]

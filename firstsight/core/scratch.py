@@ -1,4 +1,4 @@
-"""Folders for what a stage keeps while it works, outside its outputs: DVC deletes outputs before a rerun.
+"""Folders for unfinished work of stages, outside their outputs, which DVC deletes before a rerun.
 
 python -m firstsight.core.scratch       removes them
 """
@@ -19,14 +19,14 @@ from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint, fingerprint_files
 from firstsight.core.stage import log, main
 
-# Seconds to wait for another process at the same work: for one that was told to end, and saves what it has.
+# Seconds to wait for another process that does the same work: it may have been told to end, and be saving.
 _PATIENCE = 60
 
 
 def root() -> Path:
-    """`$FIRSTSIGHT_SCRATCH`, else `.scratch/` of the main repository.
+    """Return the folder `$FIRSTSIGHT_SCRATCH`, or `.scratch/` of the main repository where that is not set.
 
-    DVC runs queued experiments in a temporary copy, and says where the main repository is in `DVC_ROOT`.
+    DVC runs queued experiments in a temporary copy and gives the path of the main repository in `DVC_ROOT`.
     """
     place = os.environ.get("FIRSTSIGHT_SCRATCH") or Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
     return Path(place).absolute()
@@ -34,13 +34,15 @@ def root() -> Path:
 
 @contextmanager
 def kept_folder(stage: str, made_from: dict[str, Any]) -> Iterator[Path]:
-    """A folder that is there again, with what it held, when the same work is begun anew; gone when the block ends well.
+    """Yield a folder that keeps its files until the work is done: the same work, when restarted, gets it again.
+
+    The folder is removed when the block ends without an exception.
 
     Args:
-        made_from: all that the work's result depends on, as JSON. The code and the libraries are added to it.
+        made_from: everything that the work's result depends on, as JSON. Code and library versions are added to it.
 
     Raises:
-        UserError: another process is at this work.
+        UserError: another process is doing this work, or the folder cannot be created.
     """
     key = fingerprint({"from": made_from, "code": _code()})[:16]
     folder = root() / f"{stage}-{key}"
@@ -51,7 +53,7 @@ def kept_folder(stage: str, made_from: dict[str, Any]) -> Iterator[Path]:
             f"{root()}: expected a folder that can be written, found: {error.strerror}; set FIRSTSIGHT_SCRATCH to one"
         ) from None
     with _alone(folder):
-        _tell_of_others(stage, folder)
+        _report_others(stage, folder)
         folder.mkdir(exist_ok=True)
         try:
             with writing(folder):
@@ -64,14 +66,14 @@ def kept_folder(stage: str, made_from: dict[str, Any]) -> Iterator[Path]:
 
 
 def clean() -> None:
-    """Remove every folder that no process is at work in."""
+    """Remove every folder that no process is using."""
     for folder in _folders(""):
         try:
             with FileLock(_lock(folder), timeout=0):
                 shutil.rmtree(folder)
                 _lock(folder).unlink()
         except Timeout:
-            log.info("%s stays: a process is at work in it", folder)
+            log.info("%s stays: a process is using it", folder)
         else:
             log.info("removed %s", folder)
 
@@ -82,16 +84,17 @@ def _lock(folder: Path) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Raises UserError when another process still holds it after a minute."""
     lock = FileLock(_lock(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("another process is at this work, in %s; waiting %d s for it to end", folder, _PATIENCE)
+        log.info("another process is doing this work, in %s; waiting %d s for it to end", folder, _PATIENCE)
         try:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:
             raise UserError(
-                f"{folder}: expected to be alone at this work, found another process at it; wait for it, or end it"
+                f"{folder}: expected no other process at this work, found one; wait for it, or end it"
             ) from None
     try:
         yield
@@ -99,8 +102,8 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _tell_of_others(stage: str, own: Path) -> None:
-    """Say what is kept of other runs of the stage: large, and of use only if its settings come back."""
+def _report_others(stage: str, own: Path) -> None:
+    """Log the size of other unfinished runs of the stage, which are of use only if their settings are used again."""
     others = [folder for folder in _folders(f"{stage}-") if folder != own]
     size = sum(map(_size, others))
     if others:
@@ -108,7 +111,7 @@ def _tell_of_others(stage: str, own: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of a folder's files, but for what a process at work in it removes meanwhile."""
+    """Return the bytes of a folder's files, without those that another process removes meanwhile."""
     size = 0
     for inner, _, names in os.walk(folder):  # rglob would raise where a folder has gone
         for name in names:
@@ -122,7 +125,7 @@ def _folders(prefix: str) -> list[Path]:
 
 
 def _code() -> dict[str, str]:
-    """Fingerprint of the modules of this repository that are loaded, and versions of what computes."""
+    """Return a fingerprint of this repository's loaded modules, and the versions of the libraries that compute."""
     here = Path(__file__).parents[2]
     loaded = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     ours = [file for file in loaded for folder in ("firstsight", "stages") if file.is_relative_to(here / folder)]

@@ -1,4 +1,4 @@
-"""The variants that are measured by one protocol and shown side by side."""
+"""The variants of teacher and student that are all measured in the same way and reported next to each other."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from firstsight.core.params import Method
 
 @dataclass(frozen=True)
 class Variant:
-    """A model folder, and the method by which it is quantized on loading; with None, `evaluate.precision` decides."""
+    """Name a model folder and how it is quantized on loading; with None, it is loaded as `evaluate.precision` says."""
 
     model: Path
     quantized_on_loading: str | None = None
@@ -27,5 +27,5 @@ VARIANTS = {
     "student-distilled": Variant(Path("models/student-distilled")),
     **{f"student-{method}": Variant(Path(f"models/student-{method}")) for method in METHODS},
 }
-# In the place of the model, and of its figures, of a variant that params.yaml does not ask for. DVC wants every output.
+# The only file of a variant's folders where params.yaml does not ask for it: DVC requires every output to exist.
 LEFT_OUT = "left-out.json"

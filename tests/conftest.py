@@ -13,13 +13,13 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # Give each parallel worker, and every process that its tests start, as many processors of its own. Threads are
-    # counted from them, when torch is imported and by `pick_device`, so that the same bits come out in every worker.
-    cpus, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    share = max(1, len(cpus) // workers)
-    first = int(worker.removeprefix("gw")) * share % len(cpus)
-    os.sched_setaffinity(0, cpus[first : first + share])
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # Give each parallel worker, and every process that its tests start, as many cores of its own. Threads are counted
+    # from them, when torch is imported and by `pick_device`, so that the same bits come out in every worker.
+    bound, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    share = max(1, len(bound) // workers)
+    first = int(worker.removeprefix("gw")) * share % len(bound)
+    os.sched_setaffinity(0, bound[first : first + share])
 
 import hypothesis
 import pytest

@@ -26,7 +26,7 @@ export USER ?= $(shell id -un 2> /dev/null || true)
 export PYTHONUTF8 := 1
 
 # In parallel, each file's tests in one process and the longest files first; tests/conftest.py says why.
-PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: repro test test-all system-packages publish audit setup clean clean-scratch torture
 repro: setup

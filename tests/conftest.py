@@ -13,13 +13,13 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # Give each parallel worker, and every process that its tests start, as many processors of its own. Threads are
-    # counted from them, when torch is imported and by `pick_device`, so that the same bits come out in every worker.
-    cpus, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    share = max(1, len(cpus) // workers)
-    first = int(worker.removeprefix("gw")) * share % len(cpus)
-    os.sched_setaffinity(0, cpus[first : first + share])
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # Give each parallel worker, and every process that its tests start, as many cores of its own. Threads are counted
+    # from them, when torch is imported and by `pick_device`, so that the same bits come out in every worker.
+    bound, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    share = max(1, len(bound) // workers)
+    first = int(worker.removeprefix("gw")) * share % len(bound)
+    os.sched_setaffinity(0, bound[first : first + share])
 
 import hypothesis
 import pytest
@@ -123,37 +123,37 @@ def write_params(folder: Path, values) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Mark tests of a browser, Slurm or DVC `system`; group tests for workers; put the longest files first.
-
-    With `--dist loadgroup` one worker runs all tests of a file, so that it builds the file's fixtures once, and all
-    files of `committed`, which its tests change and restore.
-    """
-    sharing = {item.path for item in items if "committed" in item.fixturenames}
+    """Mark tests of DVC, Slurm and a browser `system`, and put the longest files first: workers take files in order."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
-        if {"browser", "committed", "slurm"} & set(item.fixturenames):
+        if {"committed", "slurm", "browser"} & set(item.fixturenames):
             item.add_marker("system")
-        item.add_marker(pytest.mark.xdist_group("committed" if item.path in sharing else item.path.stem))
-    items.sort(key=lambda item: (item.path not in sharing, item.path not in long))
+    items.sort(key=lambda item: item.path not in long)
+
+
+def made_once(tmp_path_factory, worker_id: str, name: str, make) -> Path:
+    """Return a folder that `make` has filled, in the first of the parallel workers that needed it, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / name
+    whole = folder.with_name(f"{name}.whole")
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not whole.exists():
+            folder.mkdir()  # fails where making it has failed in another worker
+            make(folder)
+            whole.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory, worker_id) -> Path:
-    """A workspace after one run of the smoke preset. Read only: tests that write take a copy.
+    """A workspace after one run of the smoke preset. Read only: tests that write take a copy."""
 
-    Of parallel workers, the first that needs it makes it for all.
-    """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "smoke"
-    whole = folder.with_name("smoke.whole")
-    with FileLock(folder.with_name("smoke.lock")):
-        if not whole.exists():
-            folder.mkdir()  # fails where another worker has failed to make it
-            workspace(folder)
-            for stage in STAGES:
-                run_stage(folder, *stage)
-            whole.touch()
-    return folder
+    def run(folder: Path) -> None:
+        workspace(folder)
+        for stage in STAGES:
+            run_stage(folder, *stage)
+
+    return made_once(tmp_path_factory, worker_id, "smoke", run)
 
 
 @pytest.fixture(autouse=True)
@@ -203,18 +203,27 @@ def new_project(project: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def committed(tmp_path_factory) -> Path:
-    """A new project after its first `dvc repro`, committed. Tests leave its commit and cache as they are."""
-    project = new_project(tmp_path_factory.mktemp("dvc") / "project")
-    command(project, "git", "init", "--quiet")
-    command(project, "git", "config", "user.name", "test")
-    command(project, "git", "config", "user.email", "test@example.org")
-    command(project, "git", "add", "--all")
-    command(project, "git", "commit", "--quiet", "--message", "smoke")
-    assert stages_run(project, "repro") == ALL
-    command(project, "git", "add", "--all")
-    command(project, "git", "commit", "--quiet", "--message", "first run")
-    return project
+def committed(tmp_path_factory, worker_id) -> Path:
+    """A new project after its first `dvc repro`, committed; a copy for this worker, links included.
+
+    Tests leave its commit and cache as they are.
+    """
+
+    def run(folder: Path) -> None:
+        project = new_project(folder / "project")
+        command(project, "git", "init", "--quiet")
+        command(project, "git", "config", "user.name", "test")
+        command(project, "git", "config", "user.email", "test@example.org")
+        command(project, "git", "add", "--all")
+        command(project, "git", "commit", "--quiet", "--message", "smoke")
+        assert stages_run(project, "repro") == ALL
+        command(project, "git", "add", "--all")
+        command(project, "git", "commit", "--quiet", "--message", "first run")
+
+    made = made_once(tmp_path_factory, worker_id, "committed", run)
+    copy = tmp_path_factory.mktemp("dvc")
+    command(made, "cp", "-a", "project", str(copy))
+    return copy / "project"
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,7 @@ def test_what_a_container_grants(tmp_path, files, granted):
     assert share(tmp_path) == granted
 
 
+@pytest.mark.system
 def test_peak_memory_without_proc():
     if subprocess.run([*BARE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
@@ -83,6 +84,7 @@ def test_peak_memory_without_proc():
     assert 0 <= int(ran.stdout) < 260e6  # what started the process may have held more
 
 
+@pytest.mark.system
 def test_names_in_any_script_whatever_the_locale(tmp_path):
     """PYTHONUTF8=0 leaves the C locale what it is: ASCII."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0"}

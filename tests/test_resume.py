@@ -134,8 +134,17 @@ def test_a_changed_setting_or_input_starts_anew(workspace, monkeypatch, caplog, 
         path.write_text("{# changed #}" + path.read_text())
     else:
         monkeypatch.setattr("firstsight.core.scratch._code", lambda: {"files": "edited"})
-    with caplog.at_level("INFO", logger="firstsight"):
+    begun = []
+
+    class First(checkpoints.Checkpoints):
+        def on_step_begin(self, args, state, control, **kwargs):
+            begun.append(state.global_step)
+            kill()
+
+    monkeypatch.setattr(fit, "Checkpoints", First)
+    with caplog.at_level("INFO", logger="firstsight"), pytest.raises(Killed):
         run_stage(workspace, "distill")
+    assert begun == [0]
     assert "resuming" not in caplog.text
 
 

@@ -386,4 +386,4 @@ def test_words_without_spaces_are_broken_and_not_cut_off():
         return contact_sheet([make_sample("one", "image", 1, [("What?", answer)])], columns=1).height
 
     assert height("x" * 200) > height("x")
-    assert height("x" * 100_000) == height("xx " * 100_000)
+    assert height("x" * 2000) == height("xx " * 1000)

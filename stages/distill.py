@@ -30,7 +30,7 @@ from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
-from firstsight.training.adapters import Tuning
+from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import total_steps, train
 
@@ -54,16 +54,16 @@ def run() -> None:
         one.check_answers()
 
     device = pick_device(loaded.runtime.device)
-    tuning = Tuning(STUDENT, settings, device, total_steps(len(train_set), settings))
+    trainable = TrainableModel(STUDENT, settings, device, total_steps(len(train_set), settings))
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
     head = head_weight(teacher) if online else read_head(TARGETS, device)
     model = DistillationModel(
-        tuning.model,
+        trainable.model,
         settings,
         teacher_head=head,
         teacher=teacher,
         shared_vocabulary=index.shared_vocabulary,
-        regularisation=tuning.regularisation,
+        regularisation=trainable.regularisation,
     )
     inputs = [STUDENT, TARGETS, *([TEACHER] if online else [])]
     work = {
@@ -83,10 +83,10 @@ def run() -> None:
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
-            tuning=tuning,
+            trainable=trainable,
         )
         if PartialState().is_main_process:
-            tuning.save_merged(folder)
+            trainable.save_merged(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)

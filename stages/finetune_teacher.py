@@ -1,10 +1,10 @@
-"""Teach the teacher the task by supervised fine-trainable, or hand it on as it is.
+"""Fine-tune the teacher on the train split, or link it unchanged if `finetune_teacher.enabled` is false.
 
     accelerate launch -m stages.finetune_teacher
 
-reads  models/teacher and the train and validation splits, by `finetune_teacher` in params.yaml
-writes models/teacher-finetuned: a complete model folder, or models/teacher's files and an adapter beside them; and the
-       training history
+reads  models/teacher, the train and validation splits, `finetune_teacher` in params.yaml
+writes models/teacher-finetuned: a complete model folder, or for adapter methods models/teacher's files and the adapter
+       in adapter/; and history.json
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def run() -> None:
             if PartialState().is_main_process:
                 link_folder(TEACHER, folder)
                 write_json(folder / "history.json", [])
-        log.info("finetune_teacher.enabled is false: %s is %s as it is", OUTPUT, TEACHER)
+        log.info("finetune_teacher.enabled is false: %s is %s unchanged", OUTPUT, TEACHER)
         return
     device = pick_device(runtime.device)
     processor = load_processor(TEACHER)

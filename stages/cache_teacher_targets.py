@@ -1,9 +1,12 @@
-"""Run the teacher once over every answer of the train and validation splits and keep what it knows of each token.
+"""Run the teacher once over the train and validation splits and store its targets for every answer token.
 
     python -m stages.cache_teacher_targets
 
-reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, by `targets` in params.yaml
-writes data/teacher-targets; for `targets.kind: online` hardly more than its index, and distill runs the teacher
+The teacher first answers the questions that have no answer. With `targets.kind: online` no targets are stored, and
+distill runs the teacher itself.
+
+reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, `targets` in params.yaml
+writes data/teacher-targets (its files: `firstsight.distillation.targets`)
 """
 
 import math
@@ -39,12 +42,12 @@ def run() -> None:
     processor = load_processor(TEACHER)
     shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
     if settings.kind == "topk" and settings.k > shared:
-        log.info("targets.k is %d: all %d tokens that both models have are kept", settings.k, shared)
+        log.info("targets.k is %d: the logits of all %d shared tokens are stored", settings.k, shared)
     data = {split: Split(path) for split, path in SPLITS.items()}
     device = pick_device(loaded.runtime.device)
     made_from = {
         "kind": settings.kind,
-        # Config, processor and chat template decide what the teacher says as its weights do.
+        # Of all files: config, processor and chat template change the teacher's outputs as its weights do.
         "teacher": fingerprint_folder(TEACHER),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
@@ -52,28 +55,28 @@ def run() -> None:
         "shared_vocabulary": shared,
     }
     work = made_from | settings.model_dump() | {"device": device}
-    with scratch.kept_folder("cache-teacher-targets", work) as kept:
+    with scratch.kept_folder("cache-teacher-targets", work) as scratch_folder:
         unanswered = [question for split in data.values() for question in split.unanswered()]
-        runs = settings.kind != "online" or unanswered
-        model = load_model(TEACHER, settings.precision, device) if runs else None
-        given = generate_answers(model, processor, unanswered, settings, kept)
-        splits = {split: PackedDataset(one.answered(given), processor) for split, one in data.items()}
+        needs_teacher = settings.kind != "online" or unanswered
+        model = load_model(TEACHER, settings.precision, device) if needs_teacher else None
+        answers = generate_answers(model, processor, unanswered, settings, scratch_folder)
+        splits = {split: PackedDataset(one.answered(answers), processor) for split, one in data.items()}
         tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
         built = {"bytes_per_token": 0, "topk_error": {}}
         head = None
         if settings.kind == "online":
-            log.info("targets.kind is online: no targets are kept, distill will run the teacher")
+            log.info("targets.kind is online: no targets are stored, distill will run the teacher")
         else:
             builder = TargetBuilder(model, settings, shared)
             head = builder.head
-            built = build(builder, splits, tokens, settings, kept, loaded.runtime.data_workers, device)
+            built = build(builder, splits, tokens, settings, scratch_folder, loaded.runtime.data_workers, device)
         with whole_folder(OUTPUT) as folder:
-            link_folder(kept, folder)
+            link_folder(scratch_folder, folder)
             write_index(folder, Index(**made_from, answer_tokens=tokens, **built), head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
     for temperature, kl in built["topk_error"].items():
-        log.info("top-%d at T = %s: KL from the exact teacher %.2g a token", settings.k, temperature, kl)
+        log.info("top-%d at T = %s: KL from the exact teacher %.2g per token", settings.k, temperature, kl)
 
 
 def build(
@@ -81,26 +84,26 @@ def build(
     splits: dict[str, PackedDataset],
     tokens: dict[str, int],
     settings: params.Targets,
-    kept: Path,
+    scratch_folder: Path,
     workers: int,
     device: str,
 ) -> dict[str, Any]:
-    """Write the shards into `kept`, going on after those that are there; what the index says of them."""
+    """Write the shards that are not yet in `scratch_folder`; return what the index records of them."""
     total = sum(tokens.values())
     batches = {split: math.ceil(len(dataset) / settings.batch_size) for split, dataset in splits.items()}
     size = total * builder.bytes_per_token + builder.head_bytes
     log.info("writing about %.1f MB of targets", size / 1e6)
     for place in (OUTPUT, scratch.root()):
-        # A twentieth more, for what shards hold besides.
+        # A twentieth more, for the headers and checksums of shards.
         check_disk_space(place, size * 20 // 19, "free some space, or set targets.kind to topk or online")
-    rehearse(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
+    estimate_time(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
     error_sums: Counter[str] = Counter()
     for split, dataset in splits.items():
-        writer = SplitTargetsWriter(kept, split)
+        writer = SplitTargetsWriter(scratch_folder, split)
         if writer.batches:
-            log.info("%s: going on from batch %d of %d, from %s", split, writer.batches, batches[split], kept)
-        rest = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
-        loader = DataLoader(rest, settings.batch_size, collate_fn=dataset.collate, num_workers=workers)
+            log.info("%s: resuming after batch %d of %d", split, writer.batches, batches[split])
+        remaining = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
+        loader = DataLoader(remaining, settings.batch_size, collate_fn=dataset.collate, num_workers=workers)
         label = f"cache-teacher-targets: {split}"
         for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches[split]):
             writer.write(*builder.targets(to(batch, device)))
@@ -109,8 +112,8 @@ def build(
     return {"bytes_per_token": builder.bytes_per_token, "topk_error": error}
 
 
-def rehearse(builder: TargetBuilder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:
-    """Say how long it will take, from one batch: the second, because the first warms up."""
+def estimate_time(builder: TargetBuilder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:
+    """Log the time that all batches will take, measured on one batch after a warm-up."""
     batch = to(dataset.collate([dataset[index % len(dataset)] for index in range(batch_size)]), device)
     for _ in range(2):
         started = time.perf_counter()
@@ -118,10 +121,11 @@ def rehearse(builder: TargetBuilder, dataset: PackedDataset, batch_size: int, ba
         if device == "cuda":
             torch.cuda.synchronize()
     minutes = (time.perf_counter() - started) * batches / 60
-    log.info("%d batches, about %.1f minutes of the teacher", batches, minutes)
+    log.info("%d batches, about %.1f minutes", batches, minutes)
 
 
 def to(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    """Move the tensors of a batch to `device`."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -1,10 +1,10 @@
-"""Distil: train the student on what the teacher knows of every answer token, and on the answers themselves.
+"""Distil: train the student on the teacher's targets and on the answers themselves.
 
     accelerate launch -m stages.distill
 
-reads  models/student, data/teacher-targets and the train and validation splits, by `train` in params.yaml; the
-       teacher, models/teacher-finetuned, too where the targets say that it runs beside the student
-writes models/student-distilled, with its training history
+reads  models/student, data/teacher-targets, the train and validation splits, `train` in params.yaml; for online targets
+       also models/teacher-finetuned
+writes models/student-distilled: a complete model folder, adapters merged, and history.json
 """
 
 from dataclasses import asdict
@@ -30,7 +30,7 @@ from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
-from firstsight.training.adapters import Tuning
+from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import total_steps, train
 
@@ -47,23 +47,21 @@ def run() -> None:
     check_files(TARGETS, index)
     online = index.kind == "online"
     train_set, validation_set = (
-        dataset(split, processor, load_processor(TEACHER) if online else None) for split in ("train", "validation")
+        dataset(name, processor, load_processor(TEACHER) if online else None) for name in ("train", "validation")
     )
-
-    for one in (train_set, validation_set):
-        one.check_answers()
-
+    for split in (train_set, validation_set):
+        split.check_answers()
     device = pick_device(loaded.runtime.device)
-    tuning = Tuning(STUDENT, settings, device, total_steps(len(train_set), settings))
+    trainable = TrainableModel(STUDENT, settings, device, total_steps(len(train_set), settings))
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
     head = head_weight(teacher) if online else read_head(TARGETS, device)
     model = DistillationModel(
-        tuning.model,
+        trainable.model,
         settings,
         teacher_head=head,
         teacher=teacher,
         shared_vocabulary=index.shared_vocabulary,
-        regularisation=tuning.regularisation,
+        regularisation=trainable.regularisation,
     )
     inputs = [STUDENT, TARGETS, *([TEACHER] if online else [])]
     work = {
@@ -83,17 +81,17 @@ def run() -> None:
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
-            tuning=tuning,
+            trainable=trainable,
         )
         if PartialState().is_main_process:
-            tuning.save_merged(folder)
+            trainable.save_merged(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)
 
 
 def dataset(split: str, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> PackedDataset:
-    """A split with its targets, which must have been made from this very file; or with the teacher's own view of it."""
+    """Return a split with its stored targets or, with a teacher's processor, with the teacher's inputs."""
     path = Path(f"data/egoqa/{split}.parquet")
     samples = Split(path).answered(read_answers(TARGETS))
     if teacher_processor is not None:

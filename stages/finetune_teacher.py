@@ -1,10 +1,10 @@
-"""Teach the teacher the task by supervised fine-tuning, or hand it on as it is.
+"""Fine-tune the teacher on the train split, or link it unchanged if `finetune_teacher.enabled` is false.
 
     accelerate launch -m stages.finetune_teacher
 
-reads  models/teacher and the train and validation splits, by `finetune_teacher` in params.yaml
-writes models/teacher-finetuned: a complete model folder, or models/teacher's files and an adapter beside them; and the
-       training history
+reads  models/teacher, the train and validation splits, `finetune_teacher` in params.yaml
+writes models/teacher-finetuned: a complete model folder, or for adapter methods models/teacher's files and the adapter
+       in adapter/; and history.json
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from firstsight.core.stage import log, main
 from firstsight.models.loading import load_processor, pick_device
 from firstsight.packing.dataset import PackedDataset
 from firstsight.records.parquet import Split
-from firstsight.training.adapters import Tuning
+from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import total_steps, train
 
@@ -35,12 +35,12 @@ def run() -> None:
             if PartialState().is_main_process:
                 link_folder(TEACHER, folder)
                 write_json(folder / "history.json", [])
-        log.info("finetune_teacher.enabled is false: %s is %s as it is", OUTPUT, TEACHER)
+        log.info("finetune_teacher.enabled is false: %s is %s unchanged", OUTPUT, TEACHER)
         return
     device = pick_device(runtime.device)
     processor = load_processor(TEACHER)
     train_set, validation_set = (PackedDataset(Split(path).answered({}), processor) for path in SPLITS.values())
-    tuning = Tuning(TEACHER, settings, device, total_steps(len(train_set), settings))
+    trainable = TrainableModel(TEACHER, settings, device, total_steps(len(train_set), settings))
     work = {
         "settings": settings.model_dump(),
         "teacher": fingerprint_folder(TEACHER),
@@ -50,17 +50,17 @@ def run() -> None:
     }
     with shared(kept_folder("finetune-teacher", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
-            DistillationModel(tuning.model, regularisation=tuning.regularisation),
+            DistillationModel(trainable.model, regularisation=trainable.regularisation),
             train_set,
             validation_set,
             settings,
             scratch,
             data_workers=runtime.data_workers,
             device=device,
-            tuning=tuning,
+            trainable=trainable,
         )
         if PartialState().is_main_process:
-            tuning.save(folder)
+            trainable.save(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)

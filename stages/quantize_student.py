@@ -1,10 +1,10 @@
 """Quantize the distilled student's language model with bitsandbytes; vision tower and head keep their precision.
 
-    python -m stages.quantize_student int8
+    python -m stages.quantize_student int8        (or nf4)
 
-reads  models/student-distilled and the validation split, by `quantize` in params.yaml
-writes models/student-{method}, a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
-       error of each layer; of a method that `quantize.methods` does not have, a note that it is left out
+reads  models/student-distilled, the validation split, `quantize` in params.yaml
+writes models/student-{method}: a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
+       error of each layer; for a method that `quantize.methods` does not list, only a note that it is left out
 """
 
 import sys
@@ -20,7 +20,7 @@ from firstsight.quantization.quantize import quantize_folder
 from firstsight.records.parquet import Split
 
 SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
-FOUND = "quantization.json"
+MEASUREMENTS = "quantization.json"
 
 
 def run() -> None:
@@ -30,22 +30,22 @@ def run() -> None:
     with whole_folder(VARIANTS[f"student-{method}"].model) as folder:
         if method not in settings.methods:
             write_json(folder / LEFT_OUT, f"quantize.methods is {settings.methods}, without {method}")
-            write_json(folder / FOUND, None)
+            write_json(folder / MEASUREMENTS, None)
             log.info("%s is left out: quantize.methods is %s", method, settings.methods)
             return
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
         calibration = [(sample, sample.records[0]) for sample in samples]
-        found = quantize_folder(SOURCE, folder, method, settings, device, calibration)
-        write_json(folder / FOUND, found)
+        measured = quantize_folder(SOURCE, folder, method, settings, device, calibration)
+        write_json(folder / MEASUREMENTS, measured)
     log.info(
-        "%s: %d linear layers quantized, %d kept; %.1f MB in memory, were %.1f MB; error of a layer at most %.3f",
+        "%s: %d linear layers quantized, %d not; %.1f MB in memory, %.1f MB before; largest error of a layer %.3f",
         method,
-        found["quantized_layers"],
-        found["kept_layers"],
-        found["bytes"] / 1e6,
-        found["original_bytes"] / 1e6,
-        max(found["errors"].values()),
+        measured["quantized_layers"],
+        measured["kept_layers"],
+        measured["bytes"] / 1e6,
+        measured["original_bytes"] / 1e6,
+        max(measured["errors"].values()),
     )
 
 

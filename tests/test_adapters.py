@@ -16,7 +16,7 @@ from firstsight.models.loading import load_model, load_processor
 from firstsight.packing.dataset import PackedDataset
 from firstsight.packing.forward import last_hidden_states
 from firstsight.records.parquet import Split
-from firstsight.training.adapters import Tuning
+from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import total_steps, train
 
@@ -34,13 +34,13 @@ def sets(smoke):
     return [PackedDataset(Split(smoke / f"data/egoqa/{split}.parquet"), processor) for split in ("train", "validation")]
 
 
-def tuned(smoke, settings, sets, scratch: Path) -> tuple[Tuning, list[float]]:
+def tuned(smoke, settings, sets, scratch: Path) -> tuple[TrainableModel, list[float]]:
     """The smoke run's student trained by `settings.method`, and its validation losses."""
     train_set, validation_set = sets
-    tuning = Tuning(smoke / "models/student", settings, "cpu", total_steps(len(train_set), settings))
-    model = DistillationModel(tuning.model, regularisation=tuning.regularisation)
-    history = train(model, train_set, validation_set, settings, scratch, device="cpu", tuning=tuning)
-    return tuning, [row["eval_objective"] for row in history if "eval_objective" in row]
+    trainable = TrainableModel(smoke / "models/student", settings, "cpu", total_steps(len(train_set), settings))
+    model = DistillationModel(trainable.model, regularisation=trainable.regularisation)
+    history = train(model, train_set, validation_set, settings, scratch, device="cpu", trainable=trainable)
+    return trainable, [row["eval_objective"] for row in history if "eval_objective" in row]
 
 
 @torch.inference_mode()
@@ -51,13 +51,15 @@ def states(model, dataset) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_saves_reloads_and_merges(smoke, settings, sets, tmp_path, method):
-    tuning, losses = tuned(smoke, optimisation(settings, method=method, train_vision=False), sets, tmp_path / "scratch")
+    trainable, losses = tuned(
+        smoke, optimisation(settings, method=method, train_vision=False), sets, tmp_path / "scratch"
+    )
     assert losses[-1] < losses[0]
-    trained = states(tuning.model, sets[1])
+    trained = states(trainable.model, sets[1])
     for save in ("save", "save_merged"):
         folder = tmp_path / save
         folder.mkdir()
-        getattr(tuning, save)(folder)
+        getattr(trainable, save)(folder)
         load_processor(smoke / "models/student").save_pretrained(folder)
         # QLoRA's adapter belongs to NF4 weights.
         precision = "nf4" if (save, method) == ("save", "qlora") else "float32"
@@ -74,15 +76,17 @@ def test_a_method_learns_saves_reloads_and_merges(smoke, settings, sets, tmp_pat
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_vision_tower_is_trained_by_choice(smoke, settings, method):
     for vision in (False, True):
-        tuning = Tuning(smoke / "models/student", optimisation(settings, method=method, train_vision=vision), "cpu", 10)
-        names = [name for name, parameter in tuning.model.named_parameters() if parameter.requires_grad]
+        trainable = TrainableModel(
+            smoke / "models/student", optimisation(settings, method=method, train_vision=vision), "cpu", 10
+        )
+        names = [name for name, parameter in trainable.model.named_parameters() if parameter.requires_grad]
         assert any("visual" in name for name in names) == vision
         assert any("language_model" in name for name in names)
 
 
 def test_the_seed_decides_an_adapters_first_weights(smoke, settings):
     first, again, other = (
-        Tuning(smoke / "models/student", optimisation(settings, method="lora", seed=seed), "cpu", 10).model
+        TrainableModel(smoke / "models/student", optimisation(settings, method="lora", seed=seed), "cpu", 10).model
         for seed in (1, 1, 2)
     )
     name = next(name for name, _ in first.named_parameters() if "lora_A" in name)
@@ -91,21 +95,23 @@ def test_the_seed_decides_an_adapters_first_weights(smoke, settings):
 
 
 def test_qlora_trains_over_nf4_weights_of_the_language_model_alone(smoke, settings):
-    tuning = Tuning(smoke / "models/student", optimisation(settings, method="qlora", train_vision=False), "cpu", 10)
-    quantized = [name for name, module in tuning.model.named_modules() if isinstance(module, Linear4bit)]
+    trainable = TrainableModel(
+        smoke / "models/student", optimisation(settings, method="qlora", train_vision=False), "cpu", 10
+    )
+    quantized = [name for name, module in trainable.model.named_modules() if isinstance(module, Linear4bit)]
     assert quantized
     assert all("language_model" in name for name in quantized)
-    assert all("lora" in name for name, parameter in tuning.model.named_parameters() if parameter.requires_grad)
+    assert all("lora" in name for name, parameter in trainable.model.named_parameters() if parameter.requires_grad)
 
 
 def test_adalora_shares_out_its_ranks(smoke, settings, sets, tmp_path):
     adapter = settings.train.adapter.model_copy(update={"rank": 4})
     changes = {"method": "adalora", "train_vision": False, "adapter": adapter, "epochs": 6.0}
-    tuning, _ = tuned(smoke, optimisation(settings, **changes), sets, tmp_path)
-    values = [p for name, p in tuning.model.named_parameters() if "lora_E" in name]
+    trainable, _ = tuned(smoke, optimisation(settings, **changes), sets, tmp_path)
+    values = [p for name, p in trainable.model.named_parameters() if "lora_E" in name]
     assert all(len(value) == 6 for value in values)  # begun with half as many again
     assert sum(int(value.count_nonzero()) for value in values) == 4 * len(values)
-    assert tuning.regularisation() > 0
+    assert trainable.regularisation() > 0
 
 
 def test_a_target_that_is_no_layer_is_refused(smoke, settings):
@@ -113,7 +119,7 @@ def test_a_target_that_is_no_layer_is_refused(smoke, settings):
     with pytest.raises(
         UserError, match=r"expected a linear layer named 'w1' in the language model.*found \['down_proj'"
     ):
-        Tuning(smoke / "models/student", optimisation(settings, method="lora", adapter=adapter), "cpu", 10)
+        TrainableModel(smoke / "models/student", optimisation(settings, method="lora", adapter=adapter), "cpu", 10)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,24 +127,24 @@ def test_what_cannot_be_trained_is_refused_before_training(smoke_copy, settings,
     with pytest.raises(
         UserError, match="student-nf4: expected weights that can be trained, found them quantized to nf4"
     ):
-        Tuning(smoke_copy / "models/student-nf4", optimisation(settings, method=method), "cpu", 10)
+        TrainableModel(smoke_copy / "models/student-nf4", optimisation(settings, method=method), "cpu", 10)
     student = smoke_copy / "models/student"
-    lora = Tuning(student, optimisation(settings, method="lora"), "cpu", 10)
+    lora = TrainableModel(student, optimisation(settings, method="lora"), "cpu", 10)
     (smoke_copy / "adapted").mkdir()
     lora.save(smoke_copy / "adapted")
     if method == "full":
-        assert Tuning(smoke_copy / "adapted", optimisation(settings, method=method), "cpu", 10).model
+        assert TrainableModel(smoke_copy / "adapted", optimisation(settings, method=method), "cpu", 10).model
         return
     with pytest.raises(UserError, match=f"a model without an adapter of its own, because method is {method}, found"):
-        Tuning(smoke_copy / "adapted", optimisation(settings, method=method), "cpu", 10)
+        TrainableModel(smoke_copy / "adapted", optimisation(settings, method=method), "cpu", 10)
     adapter = settings.train.adapter.model_copy(update={"rank": 4096})
     with pytest.raises(UserError, match=r"expected adapter\.rank of at most 32, .*, found 4096"):
-        Tuning(student, optimisation(settings, method=method, adapter=adapter, train_vision=False), "cpu", 10)
+        TrainableModel(student, optimisation(settings, method=method, adapter=adapter, train_vision=False), "cpu", 10)
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_an_adapter_without_all_its_weights_or_pickled_is_refused(smoke, settings, tmp_path, method):
-    Tuning(smoke / "models/student", optimisation(settings, method=method), "cpu", 10).save(tmp_path)
+    TrainableModel(smoke / "models/student", optimisation(settings, method=method), "cpu", 10).save(tmp_path)
     load_model(tmp_path, "auto", "cpu")
     path = tmp_path / "adapter/adapter_model.safetensors"
     weights = load_file(path)

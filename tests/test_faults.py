@@ -70,7 +70,7 @@ def test_nonsense_stops_the_training_before_it_is_learnt_from(workspace, monkeyp
     assert named == [record.id for index in step for record in samples[index].records]
     assert fingerprint_folder(workspace / STUDENT) == before
     (kept,) = (one for one in (workspace / ".scratch").iterdir() if one.is_dir())
-    assert checkpoints.step_of(checkpoints.newest(kept)) == 2
+    assert checkpoints.step_of(checkpoints.latest_usable(kept)) == 2
     run_stage(workspace, "distill")
     assert fingerprint_folder(workspace / STUDENT) == before
 
@@ -98,7 +98,7 @@ def limit_memory(monkeypatch, samples: int):
 @pytest.mark.system
 def test_spent_memory_says_what_to_lower(workspace, monkeypatch):
     limit_memory(monkeypatch, 3)
-    with pytest.raises(UserError, match=r"micro-batches of 8, found it spent; lower batch_size and raise"):
+    with pytest.raises(UserError, match=r"micro-batches of 8, found too little; lower batch_size and raise"):
         run_stage(workspace, "distill")
 
 
@@ -119,7 +119,7 @@ def test_auto_batch_halves_micro_batches_and_keeps_the_step(workspace, monkeypat
 def test_memory_for_not_even_one_sample_says_so(workspace, monkeypatch, auto_batch):
     change(workspace, "train", auto_batch=auto_batch)
     limit_memory(monkeypatch, 0)
-    with pytest.raises(UserError, match=f"micro-batches of {1 if auto_batch else 8}, found it spent"):
+    with pytest.raises(UserError, match=f"micro-batches of {1 if auto_batch else 8}, found too little"):
         run_stage(workspace, "distill")
 
 

@@ -59,13 +59,13 @@ def whole(workspace, stage="distill", **changes):
 def interrupted(monkeypatch, workspace, at: int, stage="distill", how=None) -> Path:
     """Kill the stage, or do `how`, before optimizer step `at` + 1; its scratch folder."""
 
-    class Interrupt(checkpoints.Checkpoints):
+    class Interrupt(checkpoints.CheckpointCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == at:
                 (how or kill)()
 
     with monkeypatch.context() as patched:
-        patched.setattr(fit, "Checkpoints", Interrupt)
+        patched.setattr(fit, "CheckpointCallback", Interrupt)
         with pytest.raises((Killed, Unfinished)):
             run_stage(workspace, stage)
     (folder,) = (one for one in (workspace / ".scratch").iterdir() if one.is_dir())
@@ -96,7 +96,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(workspace, monkeypatch, cap
     # Within the first epoch, at its end, within the second; one run is killed again and again.
     for at in (2, steps // 2, steps - 3):
         kept = interrupted(monkeypatch, workspace, at, stage)
-        assert checkpoints.step_of(checkpoints.newest(kept)) == at
+        assert checkpoints.step_of(checkpoints.latest_usable(kept)) == at
         assert len(list(kept.iterdir())) <= 3
     with caplog.at_level("INFO", logger="firstsight"):
         run_stage(workspace, stage)
@@ -166,14 +166,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(workspace, monkeypatch
 @pytest.mark.system
 def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(workspace, monkeypatch, caplog):
     expected = whole(workspace)
-    seal = checkpoints.seal
+    mark_complete = checkpoints.mark_complete
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "seal", lambda path: kill() if path.name == "checkpoint-5" else seal(path))
+        patched.setattr(
+            checkpoints, "mark_complete", lambda path: kill() if path.name == "checkpoint-5" else mark_complete(path)
+        )
         with pytest.raises(Killed):
             run_stage(workspace, "distill")
     with caplog.at_level("INFO", logger="firstsight"):
         run_stage(workspace, "distill")
-    assert "checkpoint-5 is not whole" in caplog.text
+    assert "checkpoint-5 is incomplete" in caplog.text
     assert "resuming from step 4 of 18" in caplog.text
     assert result(workspace) == expected
 
@@ -214,7 +216,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(workspace, monkeypatch):
             shutil.rmtree(kept)
             shutil.copytree(good, kept)
             write(kept / "checkpoint-3" / name)
-            checkpoints.seal(kept / "checkpoint-3")
+            checkpoints.mark_complete(kept / "checkpoint-3")
             with pytest.raises(UserError, match=r"checkpoint-3: expected a checkpoint of tensors and .*clean-scratch"):
                 run_stage(workspace, "distill")
             assert not (workspace / "executed").exists()
@@ -228,7 +230,7 @@ def test_a_signal_saves_and_says_that_it_is_unfinished(workspace, monkeypatch, t
     monkeypatch.setenv("FIRSTSIGHT_CHECKPOINT_SECONDS", "3600")
     for at in (3, 8):  # within an epoch, and in its last step
         kept = interrupted(monkeypatch, workspace, at, how=lambda: os.kill(os.getpid(), told))
-        assert checkpoints.step_of(checkpoints.newest(kept)) == at + 1
+        assert checkpoints.step_of(checkpoints.latest_usable(kept)) == at + 1
     assert result(workspace) == before  # the earlier output is as it was
     run_stage(workspace, "distill")
     assert result(workspace) == expected
@@ -254,7 +256,7 @@ def test_two_at_the_same_work_one_waits_and_then_says_why(workspace, monkeypatch
         with pytest.raises(UserError, match="expected no other process at this work, found one"):
             run_stage(workspace, "distill")
 
-    monkeypatch.setattr(checkpoints.Checkpoints, "on_train_begin", lambda *_, **__: begin_another())
+    monkeypatch.setattr(checkpoints.CheckpointCallback, "on_train_begin", lambda *_, **__: begin_another())
     run_stage(workspace, "distill")
     assert result(workspace) == expected
 
@@ -317,7 +319,7 @@ from stages import distill
 moment = sys.argv[1]
 fit._LOGGING_STEPS = 4
 
-class Interrupt(checkpoints.Checkpoints):
+class Interrupt(checkpoints.CheckpointCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if moment.rstrip("k") == str(state.global_step):
             os.kill(os.getpid(), signal.SIGKILL if moment.endswith("k") else signal.SIGTERM)

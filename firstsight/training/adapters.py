@@ -1,11 +1,11 @@
-"""What is trained of a model: all its weights, or low-rank adapters beside them (peft).
+"""Prepare a model for training by a fine-tuning method: of all its weights, or of low-rank adapters (peft).
 
     full      every weight, in float32
     lora      low-rank updates of linear layers (Hu et al., 2021, arXiv:2106.09685), over frozen weights
-    qlora     the same over frozen NF4 weights (Dettmers et al., 2023, arXiv:2305.14314)
-    adalora   updates in SVD form whose ranks are shared out as training goes (Zhang et al., 2023, arXiv:2303.10512)
+    qlora     LoRA over frozen NF4 weights (Dettmers et al., 2023, arXiv:2305.14314)
+    adalora   updates in SVD form whose ranks are allocated during training (Zhang et al., 2023, arXiv:2303.10512)
 
-Without `train_vision`, the language model alone is trained; vision tower and projector stay as they are.
+Without `train_vision`, the language model alone is trained; vision tower and projector are frozen.
 """
 
 import re
@@ -23,28 +23,28 @@ from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
 from firstsight.models.loading import ADAPTER, TRAINING_PRECISIONS, language_model_prefix, load_model, stored_method
 
-# What AdaLoRA keeps of every weight of an adapter: sensitivity, its average, and the average of its changes.
+# AdaLoRA's state per adapter weight: sensitivity, its moving average, and the moving average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class Tuning:
-    """A model made ready for training by one of the methods; `model` is what computes, adapters in place.
+class TrainableModel:
+    """Load a model and prepare it for training by one of the methods; `model` includes the adapters.
 
     Args:
         folder: the model's folder.
-        settings: `method`, `train_vision` and `adapter` matter here.
-        steps: optimizer steps that training will take; AdaLoRA plans its ranks over them.
+        settings: `method`, `train_vision`, `adapter` and `seed` are used.
+        steps: number of optimizer steps of the training, over which AdaLoRA schedules its ranks.
 
     Raises:
-        UserError: the folder's weights are quantized, or have an adapter already and are to get another; no layer has
-            one of the names in `adapter.target_modules`, or none is as wide as `adapter.rank`; and as `load_model`.
+        UserError: the folder's weights are quantized, or have an adapter and would get another; no layer has one of the
+            names in `adapter.target_modules`, or `adapter.rank` exceeds the width of all; and as `load_model` raises.
     """
 
     def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
         if method := stored_method(folder):
             raise UserError(
                 f"{folder}: expected weights that can be trained, found them quantized to {method}; take the model "
-                "that it was quantized from, with method: qlora where memory is short"
+                "that it was quantized from, with method: qlora if memory is short"
             )
         if settings.method != "full" and (folder / ADAPTER).is_dir():
             raise UserError(
@@ -52,7 +52,7 @@ class Tuning:
                 f"{ADAPTER}/; set method to full, or take the model with the adapter merged (peft's merge_and_unload)"
             )
         self._folder, self._method, self._device = folder, settings.method, device
-        set_seed(settings.seed)  # of the adapters' first weights
+        set_seed(settings.seed)  # for the adapters' initial weights
         model = load_model(folder, TRAINING_PRECISIONS[settings.method], device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
@@ -61,11 +61,11 @@ class Tuning:
                 parameter.requires_grad = settings.train_vision or name.startswith((prefix, "lm_head"))
             self.model = model
         else:
-            self._peft = get_peft_model(model, _config(model, folder, settings, steps))
+            self._peft = get_peft_model(model, _peft_config(model, folder, settings, steps))
             self.model = self._peft.get_base_model()
 
     def regularisation(self) -> Tensor | None:
-        """AdaLoRA's penalty on singular vectors that are not orthonormal, weighted; None for other methods."""
+        """Return AdaLoRA's weighted penalty on singular vectors that are not orthonormal; None for other methods."""
         if self._method != "adalora":
             return None
         config = self._peft.peft_config["default"]
@@ -79,21 +79,21 @@ class Tuning:
         penalties = [torch.linalg.norm(one - torch.eye(len(one), device=one.device)) for one in factors]
         return config.orth_reg_weight * torch.stack(penalties).mean()
 
-    def after_step(self, step: int) -> None:
-        """To be called after each optimizer step, gradients still there: AdaLoRA then shares out its ranks."""
+    def update_ranks(self, step: int) -> None:
+        """Let AdaLoRA reallocate its ranks; to be called after each optimizer step, before gradients are zeroed."""
         if self._method == "adalora":
             self._peft.base_model.update_and_allocate(step)
 
-    def state(self) -> dict[str, Tensor]:
-        """What a training that goes on later needs besides the trained weights: what AdaLoRA's ranks are chosen by."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed training needs besides the trained weights: AdaLoRA's importance scores and ranks."""
         if self._method != "adalora":
             return {}
         allocator, pattern = self._peft.base_model.rankallocator, self._peft.peft_config["default"].rank_pattern
-        kept = {f"{kind}/{name}": one for kind in _IMPORTANCE for name, one in getattr(allocator, kind).items()}
-        return kept | {f"ranks/{name}": torch.tensor(ranks) for name, ranks in (pattern or {}).items()}
+        importance = {f"{kind}/{name}": one for kind in _IMPORTANCE for name, one in getattr(allocator, kind).items()}
+        return importance | {f"ranks/{name}": torch.tensor(ranks) for name, ranks in (pattern or {}).items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what `state_dict` returned; an empty state resets AdaLoRA to the start of training."""
         if self._method != "adalora":
             return
         allocator, config = self._peft.base_model.rankallocator, self._peft.peft_config["default"]
@@ -106,34 +106,34 @@ class Tuning:
             setattr(allocator, kind, {name: value.to(self._device) for name, value in by_kind[kind].items()})
 
     def save(self, folder: Path) -> None:
-        """The model as it was trained: its weights, or the untouched base, linked, with the adapter beside it."""
+        """Save the trained weights, or link the base model's files and save the adapter in the subfolder `ADAPTER`."""
         if self._peft is None:
-            self._save_whole(self.model, folder)
+            self._save_weights(self.model, folder)
         else:
             link_folder(self._folder, folder)
             self._peft.save_pretrained(folder / ADAPTER)
 
     def save_merged(self, folder: Path) -> None:
-        """The model as one set of weights, adapters worked in, in the precision of the folder it came from."""
+        """Save the model with its adapters merged into the weights, in the dtype of the folder it was loaded from."""
         if self._method in ("lora", "adalora"):
-            self._save_whole(self._peft.merge_and_unload(), folder)
+            self._save_weights(self._peft.merge_and_unload(), folder)
         elif self._method == "qlora":
-            self._save_whole(self._dequantized(), folder)
+            self._save_weights(self._merge_dequantized(), folder)
         else:
-            self._save_whole(self.model, folder)
+            self._save_weights(self.model, folder)
 
-    def _save_whole(self, model: PreTrainedModel, folder: Path) -> None:
+    def _save_weights(self, model: PreTrainedModel, folder: Path) -> None:
         dtype = AutoConfig.from_pretrained(self._folder).dtype
         (model.to(dtype) if dtype is not None else model).save_pretrained(folder)
 
-    def _dequantized(self) -> PreTrainedModel:
-        """The model that was trained, its NF4 weights as the numbers they stand for, with what the adapters add.
+    def _merge_dequantized(self) -> PreTrainedModel:
+        """Return the model with the adapters merged into its dequantized NF4 weights.
 
-        Merging into the original weights instead would hand on another model than the one that was trained.
+        Merging into the original weights instead would give another model than the one that was trained.
         """
         import bitsandbytes as bnb  # absent where nothing is quantized
 
-        whole = load_model(self._folder, "auto", self._device)
+        merged = load_model(self._folder, "auto", self._device)
         for name, layer in list(self.model.named_modules()):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
             if name.endswith(".base_layer") or not isinstance(base, bnb.nn.Linear4bit):
@@ -141,21 +141,22 @@ class Tuning:
             weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
             if isinstance(layer, BaseTunerLayer):
                 weight = weight + layer.get_delta_weight("default").float()
-            target = whole.get_submodule(name).weight
+            target = merged.get_submodule(name).weight
             target.data.copy_(weight.to(target.dtype))
-        return whole
+        return merged
 
 
-def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps: int) -> PeftConfig:
+def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps: int) -> PeftConfig:
+    """Return peft's configuration of the adapters of `settings`."""
     adapter = settings.adapter
     common = {
         "lora_alpha": adapter.lora_alpha,
         "lora_dropout": adapter.dropout,
-        "target_modules": _targets(model, folder, settings),
+        "target_modules": _target_modules(model, folder, settings),
     }
     if settings.method != "adalora":
         return LoraConfig(r=adapter.rank, **common)
-    # Half as many ranks again to begin with; the budget falls between a tenth and four fifths of the steps.
+    # Ranks start at 1.5 times the target; the budget falls to it between a tenth and four fifths of the steps.
     return AdaLoraConfig(
         init_r=-(-3 * adapter.rank // 2),
         target_r=adapter.rank,
@@ -167,9 +168,15 @@ def _config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps:
     )
 
 
-def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
-    """Return a pattern of the layers to adapt: in the language model those that `adapter.target_modules` names, in the
-    rest, if it is trained at all, every linear layer."""
+def _target_modules(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
+    """Return a regular expression of the layers to adapt.
+
+    They are the layers of the language model that `adapter.target_modules` names, and, with `train_vision`, every
+    linear layer outside the language model except the head.
+
+    Raises:
+        UserError: no layer has one of these names, or `adapter.rank` exceeds the width of all.
+    """
     prefix = language_model_prefix(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     language = {name.rsplit(".", 1)[-1] for name in layers if name.startswith(prefix)}
@@ -188,7 +195,7 @@ def _targets(model: PreTrainedModel, folder: Path, settings: Optimisation) -> st
     ]
     if settings.adapter.rank > max(widths):
         raise UserError(
-            f"{folder}: expected adapter.rank of at most {max(widths)}, the smaller side of the largest layer that is "
-            f"adapted, found {settings.adapter.rank}; lower it, or set method to full"
+            f"{folder}: expected adapter.rank of at most {max(widths)}, the smaller side of the largest target "
+            f"module, found {settings.adapter.rank}; lower it, or set method to full"
         )
     return pattern

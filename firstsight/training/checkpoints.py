@@ -1,4 +1,4 @@
-"""Checkpoints of a training: each whole or not counted, few of them, and enough to go on as if nothing had happened."""
+"""Find, check and prune the checkpoints of a training, from which it resumes as if it had not been interrupted."""
 
 import json
 import os
@@ -19,65 +19,70 @@ from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.core.stage import log
 
-# SHA-256 of every other file of a checkpoint. Written last: a folder without it is one that was being written.
-_SEAL = "checkpoint.json"
+# SHA-256 of every other file of a checkpoint. Written last: a checkpoint without it is incomplete.
+_CHECKSUMS = "checkpoint.json"
 # Of a trained parameter in a checkpoint: its weight and AdamW's two moments, in float32.
 BYTES_PER_PARAMETER = 3 * 4
 _VARIABLE = "FIRSTSIGHT_CHECKPOINT_SECONDS"
 
 
-def seal(checkpoint: Path) -> None:
-    """Declare a checkpoint whole, as its files are now."""
-    write_json(checkpoint / _SEAL, _fingerprints(checkpoint))
+def mark_complete(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files, without which it counts as incomplete."""
+    write_json(checkpoint / _CHECKSUMS, _fingerprints(checkpoint))
 
 
-def newest(scratch: Path) -> Path | None:
-    """The checkpoint to go on from: the last that is whole, and whose best epoch's is whole. Says which are not, and
-    removes them."""
-    for checkpoint in reversed(_in_order(scratch)):
-        flaw = _flaw(checkpoint) or _flaw(best(checkpoint))
-        if flaw is None:
+def latest_usable(scratch: Path) -> Path | None:
+    """Return the checkpoint to resume from: the last that is complete and whose best epoch's checkpoint is too.
+
+    Later ones are removed, with a warning. None if no checkpoint is usable.
+    """
+    for checkpoint in reversed(_by_step(scratch)):
+        defect = _defect(checkpoint) or _defect(best_checkpoint(checkpoint))
+        if defect is None:
             return checkpoint
-        log.warning("%s cannot be used (%s); going back to the checkpoint before it", checkpoint, flaw)
+        log.warning("%s cannot be used (%s); going back to the checkpoint before it", checkpoint, defect)
         shutil.rmtree(checkpoint)
     return None
 
 
 def prune(scratch: Path) -> None:
-    """Keep the last two checkpoints, the second for when the last is damaged, and of each the best epoch's: three at
-    most, as two of different epochs have one between them."""
-    kept = _in_order(scratch)[-2:]
-    kept += [best(checkpoint) for checkpoint in kept]
-    for checkpoint in set(_in_order(scratch)) - set(kept):
+    """Remove all checkpoints but the last two, the earlier in case the last is damaged, and the best epoch's of each.
+
+    These are three at most: the best of the last is either itself or the best of the earlier.
+    """
+    kept = _by_step(scratch)[-2:]
+    kept += [best_checkpoint(checkpoint) for checkpoint in kept]
+    for checkpoint in set(_by_step(scratch)) - set(kept):
         shutil.rmtree(checkpoint)
 
 
-def state(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's account of a checkpoint that is whole."""
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the Trainer's state from a complete checkpoint."""
     return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 
 
-def best(checkpoint: Path) -> Path:
-    """The checkpoint of the best epoch up to this one; itself where no epoch has ended."""
-    step = state(checkpoint)["best_global_step"]
+def best_checkpoint(checkpoint: Path) -> Path:
+    """Return the checkpoint of the best epoch up to this one; this one if no epoch has ended."""
+    step = trainer_state(checkpoint)["best_global_step"]
     return checkpoint if step is None else checkpoint.with_name(f"checkpoint-{step}")
 
 
-def ended(checkpoint: Path) -> bool:
-    """Whether training was over, by the number of epochs or by stopping early."""
-    return state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+def is_final(checkpoint: Path) -> bool:
+    """Return whether training ended at this checkpoint, after its last epoch or by early stopping."""
+    return trainer_state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was made."""
     return int(checkpoint.name.split("-")[1])
 
 
-def _in_order(scratch: Path) -> list[Path]:
+def _by_step(scratch: Path) -> list[Path]:
     return sorted((path for path in scratch.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of)
 
 
-def _seconds() -> float:
-    """Between two checkpoints of an epoch."""
+def _interval() -> float:
+    """Return the seconds between two checkpoints within an epoch."""
     try:
         return float(os.environ.get(_VARIABLE, "600"))
     except ValueError:
@@ -85,66 +90,66 @@ def _seconds() -> float:
 
 
 def _fingerprints(checkpoint: Path) -> dict[str, str]:
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _SEAL]
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _CHECKSUMS]
     return {str(path.relative_to(checkpoint)): fingerprint_files([path]) for path in files}
 
 
-def _flaw(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything."""
+def _defect(checkpoint: Path) -> str | None:
+    """Return why a checkpoint is unusable, or None."""
     try:
-        sealed = json.loads((checkpoint / _SEAL).read_text(encoding="utf-8"))
+        expected = json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8"))
         found = _fingerprints(checkpoint)
     except FileNotFoundError:
-        return f"{checkpoint.name} is not whole"
+        return f"{checkpoint.name} is incomplete"
     except (OSError, ValueError) as error:
         return f"{checkpoint.name} cannot be read: {error}"
-    if not isinstance(sealed, dict):
-        return f"{checkpoint.name}/{_SEAL} is damaged"
-    damaged = sorted(name for name in sealed.keys() | found.keys() if sealed.get(name) != found.get(name))
+    if not isinstance(expected, dict):
+        return f"{checkpoint.name}/{_CHECKSUMS} is damaged"
+    damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"{checkpoint.name}/{damaged[0]} is damaged" if damaged else None
 
 
-class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so often within an epoch, and for a last one when the process is told to end.
+class CheckpointCallback(TrainerCallback):
+    """Request a checkpoint at regular times within an epoch, and a last one after a stop was requested.
 
     The main process decides for all, because they write a checkpoint together.
 
     Raises:
-        Unfinished: told to end, and the checkpoint is made.
-        UserError: FIRSTSIGHT_CHECKPOINT_SECONDS is no number.
+        Unfinished: a stop was requested and the checkpoint is written.
+        UserError: FIRSTSIGHT_CHECKPOINT_SECONDS is not a number.
     """
 
     def __init__(self):
-        self._seconds, self._last, self._told = _seconds(), time.monotonic(), False
+        self._interval, self._last, self._stop_requested = _interval(), time.monotonic(), False
 
-    def tell(self, *_signal: object) -> None:
-        """A signal handler: end after this step."""
-        self._told = True
+    def request_stop(self, *_signal: object) -> None:
+        """Request a stop after the current step; usable as a signal handler."""
+        self._stop_requested = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Where an epoch or the training ends, the checkpoint is made after the evaluation, or it would be left out.
+        # At the end of an epoch or of training, the checkpoint is made after the evaluation, to include its result.
         if not (control.should_training_stop or state.epoch.is_integer()):
-            due = self._told or time.monotonic() - self._last >= self._seconds
-            control.should_save = _as_the_main_process(due)
+            due = self._stop_requested or time.monotonic() - self._last >= self._interval
+            control.should_save = _decision_of_main_process(due)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_log = True  # of the steps since the last that was logged
+        control.should_log = True  # the loss of the steps since the last logged one
 
     def on_save(self, args, state, control, **kwargs):
         self._last = time.monotonic()
-        if _as_the_main_process(self._told):
+        if _decision_of_main_process(self._stop_requested):
             raise Unfinished(f"stopped by a signal after step {state.global_step} of {state.max_steps}; run it again")
 
 
-def _as_the_main_process(decided: bool) -> bool:
+def _decision_of_main_process(decision: bool) -> bool:
     if PartialState().num_processes == 1:
-        return decided
-    return broadcast_object_list([decided])[0]
+        return decision
+    return broadcast_object_list([decision])[0]
 
 
 @contextmanager
-def handling(signals: Iterable[signal.Signals], handler: Callable[..., None]) -> Iterator[None]:
-    """In the block, `handler` is called for these signals."""
+def signal_handler(signals: Iterable[signal.Signals], handler: Callable[..., None]) -> Iterator[None]:
+    """Have `handler` called for these signals within the block."""
     before = {one: signal.signal(one, handler) for one in signals}
     try:
         yield

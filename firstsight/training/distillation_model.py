@@ -1,4 +1,4 @@
-"""A student with its loss, as one module."""
+"""The student with its loss as one module, which the Trainer trains."""
 
 from collections.abc import Callable
 
@@ -16,15 +16,17 @@ from firstsight.packing.output_head import head_weight
 
 
 class DistillationModel(nn.Module):
-    """A student with its loss, so that DDP and FSDP see the whole forward pass.
+    """Compute the student's loss in one forward pass, so that DDP and FSDP wrap all of it.
+
+    The objective is that of `firstsight.loss.distillation_loss`.
 
     Args:
         student: the model to train.
-        settings: temperature, alpha and divergence; None for supervised fine-tuning.
-        teacher_head: [V, H_t] the teacher's output head over the V shared tokens, for teachers known by hidden states.
-        teacher: the teacher itself, frozen and in eval mode, when it runs beside the student.
-        shared_vocabulary: V, the tokens that both have.
-        regularisation: what the method of training adds to the loss of a step, if anything.
+        settings: temperature, alpha and divergence; None for supervised fine-tuning (alpha 0).
+        teacher_head: [V, H_t] the teacher's output head over the shared vocabulary; None for `topk` targets.
+        teacher: for online targets, the teacher itself, frozen and in eval mode.
+        shared_vocabulary: V; 0 without a teacher.
+        regularisation: returns the penalty of the fine-tuning method on a step, or None.
     """
 
     accepts_loss_kwargs = True  # The Trainer then counts the answer tokens of the whole optimizer step.
@@ -41,7 +43,7 @@ class DistillationModel(nn.Module):
     ):
         super().__init__()
         self.student = student
-        # The teacher is no part of this module: neither trained, nor saved, nor sent from process to process.
+        # In a tuple, so that the teacher is not a submodule: it is not trained, saved or broadcast.
         self._teacher, self._teacher_head = (teacher,), None if teacher_head is None else teacher_head.detach()
         self.shared_vocabulary, self._regularisation = shared_vocabulary, regularisation
         self.temperature, self.alpha = (settings.temperature, settings.alpha) if settings else (1.0, 0.0)
@@ -54,7 +56,13 @@ class DistillationModel(nn.Module):
         num_items_in_batch: Tensor | None = None,
         **batch: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of a packed batch: labels [B, S] in their own places, and what is known of the teacher, by name.
+        """Compute the loss of a packed batch.
+
+        Args:
+            labels: [B, S], not shifted.
+            teacher: the teacher's features of the batch (`TeacherSource`), by name.
+            num_items_in_batch: number of answer tokens of the optimizer step, in all processes.
+            batch: the other tensors of the packed batch.
 
         Returns `loss`, the sum over the batch divided by `num_items_in_batch`, and, for evaluation, sums over the
         batch, each [1]: divergence, ce, agreement, tokens.
@@ -64,7 +72,7 @@ class DistillationModel(nn.Module):
             hidden,
             head_weight(self.student),
             answers,
-            self._known(teacher) if teacher else None,
+            self._loss_teacher(teacher) if teacher else None,
             shared_vocabulary=self.shared_vocabulary,
             temperature=self.temperature,
             alpha=self.alpha,
@@ -72,15 +80,15 @@ class DistillationModel(nn.Module):
         )
         sums = {"divergence": loss.divergence, "ce": loss.ce, "agreement": loss.agreement}
         sums["tokens"] = torch.full_like(loss.ce, len(answers))
-        # No answer counts where a batch is nothing but the filling up of a last step; zero then, not 0 / 0.
+        # A step of padding samples alone has no answer tokens: its loss is 0, not 0 / 0.
         mean = loss.total / num_items_in_batch.clamp(min=1)
         if self.training and (penalty := self._regularisation()) is not None:
-            # In shares that make one over the micro-batches of a step.
+            # Weighted so that the micro-batches of a step add up to one penalty.
             mean = mean + penalty * len(answers) / num_items_in_batch.clamp(min=1)
         return {"loss": mean} | {name: value.detach()[None] for name, value in sums.items()}
 
-    def _known(self, teacher: dict[str, Tensor]) -> Teacher:
-        """The teacher at the batch's answer tokens: from its targets, or by running it over its own packed batch."""
+    def _loss_teacher(self, teacher: dict[str, Tensor]) -> Teacher:
+        """Return the teacher at the batch's answer tokens, from its targets or by running it on its packed batch."""
         if "hidden" in teacher:
             return HiddenTeacher(teacher["hidden"], self._teacher_head)
         if "best" in teacher:
@@ -91,10 +99,10 @@ class DistillationModel(nn.Module):
         return HiddenTeacher(hidden, self._teacher_head)
 
     def metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
-        """Means over the answer tokens of a split, of the loss and of its parts."""
+        """Return the objective and its parts, each as a mean over the answer tokens of a split."""
         divergence, ce, agreement, tokens = (float(np.sum(sums, dtype=np.float64)) for sums in evaluated.predictions)
         objective = self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * ce
         parts = {"objective": objective / tokens, "ce": ce / tokens}
-        if self.shared_vocabulary:  # there is a teacher to compare with
+        if self.shared_vocabulary:  # with a teacher
             parts |= {"divergence": divergence / tokens, "agreement": agreement / tokens}
         return parts

@@ -1,5 +1,4 @@
-"""Training with the distillation loss: of a student from what is known of its teacher, and, without a teacher and with
-alpha 0, supervised fine-tuning."""
+"""Train a model with the distillation loss; without a teacher, at alpha 0, that is supervised fine-tuning."""
 
 import math
 import signal
@@ -21,12 +20,12 @@ from firstsight.core.stage import log
 from firstsight.models.loading import AUTOCAST
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
-from firstsight.training.adapters import Tuning
-from firstsight.training.checkpoints import Checkpoints, handling
+from firstsight.training.adapters import TrainableModel
+from firstsight.training.checkpoints import CheckpointCallback, signal_handler
 from firstsight.training.distillation_model import DistillationModel
-from firstsight.training.trainer import DistillationTrainer, Progress
+from firstsight.training.trainer import DistillationTrainer, ProgressBar
 
-# Optimizer steps from one logged loss to the next.
+# Optimizer steps between two logged losses.
 _LOGGING_STEPS = 10
 
 
@@ -38,34 +37,39 @@ def train(
     scratch: Path,
     *,
     early_stopping_epochs: int | None = None,
-    tuning: Tuning | None = None,
+    trainable: TrainableModel | None = None,
     data_workers: int = 0,
     device: str,
 ) -> list[dict[str, float]]:
     """Train `model.student` in place and leave it with the weights of the best validation epoch.
 
-    Checkpoints are made in `scratch`, every epoch and every ten minutes, at most three being kept; where some are there
-    already, training goes on from the last that is whole, and ends as if it had never been interrupted. On SIGTERM and
-    SIGUSR1 one more is made, after the step under way.
+    Checkpoints are written to `scratch` after every epoch and every ten minutes, and at most three are kept. If there
+    are checkpoints already, training resumes from the last usable one and ends as if it had not been interrupted. After
+    SIGTERM or SIGUSR1, a last checkpoint is written at the end of the current step.
 
-    The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; how many processes
-    there are changes nothing but rounding. `tuning` is told of each optimizer step. Returns the history: one row a
-    logged step, with training and validation figures, and no timings, so that equal runs have equal histories.
+    The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; the number of
+    processes changes rounding alone. With `auto_batch`, a single process that runs out of memory continues from its
+    last checkpoint with micro-batches of half the size or less, and as many more of them per step.
 
-    With `auto_batch`, where memory does not suffice, a single process goes on with micro-batches of half the size or
-    less, and as many more of them to a step.
+    Args:
+        trainable: the model as its fine-tuning method prepared it, for the state of that method.
+        early_stopping_epochs: epochs without improvement after which training stops; None for all epochs.
+
+    Returns:
+        The history: a row per logged step, with training and validation metrics, and without timings, so that equal
+        runs have equal histories.
 
     Raises:
-        Unfinished: a signal ended the training before its end.
-        UserError: a loss or gradient is not finite or explodes, memory is spent, the batch cannot be shared out, or a
-            checkpoint is not ours.
+        Unfinished: a signal stopped the training before its end.
+        UserError: a loss or gradient is not finite or explodes, memory runs out, the batch cannot be divided among the
+            processes, or a checkpoint holds arbitrary objects.
     """
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
     size = checkpoints.BYTES_PER_PARAMETER * sum(one.numel() for one in model.parameters() if one.requires_grad)
-    # The first checkpoint and the next.
+    # The last two checkpoints.
     check_disk_space(scratch, 2 * size, "free some space (dvc gc --workspace, make clean-scratch)")
     halving = optimisation.auto_batch and processes == 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -80,43 +84,43 @@ def train(
             micro_batch=batch_size,
             accumulation=accumulation,
             early_stopping_epochs=early_stopping_epochs,
-            tuning=tuning,
+            trainable=trainable,
             data_workers=data_workers,
             device=device,
         )
         try:
-            _run(trainer, scratch)
+            _train_or_resume(trainer, scratch)
             break
         except torch.OutOfMemoryError:
             if not halving or batch_size == 1:
                 raise UserError(
-                    f"memory: expected enough for micro-batches of {batch_size}, found it spent; lower batch_size and "
-                    "raise gradient_accumulation_steps (auto_batch: true does so), or set gradient_checkpointing: "
+                    f"memory: expected enough for micro-batches of {batch_size}, found too little; lower batch_size "
+                    "and raise gradient_accumulation_steps (auto_batch: true does so), or set gradient_checkpointing: "
                     "true, method: lora, or a lower data.max_pixels"
                 ) from None
-        # Here, not above, where the error still holds what was computed.
+        # Not in the except block, where the error still refers to tensors of the step.
         del trainer
-        share = batch_size * accumulation
-        batch_size = max(size for size in range(1, batch_size // 2 + 1) if share % size == 0)
-        accumulation = share // batch_size
-        log.warning("memory is spent: micro-batches of %d from now on, %d to a step", batch_size, accumulation)
+        samples_per_step = batch_size * accumulation
+        batch_size = max(size for size in range(1, batch_size // 2 + 1) if samples_per_step % size == 0)
+        accumulation = samples_per_step // batch_size
+        log.warning("out of memory: continuing with micro-batches of %d, %d per step", batch_size, accumulation)
         model.zero_grad()
         model.load_state_dict(start, strict=False)
-        if tuning is not None:
-            tuning.restore({})
+        if trainable is not None:
+            trainable.load_state_dict({})
         if device == "cuda":
             torch.cuda.empty_cache()
     trainer.load_weights(scratch / f"checkpoint-{trainer.state.best_global_step}")
     return [
-        # In one order: rows that were read back from a checkpoint have another than those that were not. The Trainer's
-        # eval_loss is a mean of batches, whatever their number of answers; eval_objective is that of the answers.
+        # Keys are sorted, because rows read from a checkpoint have them in another order. The Trainer's eval_loss is a
+        # mean over batches, however many answer tokens they have; eval_objective is the mean over answer tokens.
         {
             name: value
             for name, value in sorted(row.items())
             if name != "eval_loss" and not name.endswith(("_runtime", "_per_second", "_flos"))
         }
         for row in trainer.state.log_history
-        if "train_loss" not in row  # of what was trained since the last interruption
+        if "train_loss" not in row  # summary of the steps since the last interruption
     ]
 
 
@@ -130,7 +134,7 @@ def _trainer(
     micro_batch: int,
     accumulation: int,
     early_stopping_epochs: int | None,
-    tuning: Tuning | None,
+    trainable: TrainableModel | None,
     data_workers: int,
     device: str,
 ) -> DistillationTrainer:
@@ -161,20 +165,20 @@ def _trainer(
         dataloader_num_workers=data_workers,
         report_to="none",
     )
-    together = PartialState().num_processes * micro_batch
+    global_micro_batch = PartialState().num_processes * micro_batch
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(early_stopping_epochs)] if early_stopping_epochs else []
     if arguments.n_gpu > 1:
-        # One process drives one GPU; Trainer would spread the model over all it sees with DataParallel.
+        # One process drives one GPU; the Trainer would use all visible GPUs with DataParallel.
         arguments._n_gpu = 1
     trainer = DistillationTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_set.padded_to_multiple(together),
-        eval_dataset=validation_set.padded_to_multiple(together),
+        train_dataset=train_set.padded_to_multiple(global_micro_batch),
+        eval_dataset=validation_set.padded_to_multiple(global_micro_batch),
         data_collator=train_set.collate,
         compute_metrics=model.metrics,
         callbacks=callbacks,
-        tuning=tuning,
+        trainable=trainable,
     )
     trainer.remove_callback(ProgressCallback)
     if data_workers:
@@ -184,7 +188,7 @@ def _trainer(
 
 
 def _by_value(tensor: torch.Tensor) -> tuple:
-    """How a data worker hands a tensor over: its bytes, through a pipe."""
+    """Reduce a tensor that a data worker hands over to its bytes, which go through a pipe."""
     return _restored, (tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
 
 
@@ -192,37 +196,38 @@ def _restored(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> tor
     return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
-def _run(trainer: DistillationTrainer, scratch: Path) -> None:
-    """Train from the last checkpoint that is whole, if there is one, to the end."""
-    asked, progress = Checkpoints(), Progress()
-    trainer.add_callback(asked)
+def _train_or_resume(trainer: DistillationTrainer, scratch: Path) -> None:
+    """Train to the end, from the last usable checkpoint if there is one."""
+    checkpointing, progress = CheckpointCallback(), ProgressBar()
+    trainer.add_callback(checkpointing)
     trainer.add_callback(progress)
-    found = broadcast_object_list([checkpoints.newest(scratch) if PartialState().is_main_process else None])[0]
-    if found and PartialState().is_main_process:
-        state = checkpoints.state(found)
-        log.info("resuming from step %d of %d, from %s", state["global_step"], state["max_steps"], found)
-    if found and checkpoints.ended(found):
-        trainer.state = TrainerState(**checkpoints.state(found))
+    latest = checkpoints.latest_usable(scratch) if PartialState().is_main_process else None
+    latest = broadcast_object_list([latest])[0]
+    if latest and PartialState().is_main_process:
+        state = checkpoints.trainer_state(latest)
+        log.info("resuming from step %d of %d, from %s", state["global_step"], state["max_steps"], latest)
+    if latest and checkpoints.is_final(latest):
+        trainer.state = TrainerState(**checkpoints.trainer_state(latest))
         return
     try:
-        with handling((signal.SIGTERM, signal.SIGUSR1), asked.tell):
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        with signal_handler((signal.SIGTERM, signal.SIGUSR1), checkpointing.request_stop):
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     except UnpicklingError as error:
         raise UserError(
-            f"{found}: expected a checkpoint of tensors and numbers, found something else; it was not run, nor "
-            f"used: make clean-scratch ({str(error).splitlines()[0][:120]})"
+            f"{latest}: expected a checkpoint of tensors and numbers, found other objects, which were not loaded; "
+            f"make clean-scratch ({str(error).splitlines()[0][:120]})"
         ) from None
     finally:
         progress.close()
 
 
 def micro_batches(optimisation: Optimisation, processes: int) -> tuple[int, int]:
-    """Samples of a process's micro-batch, and how many micro-batches it takes to a step.
+    """Return the samples of a process's micro-batch, and its number of micro-batches per optimizer step.
 
     A step takes `batch_size x gradient_accumulation_steps` samples whatever the number of processes.
 
     Raises:
-        UserError: that many samples cannot be shared out evenly.
+        UserError: the samples of a step cannot be divided evenly among the processes.
     """
     step = optimisation.batch_size * optimisation.gradient_accumulation_steps
     if step % processes:
@@ -230,12 +235,12 @@ def micro_batches(optimisation: Optimisation, processes: int) -> tuple[int, int]
             f"params.yaml: expected batch_size x gradient_accumulation_steps to be a multiple of the {processes} "
             f"processes, found {optimisation.batch_size} x {optimisation.gradient_accumulation_steps}; change one"
         )
-    share = step // processes
-    micro = max(size for size in range(1, optimisation.batch_size + 1) if share % size == 0)
-    return micro, share // micro
+    per_process = step // processes
+    micro = max(size for size in range(1, optimisation.batch_size + 1) if per_process % size == 0)
+    return micro, per_process // micro
 
 
 def total_steps(samples: int, optimisation: Optimisation) -> int:
-    """Optimizer steps that training on a split of so many samples takes, unless it stops early."""
+    """Return the optimizer steps of a training on so many samples, without early stopping."""
     step = optimisation.batch_size * optimisation.gradient_accumulation_steps
     return math.ceil(optimisation.epochs * math.ceil(samples / step))

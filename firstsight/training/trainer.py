@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over a `DistillationModel`: its checkpoints, the order of its samples, and when it stops."""
+"""Adapt Hugging Face's Trainer to a `DistillationModel`: checkpoints, sample order, and detection of bad losses."""
 
 import json
 import math
@@ -18,70 +18,85 @@ from firstsight.core.faults import writing
 from firstsight.core.files import write_json
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
-from firstsight.training.adapters import Tuning
+from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 
-# How many times the first loss is no longer learning.
-_EXPLODED = 100
-# What a checkpoint holds besides what the Trainer keeps.
-_WEIGHTS, _METHOD = "trained.safetensors", "method.safetensors"
+# A loss of so many times the first stops the training.
+_EXPLOSION_FACTOR = 100
+# Files of a checkpoint besides the Trainer's.
+_WEIGHTS, _METHOD_STATE = "trained.safetensors", "method.safetensors"
 
 
 class DistillationTrainer(Trainer):
-    """HF Trainer over a `DistillationModel`, that stops at nonsense, and goes on after an interruption as without it.
+    """Train a `DistillationModel`, stop at bad losses, and resume exactly after an interruption.
 
-    Its checkpoints hold what is trained of the student, and that alone; besides what the Trainer keeps, the sum of the
-    losses since the last logged step, and what the method of training keeps.
+    A checkpoint holds the trained parameters alone, the state of the fine-tuning method, the Trainer's own files, and,
+    for exact resumption, the sum of losses since the last logged step.
+
+    Methods of the Trainer that are overridden, private ones included; check them when transformers is upgraded:
+
+        log                     raises when the loss explodes
+        _get_grad_norm          raises when the gradient is not finite, before the optimizer step spoils the weights
+        _get_train_sampler      returns a sampler whose order does not depend on the number of processes
+        _save                   saves the trained parameters and the method's state instead of the whole model
+        _save_checkpoint        adds the running loss, then writes checksums and prunes older checkpoints
+        _load_from_checkpoint   loads what `_save` saved
+        _load_rng_state         restores the running loss; it is the last state to be loaded, after the Trainer has
+                                zeroed its sums
+        _load_best_model        does nothing: `train` loads the best checkpoint, even if the repository was moved since
+
+    Also used are its private attributes `_tr_loss` (the running loss) and `_globalstep_last_logged`.
     """
 
     model: DistillationModel
 
-    def __init__(self, *arguments: Any, tuning: Tuning | None, **named: Any):
+    def __init__(self, *arguments: Any, trainable: TrainableModel | None, **named: Any):
         self._shuffle = EpochShuffle(named["train_dataset"], named["args"].seed)
         super().__init__(*arguments, **named)
-        self._tuning = tuning
-        self.add_callback(BeginEpoch(self._shuffle, self._steps_an_epoch()))
-        if tuning is not None:
-            self.add_callback(AfterStep(tuning))
+        self._trainable = trainable
+        self.add_callback(SetEpoch(self._shuffle, self._steps_per_epoch()))
+        if trainable is not None:
+            self.add_callback(UpdateRanks(trainable))
 
     def load_weights(self, checkpoint: Path) -> None:
+        """Load the trained parameters of a checkpoint."""
         self.model.load_state_dict(load_file(checkpoint / _WEIGHTS), strict=False)
 
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor | float | None:
-        # Before the optimizer's step: the weights are still good. A loss that is not finite has no finite gradient, and
-        # to look at the loss of each micro-batch would have a GPU wait for each.
+        # A loss that is not finite has no finite gradient; checking the loss itself would synchronise the GPU at every
+        # micro-batch.
         norm = super()._get_grad_norm(*arguments, **named)
         if norm is not None and not math.isfinite(norm):
-            raise self._nonsense("finite loss and gradient", float(norm), coming=1)
+            raise self._training_error("finite loss and gradient", float(norm), self.state.global_step + 1)
         return norm
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         first = next((row["loss"] for row in self.state.log_history if "loss" in row), math.inf)
-        if logs.get("loss", 0.0) > _EXPLODED * max(1.0, first):
-            raise self._nonsense(f"loss near the first, {first:.3g}", logs["loss"])
+        if logs.get("loss", 0.0) > _EXPLOSION_FACTOR * max(1.0, first):
+            raise self._training_error(f"loss near the first, {first:.3g}", logs["loss"], self.state.global_step)
         super().log(logs, *arguments)
 
-    def _nonsense(self, expected: str, found: float, coming: int = 0) -> UserError:
-        """In words, with the records of the last optimizer step, or of the one to come."""
-        dataset, step = self.train_dataset, self.state.global_step + coming
-        epoch, place = divmod(step - 1, self._steps_an_epoch())
-        samples = self._samples_a_step()
+    def _training_error(self, expected: str, found: float, step: int) -> UserError:
+        """Return an error that names the records of an optimizer step."""
+        dataset = self.train_dataset
+        epoch, step_in_epoch = divmod(step - 1, self._steps_per_epoch())
+        samples = self._samples_per_step()
         shuffle = EpochShuffle(dataset, self.args.seed)
         shuffle.set_epoch(epoch)
-        indices = list(shuffle)[place * samples : (place + 1) * samples]
-        shown = [index for index in indices if index < len(dataset.split)]  # not what fills the last step up
-        records = [record.id for index in shown for record in dataset.split[index].records]
+        indices = list(shuffle)[step_in_epoch * samples : (step_in_epoch + 1) * samples]
+        real = [index for index in indices if index < len(dataset.split)]  # without padding samples
+        records = [record.id for index in real for record in dataset.split[index].records]
         return UserError(
             f"training: expected a {expected}, found {found:.3g} at step {step} of {self.state.max_steps}; lower "
             "learning_rate, raise warmup_fraction, or look at the step's "
             f"{len(records)} records: {', '.join(records[:100])}"
         )
 
-    def _samples_a_step(self) -> int:
+    def _samples_per_step(self) -> int:
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _steps_an_epoch(self) -> int:
-        return math.ceil(len(self.train_dataset) / self._samples_a_step())
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_dataset) / self._samples_per_step())
 
     def _get_train_sampler(self, train_dataset: PackedDataset | None = None) -> "EpochShuffle":
         return self._shuffle
@@ -93,8 +108,8 @@ class DistillationTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         save_file({name: values[name].contiguous() for name in trained}, folder / _WEIGHTS)
-        if self._tuning is not None:
-            save_file(self._tuning.state(), folder / _METHOD)
+        if self._trainable is not None:
+            save_file(self._trainable.state_dict(), folder / _METHOD_STATE)
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         scratch = Path(self.args.output_dir)
@@ -102,39 +117,38 @@ class DistillationTrainer(Trainer):
         running = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
         with writing(checkpoint):
             super()._save_checkpoint(model, trial)
-            write_json(checkpoint / self._running, running)
+            write_json(checkpoint / self._running_loss_file, running)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with writing(checkpoint):
-                checkpoints.seal(checkpoint)
+                checkpoints.mark_complete(checkpoint)
             checkpoints.prune(scratch)
         self.accelerator.wait_for_everyone()
 
     @property
-    def _running(self) -> str:
-        """Each process sums the losses of its own micro-batches."""
+    def _running_loss_file(self) -> str:
+        """One per process, because each sums the losses of its own micro-batches."""
         return f"running-{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
-        if self._tuning is not None:
-            self._tuning.restore(load_file(Path(resume_from_checkpoint) / _METHOD))
+        if self._trainable is not None:
+            self._trainable.load_state_dict(load_file(Path(resume_from_checkpoint) / _METHOD_STATE))
 
     def _load_rng_state(self, checkpoint: str) -> None:
-        # The last of the state to be loaded, after the Trainer has set its sums to nothing.
         super()._load_rng_state(checkpoint)
-        running = json.loads((Path(checkpoint) / self._running).read_text(encoding="utf-8"))
+        running = json.loads((Path(checkpoint) / self._running_loss_file).read_text(encoding="utf-8"))
         self._tr_loss += running["loss"]
         self._globalstep_last_logged = running["logged"]
 
     def _load_best_model(self) -> None:
-        """Left to `train`, which finds it even if the repository has been moved since the checkpoint was made."""
+        """Do nothing; see the class."""
 
 
 class EpochShuffle(Sampler[int]):
-    """A dataset's samples in an order that seed and epoch alone decide, and what fills the last step up after them.
+    """Yield a dataset's samples in an order that depends on seed and epoch alone, then its padding samples.
 
-    However many processes share an epoch, its steps then take the same samples.
+    The steps of an epoch then have the same samples for any number of processes.
     """
 
     def __init__(self, dataset: PackedDataset, seed: int):
@@ -149,33 +163,36 @@ class EpochShuffle(Sampler[int]):
         yield from range(self._samples, self._length)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called as an epoch begins."""
+        """Choose the epoch whose order is yielded next."""
         self._epoch = epoch
 
 
-class AfterStep(TrainerCallback):
-    """Tells the method of training of each optimizer step, while the gradients are still there."""
+class UpdateRanks(TrainerCallback):
+    """Call `TrainableModel.update_ranks` after each optimizer step, before gradients are zeroed."""
 
-    def __init__(self, tuning: Tuning):
-        self._tuning = tuning
+    def __init__(self, trainable: TrainableModel):
+        self._trainable = trainable
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self._tuning.after_step(state.global_step)
+        self._trainable.update_ranks(state.global_step)
 
 
-class BeginEpoch(TrainerCallback):
-    """Tells the sampler which epoch it is. The Trainer does not reach it where a resumed epoch's first batches are left
-    out and several processes share the rest: the sampler is then wrapped once too often."""
+class SetEpoch(TrainerCallback):
+    """Set the sampler's epoch as each epoch begins.
 
-    def __init__(self, shuffle: EpochShuffle, steps_an_epoch: int):
-        self._shuffle, self._steps = shuffle, steps_an_epoch
+    The Trainer's own call does not reach the sampler when several processes resume within an epoch: the data loader
+    that skips the epoch's first batches wraps the sampler once more.
+    """
+
+    def __init__(self, shuffle: EpochShuffle, steps_per_epoch: int):
+        self._shuffle, self._steps_per_epoch = shuffle, steps_per_epoch
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self._shuffle.set_epoch(state.global_step // self._steps)
+        self._shuffle.set_epoch(state.global_step // self._steps_per_epoch)
 
 
-class Progress(ProgressCallback):
-    """The progress bar, and a line for each evaluation, instead of one for each logged step."""
+class ProgressBar(ProgressCallback):
+    """Show a progress bar and a line per evaluation, instead of a line per logged step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in (logs or {}):
@@ -184,7 +201,7 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"epoch {logs['epoch']:g}: validation {', '.join(figures)}")
 
     def close(self) -> None:
-        """End the bars' line, for what is said of an interruption to have its own."""
+        """Close the bars, so that messages after an interruption start on a new line."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()

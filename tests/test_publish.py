@@ -140,7 +140,7 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
     write_json(Path("metrics/models.json"), models)
     quality = read_json(Path("metrics/quality.json"), "report")
     quality["student-distilled"] |= {"exact_match": 0.1234, "exact_match_low": 0.1, "exact_match_high": 0.2, "new": {}}
-    quality["student"] |= {"exact_match": 0.0, "exact_match_low": 0.0, "exact_match_high": 0.05}
+    quality["teacher"] |= {"exact_match": 0.0, "exact_match_low": 0.0, "exact_match_high": 0.05}
     write_json(Path("metrics/quality.json"), quality)
     text = model_card.model_card("student-distilled", NAME)
     assert "| exact match | 0.123 (0.10 to 0.20) | 0.000 (0.00 to 0.05) |" in text

@@ -8,9 +8,8 @@ writes metrics/{models,quality,performance,training,quantization}.json, metrics/
        metrics/report.html
 """
 
-import csv
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from firstsight.core import params
@@ -147,14 +146,13 @@ def draw(
 ) -> dict[str, Path]:
     """Write the data of DVC's plots, and pictures, into `plots`; returns those for the page, by caption."""
     plots.mkdir()
-    for stage, rows in curves.items():
-        (plots / stage).mkdir()
-        for split, points in rows.items():
-            write_csv(plots / stage / f"{split}.csv", ["step", "loss"], points)
-    columns = ["variant", "exact_match", "low", "high", "latency_ms", "memory_mb", "disk_mb"]
-    write_csv(plots / "variants.csv", columns, summary.points(quality, performance))
     types = summary.by_type({variant: one.quality["by_type"] for variant, one in variants.items()})
-    write_csv(plots / "by-type.csv", ["type", "variant", "exact_match", "low", "high", "questions"], types)
+    tables = {"variants": summary.points(quality, performance), "by-type": types}
+    for stage, splits in curves.items():
+        (plots / stage).mkdir()
+        tables |= {f"{stage}/{split}": losses for split, losses in splits.items()}
+    for name, table in tables.items():
+        table.to_csv(plots / f"{name}.csv", index=False, lineterminator="\r\n")
 
     # Few colours: it is in git.
     contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
@@ -179,11 +177,6 @@ def draw(
 def spread(length: int, count: int) -> range:
     """At most `count` places, evenly over `length`."""
     return range(0, length, max(1, -(-length // count)))
-
-
-def write_csv(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -27,17 +28,17 @@ _TYPES_SHOWN = 24
 _MARKERS = dict(zip(VARIANTS, "sPvXoD^", strict=True))
 
 
-def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
-    """Training and validation loss by step, one panel a training stage; a stage that did not train has none."""
-    curves = {stage: splits for stage, splits in curves.items() if any(splits.values())}
+def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
+    """Plot training and validation loss by step, one panel per training stage; a stage that did not train has none."""
+    curves = {stage: splits for stage, splits in curves.items() if any(map(len, splits.values()))}
     figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.4), squeeze=False, layout="constrained")
     for axis, (title, splits) in zip(axes[0], curves.items(), strict=True):
         for split, style in (
             ("train", {"alpha": 0.6, "color": "#0072B2"}),
             ("validation", {"marker": "o", "color": "#D55E00"}),
         ):
-            if splits[split]:
-                axis.plot(*zip(*splits[split], strict=True), label=split, **style)
+            if len(splits[split]):
+                axis.plot("step", "loss", data=splits[split], label=split, **style)
         axis.set(title=title, xlabel="optimizer step", ylabel="loss a token (log scale)", yscale="log")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
@@ -93,18 +94,21 @@ def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path)
     _save(figure, path)
 
 
-def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Path) -> None:
-    """Exact match with its interval by variant and question type, the commonest of them; rows as in `by-type.csv`."""
-    kinds = sorted(dict.fromkeys((row[0], row[5]) for row in rows), key=lambda kind: -kind[1])[:_TYPES_SHOWN]
-    kinds.sort()
-    variants = list(dict.fromkeys(row[1] for row in rows))
+def by_type(table: pd.DataFrame, path: Path) -> None:
+    """Plot exact match with its interval by variant and question type, for the most frequent types.
+
+    `table` is as `summary.by_type` returns it.
+    """
+    counts = table.drop_duplicates("type").set_index("type")["questions"]
+    kinds = counts.sort_values(ascending=False, kind="stable")[:_TYPES_SHOWN].sort_index()
+    variants = table["variant"].unique()
     figure, axis = plt.subplots(figsize=(7.6, (0.16 * len(variants) + 0.2) * len(kinds) + 1.2), layout="constrained")
     for number, variant in enumerate(variants):
-        own = {kind: (right, low, high) for kind, name, right, low, high, _ in rows if name == variant}
-        for place, (kind, _) in enumerate(kinds):
-            if kind not in own:
+        own = table[table["variant"] == variant].set_index("type")
+        for place, kind in enumerate(kinds.index):
+            if kind not in own.index:
                 continue
-            right, low, high = own[kind]
+            right, low, high = own.loc[kind, ["exact_match", "low", "high"]]
             axis.errorbar(
                 right,
                 place + 0.8 * ((number + 0.5) / len(variants) - 0.5),
@@ -119,7 +123,7 @@ def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Pat
         axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
     axis.set(
         yticks=range(len(kinds)),
-        yticklabels=[f"{_label(kind)} ({count})" for kind, count in kinds],
+        yticklabels=[f"{_label(kind)} ({count})" for kind, count in kinds.items()],
         xlim=(-0.02, 1.02),
         xlabel="exact match, with 95% interval (how many questions)",
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from firstsight.core.variants import TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, proportion_interval, score
@@ -140,35 +141,40 @@ def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]
     return table
 
 
-def points(quality: dict, performance: dict) -> list[tuple[str, float, float, float, float, float, float]]:
-    """By variant: exact match and the ends of its interval, milliseconds an answer, megabytes at most and on disk."""
-    return [
-        (
-            variant,
-            *(quality[variant][f"exact_match{end}"] for end in ("", "_low", "_high")),
-            row["latency_ms_p50"],
-            row["peak_bytes"] / 1e6,
-            row["disk_bytes"] / 1e6,
-        )
+def points(quality: dict, performance: dict) -> pd.DataFrame:
+    """Return a row per variant: exact match, the ends of its interval, latency in milliseconds, peak and disk in MB."""
+    rows = [
+        {
+            "variant": variant,
+            **_exact_match(quality[variant]),
+            "latency_ms": row["latency_ms_p50"],
+            "memory_mb": row["peak_bytes"] / 1e6,
+            "disk_mb": row["disk_bytes"] / 1e6,
+        }
         for variant, row in performance.items()
     ]
+    return pd.DataFrame(rows)
 
 
-def by_type(found: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, str, float, float, float, int]]:
-    """Rows of question type, variant, exact match, the ends of its interval, and how many questions."""
-    kinds = sorted({kind for types in found.values() for kind in types})
-    return [
-        (kind, variant, *(types[kind][f"exact_match{end}"] for end in ("", "_low", "_high")), types[kind]["questions"])
-        for kind in kinds
+def by_type(found: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
+    """Return a row per question type and variant: exact match, the ends of its interval, the number of questions."""
+    rows = [
+        {"type": kind, "variant": variant, **_exact_match(row), "questions": row["questions"]}
         for variant, types in found.items()
-        if kind in types
+        for kind, row in types.items()
     ]
+    return pd.DataFrame(rows).sort_values("type", kind="stable")
 
 
-def training_curve(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    """By split, the steps at which its loss a token was logged, and that loss."""
+def _exact_match(row: dict[str, float]) -> dict[str, float]:
+    return {"exact_match": row["exact_match"], "low": row["exact_match_low"], "high": row["exact_match_high"]}
+
+
+def training_curve(history: list[dict[str, float]]) -> dict[str, pd.DataFrame]:
+    """Return, by split, the optimizer steps at which the loss per token was logged, and that loss."""
     names = {"train": "loss", "validation": "eval_objective"}
-    return {split: [(row["step"], row[name]) for row in history if name in row] for split, name in names.items()}
+    rows = {split: [(row["step"], row[name]) for row in history if name in row] for split, name in names.items()}
+    return {split: pd.DataFrame(points, columns=["step", "loss"]) for split, points in rows.items()}
 
 
 def training_summary(history: list[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG: legible without colour (markers, places and labels say the same)."""
+"""Draw the report's figures as PNG, readable without colour: markers, positions and labels say the same."""
 
 import io
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from firstsight.core.variants import VARIANTS
 from firstsight.reporting import fonts
 from firstsight.reporting.summary import QUESTION_ONLY
 
-# A dollar sign in a question type is no formula.
+# A dollar sign in a question type does not start a formula.
 plt.rcParams["text.parse_math"] = False
 plt.rcParams["font.family"] = fonts.families()
-# Okabe and Ito's palette, told apart with any colour vision.
+# The palette of Okabe and Ito, distinguishable with any colour vision.
 _PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#D55E00", "#009E73", "#E69F00")
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
-# Of question types: more do not fit a page.
+# Most question types shown: more do not fit a page.
 _TYPES_SHOWN = 24
 _MARKERS = dict(zip(VARIANTS, "sPvXoD^", strict=True))
 
@@ -48,7 +48,7 @@ def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
 
 
 def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: Path) -> None:
-    """Exact match by variant with 95% intervals, and the question-only baseline as a line."""
+    """Plot exact match by variant with 95% intervals, and the question-only baseline as a line."""
     figure, axis = plt.subplots(figsize=(6.4, 0.45 * len(variants) + 1.4), layout="constrained")
     for place, variant in enumerate(variants):
         row = table[variant]
@@ -67,7 +67,7 @@ def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: P
 
 
 def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path) -> None:
-    """Exact match with its interval against latency and against peak memory: up and to the left is better."""
+    """Plot exact match with its interval against latency and against peak memory: up and to the left is better."""
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True, layout="constrained")
     costs = (
         ("latency_ms_p50", 1, "milliseconds an answer (p50, batch 1)"),
@@ -134,7 +134,7 @@ def by_type(table: pd.DataFrame, path: Path) -> None:
 
 
 def throughput(performance_rows: dict, path: Path) -> None:
-    """Answers a second by batch size."""
+    """Plot answers per second by batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for variant, row in performance_rows.items():
         points = [(1, 1000 / row["latency_ms_p50"])]
@@ -149,7 +149,7 @@ def throughput(performance_rows: dict, path: Path) -> None:
 
 
 def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
-    """Relative error of each quantized layer by its block and kind, one panel a method."""
+    """Plot the relative error of each quantized layer by its block and kind, one panel per method."""
     figure, axes = plt.subplots(
         1, len(errors), figsize=(4.2 * len(errors) + 1.4, 3.4), sharey=True, squeeze=False, layout="constrained"
     )
@@ -169,22 +169,22 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def _label(kind: str) -> str:
-    """A question type on one short line."""
+    """Return a question type as one short line."""
     line = fonts.drawable(" ".join(kind.split()))
     return line if len(line) <= 40 else f"{line[:39]}…"
 
 
 def _error(row: dict[str, float]) -> list[list[float]]:
-    """Of exact match, as matplotlib wants it; a mean can lie a rounding error outside its interval."""
+    """Return the error bar of exact match for matplotlib; rounding can put a mean just outside its interval."""
     middle = row["exact_match"]
     return [[max(0, middle - row["exact_match_low"])], [max(0, row["exact_match_high"] - middle)]]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    """As a PNG of 128 colours, which nobody can tell from all of them, in half the bytes: pictures lie in git."""
+    """Save as a PNG of 128 colours: no visible difference at half the size, because the files are in git."""
     with io.BytesIO() as drawn:
         figure.savefig(drawn, format="png", dpi=130)
         picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     plt.close(figure)
-    # Without the software's version and without a date: equal figures, equal bytes.
+    # Without software version and date, so that equal figures give equal bytes.
     picture.save(path, optimize=True)

@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, where Linux knows one; not of every architecture."""
+    """Return the processor's name, or the architecture where Linux gives no name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -65,6 +65,7 @@ def test_the_losses_side_by_side_agree(monkeypatch):
     assert set(loss.implementations("cpu")) == {"plain PyTorch", "Liger, chunked", "FirstSight"}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("script", "column", "measured"),
     [

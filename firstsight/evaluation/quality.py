@@ -1,6 +1,6 @@
 """Compute the quality figures of one variant, overall and by question type.
 
-To add a metric, define a per-answer one in metrics.py and list its name beside `f1` and `rouge_l` below; compute a
+To add a metric, define a per-answer one in metrics.py and list its name next to `f1` and `rouge_l` below; compute a
 corpus-level one as `bleu` is, from statistics per answer. Every figure returned here reaches metrics/quality.json and
 the report's list of all figures; firstsight/reporting/summary_text.py and comparison.py choose those of the tables.
 """

@@ -1,10 +1,10 @@
-"""Does distilling beat plain fine-tuning of the same student on the same data? Alpha 0, 0.7 and 1 over three seeds.
+"""Compare distillation with plain fine-tuning of the same student on the same data: alpha 0, 0.7 and 1, three seeds.
 
-    python -m benchmarks.alpha [SEED ...]      after dvc repro; three students a seed, trained as `distill` would
+    python -m benchmarks.alpha [SEED ...]      after dvc repro; three students per seed, trained as `distill` does
 
-alpha 0 is plain fine-tuning, 1 is the teacher alone. A seed draws the student's fresh weights and the order of the
-data; without one, seeds 0, 1 and 2. Writes benchmarks/alpha-SEED.csv: exact match and F1 on the test split, with what
-it was measured on.
+Alpha 0 is plain fine-tuning, alpha 1 uses only the teacher. A seed determines the student's initial weights and the
+order of the data; default seeds are 0, 1 and 2. Writes benchmarks/alpha-SEED.csv: exact match and F1 on the test split,
+and the environment.
 """
 
 import sys
@@ -52,11 +52,11 @@ def run() -> None:
 
 
 def one_student(loaded: params.Params, seed: int, alpha: float, device: str, questions: list) -> dict:
-    """Initialise, train and evaluate a student with this seed and alpha; everything else is as in params.yaml."""
+    """Train a fresh student with this seed and alpha, otherwise as in params.yaml; return its quality figures."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "student"
         folder.mkdir()
-        # The pipeline's student has a seed of its own; seed 0 here is that one.
+        # Added to the pipeline's seed, so that seed 0 is the pipeline's student.
         init = loaded.models.student.init
         initialise(init.model_copy(update={"seed": init.seed + seed}), folder)
         student, processor = load_model(folder, "float32", device), load_processor(folder)

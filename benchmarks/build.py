@@ -1,10 +1,10 @@
-"""Building a data set: time and memory against its size.
+"""Measure time and memory of building a data set against its size.
 
     python -m benchmarks.build
 
-Small pictures of noise, five questions each, through `build-egoqa-dataset` as `dvc repro` runs it; with four times the
-pictures from row to row, so that linear growth shows as a ratio of four. Memory is the highest sum, over the process
-and its workers, of proportional set sizes: what they share is counted once. Writes benchmarks/build.csv.
+Small images of noise, with five questions each, go through `build-egoqa-dataset` as `dvc repro` runs it. Each row has
+four times the images of the row before, so linear growth shows as a ratio of four. Memory is the peak of the summed
+proportional set sizes of the process and its workers, which count shared pages once. Writes benchmarks/build.csv.
 """
 
 import json
@@ -24,7 +24,7 @@ ROOT = Path.cwd()
 
 
 def prepare(folder: Path, pictures: int) -> None:
-    """A workspace: params.yaml, the pictures, and a file of questions about them."""
+    """Write a workspace into `folder`: params.yaml, the images, and a file of questions about them."""
     values = yaml12.load(ROOT / "presets/smoke.yaml")
     values["data"] |= {"source": "jsonl", "path": "qa.jsonl", "max_pixels": SIDE**2}
     values["data"]["benchmark"]["path"] = "qa.jsonl"

@@ -1,5 +1,7 @@
-"""Checkpoints of any size with random weights, written shard by shard, so that a 16 GB one needs 2 GB of memory, and
-tokenizers of any size."""
+"""Write checkpoints with random weights and tokenizers, of any size.
+
+Checkpoints are written shard by shard, so that one of 16 GB needs 2 GB of memory.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ _SHARD_BYTES = 2 << 30
 
 
 def padded_tokenizer(corpus: Sequence[str], words: int, tokens: int) -> Qwen2Tokenizer:
-    """A tokenizer trained on the corpus, with as many tokens as asked for: most of them never occur."""
+    """Return a tokenizer trained on the corpus and padded to `tokens` tokens, most of which never occur."""
     small = json.loads(train_tokenizer(corpus, words).backend_tokenizer.to_str())["model"]
     learned = {token: place for token, place in small["vocab"].items() if token not in SPECIAL_TOKENS}
     names = [*learned, *(f"filler-{n}" for n in range(tokens - len(learned) - len(SPECIAL_TOKENS))), *SPECIAL_TOKENS]
@@ -31,9 +33,9 @@ def padded_tokenizer(corpus: Sequence[str], words: int, tokens: int) -> Qwen2Tok
 
 
 def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> None:
-    """A checkpoint of `config`'s architecture in `folder`: sharded safetensors with an index, as on the hub.
+    """Write a checkpoint of `config`'s architecture into `folder`: sharded safetensors with an index, as on the hub.
 
-    Weights are normal with standard deviation 0.02, norms' are one, biases zero: the model computes finite nonsense.
+    Weights are normal with standard deviation 0.02, those of norms are one, biases zero: outputs are finite.
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)

@@ -1,31 +1,30 @@
-"""A training step with cached targets, beside the step that runs the teacher next to the student.
+"""Compare a training step from cached targets with one that runs the teacher next to the student.
 
     python -m benchmarks.distill_step      on CUDA where there is any, else on the CPU
 
-On CUDA models have the true sizes of Qwen2-VL-7B and 2B, with random weights; on the CPU all widths and the vocabulary
-are an eighth of those and the depth is the same, which keeps the ratio of parameters (8.3 to 2.2). A step is forward
-pass, loss, backward pass and AdamW (bfloat16 autocast on CUDA), on samples of one picture with six questions; data
-loading is left out. The student is trained whole, float32 weights, or by rank-16 adapters of its language model over
-bfloat16 weights (float32 on the CPU). The teacher is loaded as `targets.precision` would load it.
+On CUDA the models have the true sizes of Qwen2-VL-7B and 2B, with random weights; on the CPU all widths and the
+vocabulary are divided by eight and the depth stays the same, which keeps the ratio of parameters (8.3 to 2.2). A step
+is forward pass, loss, backward pass and AdamW (bfloat16 autocast on CUDA), on samples of one image with six questions;
+data loading is not measured. The student is trained in full with float32 weights, or by rank-16 adapters of its
+language model over bfloat16 weights (float32 on the CPU). The teacher is loaded as `targets.precision` would load it.
 
-Each case runs in a process of its own. Memory is the peak over all that comes after the imports: weights, gradients,
-optimizer state, activations. Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with ratios to cached targets for the
-same student.
+Each case runs in its own process. Memory is the peak of everything allocated after the imports: weights, gradients,
+optimizer state, activations. Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with the ratios to cached targets for
+the same student.
 """
 
 import json
+import random
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
@@ -36,21 +35,23 @@ from firstsight.core.stage import log, main
 from firstsight.models.loading import load_model
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE, collate, encode, pack
-from firstsight.planning import preview
 from firstsight.planning.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.profiling.peak_memory import PeakMemory
-from firstsight.records.sample import Sample
+from firstsight.records.sample import LETTERS, Record, Sample
+from firstsight.scenes.rendering import render
+from firstsight.scenes.scene import sample_scene
+from firstsight.scenes.templates import Draw
 from firstsight.training.distillation_model import DistillationModel
 
-# divisor of widths and vocabulary, side of a picture in pixels (28 a visual token)
+# Divisor of widths and vocabulary, and the side of an image in pixels (28 per visual token).
 SCALE = {"cpu": (8, 224), "cuda": (1, 448)}
-# Tokens of both vocabularies, at true size.
+# Size of the shared vocabulary, at true size.
 SHARED = 151_657
 SAMPLES, STEPS = 4, {"cpu": 3, "cuda": 10}
 
 
 def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
-    """Qwen2-VL with the sizes of its language model, widths and vocabulary divided."""
+    """Return a Qwen2-VL config with these sizes of the language model, widths and vocabulary divided by `divisor`."""
     token = tokenizer.convert_tokens_to_ids
     widths = {name: sizes[name] // divisor for name in ("vocab_size", "hidden_size", "intermediate_size")}
     return Qwen2VLConfig(
@@ -68,7 +69,7 @@ def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
         vision_config={
             "depth": 32,
             "embed_dim": 1280 // divisor,
-            # Rotary positions need heads of a multiple of 4.
+            # Rotary position embeddings need a head size that is a multiple of 4.
             "num_heads": 16 if divisor == 1 else 8,
             "hidden_size": widths["hidden_size"],
             "mlp_ratio": 4,
@@ -82,19 +83,25 @@ def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
 
 
 def scenes(data: params.Data, side: int) -> list[Sample]:
-    """Rendered images with six questions each, enlarged to `side` pixels."""
-    images = data.model_copy(update={"synthetic": data.synthetic.model_copy(update={"clip_fraction": 0.0})})
-    found = []
-    for sample in preview.samples(images, SAMPLES):
-        picture = BytesIO()
-        sample.images()[0].resize((side, side), Image.Resampling.BICUBIC).save(picture, "JPEG")
-        asked = tuple(record for record in sample.records if record.question_type not in data.train_only_types)
-        found.append(replace(sample, frames=(picture.getvalue(),), records=asked))
+    """Render samples of one image, `side` x `side` pixels, with `data.synthetic.questions_per_scene` questions each."""
+    draw, settings, found = Draw(), data.synthetic, []
+    for number in range(SAMPLES):
+        rng = random.Random(f"{data.seed}:{number}")
+        scene = sample_scene(rng, 0.0, settings.max_clip_frames)
+        jpeg = BytesIO()
+        render(scene, rng, side)[0].save(jpeg, "JPEG")
+        rng = random.Random(f"{data.seed}:{number}:questions")
+        records = []
+        for one in draw.questions(scene, rng, settings.questions_per_scene, settings.option_fraction):
+            answer = LETTERS[one.options.index(one.answer)] if one.options else one.answer
+            name, kind = f"{number}-{one.template.name}", one.template.question_type
+            records.append(Record(name, one.question, answer, (answer,), kind, one.options))
+        found.append(Sample(str(number), str(number), "synthetic", "image", (jpeg.getvalue(),), 0.0, tuple(records)))
     return found
 
 
 def measure(case: str, method: str, device: str) -> dict[str, float]:
-    """Median seconds of a step, peak bytes, and how many tokens a step has."""
+    """Return the median seconds of a step, the peak bytes, the tokens of a batch and the student's parameters."""
     divisor, side = SCALE[device]
     loaded = params.load()
     corpus = Path(loaded.models.student.init.corpus).read_text(encoding="utf-8").splitlines()
@@ -113,7 +120,7 @@ def measure(case: str, method: str, device: str) -> dict[str, float]:
                 AutoModelForImageTextToText.from_config(teacher_config, dtype=dtype).save_pretrained(folder)
         memory = PeakMemory(device)
         if case == "cached":
-            # What targets hold, here at random: their values matter to neither time nor memory.
+            # Random targets: their values affect neither time nor memory.
             width, teacher = teacher_config.text_config.hidden_size, None
             head = torch.randn(SHARED // divisor, width, device=device).to(dtype)
             known = {"hidden": torch.randn(answers, width, device=device).to(dtype)}
@@ -143,7 +150,7 @@ def steps(
     shared: int,
     device: str,
 ) -> tuple[list[float], int]:
-    """Seconds of each timed step of a fresh student, after a first one, and its number of parameters."""
+    """Train a fresh student; return the seconds of each step after the first, and its number of parameters."""
     dtype = torch.bfloat16 if device == "cuda" and settings.method == "lora" else torch.float32
     with torch.device(device):
         student = AutoModelForImageTextToText.from_config(student_config, dtype=dtype).train()

@@ -1,15 +1,14 @@
-"""Time and memory of the distillation loss, forward and backward, beside other ways to compute it.
+"""Measure time and memory of the distillation loss, forward and backward, against other implementations.
 
-    python -m benchmarks.loss              on CUDA where there is any, else on the CPU
+    python -m benchmarks.loss              on CUDA if available, else on the CPU
 
-Shapes are those of Qwen2-VL-7B teaching Qwen2-VL-2B: heads [151936, 1536] and [152064, 3584], over growing numbers of
-answer tokens; float32 on the CPU, bfloat16 on CUDA. `plain` is the same loss in PyTorch with whole logits; Liger's two
-(where liger-kernel is installed) are its nearest: JSD over logits of the same height, without T^2.
+Shapes are those of Qwen2-VL-7B as teacher of Qwen2-VL-2B: heads [151936, 1536] and [152064, 3584], over increasing
+numbers of answer tokens; float32 on the CPU, bfloat16 on CUDA. `plain` is the same loss in PyTorch with full logits;
+Liger's two (if liger-kernel is installed) are its nearest: JSD over logits of the same height, without T^2.
 
-Each case runs in a process of its own, so that peaks do not mix. Memory is what the peak adds to inputs, parameters
-and their gradients: on CUDA as torch allocates it, on the CPU as resident memory of the process. Time is the median of
-several passes after a first one. Writes benchmarks/loss-cpu.csv or benchmarks/loss-cuda.csv, with the ratios to plain
-PyTorch in the same run.
+Each case runs in its own process, so that peaks do not mix. Memory is the peak above inputs, parameters and their
+gradients: torch's allocations on CUDA, resident memory on the CPU. Time is the median of several passes after the
+first. Writes benchmarks/loss-cpu.csv or benchmarks/loss-cuda.csv, with the ratios to plain PyTorch in the same run.
 """
 
 import json
@@ -36,6 +35,7 @@ REPEATS = {"cpu": 2, "cuda": 10}
 
 
 def ours(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Return FirstSight's loss."""
     return distillation_loss(
         hidden,
         head,
@@ -48,7 +48,7 @@ def ours(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, 
 
 
 def plain(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-    """The same loss from whole logits, differentiated by autograd."""
+    """Return the same loss from full logits, differentiated by autograd."""
     logits, teacher = linear(hidden, head).float(), linear(teacher_hidden, teacher_head).float()
     soft = kl_div(
         (logits[:, :SHARED] / TEMPERATURE).log_softmax(-1),
@@ -60,6 +60,7 @@ def plain(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor,
 
 
 def chunked(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Return Liger's chunked loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(1 - ALPHA, ALPHA, temperature=TEMPERATURE, compiled=hidden.is_cuda)
@@ -67,7 +68,7 @@ def chunked(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tenso
 
 
 def fused(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-    """Triton, CUDA only, and without the cross-entropy."""
+    """Return Liger's fused loss: Triton, CUDA only, without the cross-entropy."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(temperature=TEMPERATURE)
@@ -75,7 +76,7 @@ def fused(hidden: Tensor, head: Tensor, answers: Tensor, teacher_hidden: Tensor,
 
 
 def implementations(device: str) -> dict[str, Callable[..., Tensor]]:
-    """What can run here, plain PyTorch first."""
+    """Return the implementations available here by name, the baseline (plain PyTorch) first."""
     liger = {"Liger, chunked": chunked} if find_spec("liger_kernel") else {}
     if liger and device == "cuda":
         liger["Liger, fused"] = fused
@@ -83,7 +84,7 @@ def implementations(device: str) -> dict[str, Callable[..., Tensor]]:
 
 
 def measure(name: str, tokens: int, device: str) -> dict[str, float]:
-    """Median seconds and peak bytes of a forward and backward pass, and the loss a token, to compare."""
+    """Return the median seconds and peak bytes of a forward and backward pass, and the summed loss for comparison."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 

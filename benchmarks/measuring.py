@@ -1,5 +1,4 @@
-"""What benchmarks share: memory of other processes, cases in processes of their own, and CSV files that say where they
-were made."""
+"""Shared by benchmarks: memory of other processes, cases in their own process, CSV files with the environment."""
 
 import csv
 import json
@@ -21,7 +20,7 @@ from firstsight.core.cores import cores
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Columns that say where and with what a row was measured."""
+    """Return the columns that say on which hardware, with which versions and when a row was measured."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {cores()} cores"
     return {
         "device": hardware,
@@ -32,7 +31,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, where Linux knows one; not of every architecture."""
+    """Return the processor's name, or the architecture where Linux gives no name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -41,7 +40,7 @@ def _processor() -> str:
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Rows, all with the same columns, as benchmarks/{name}.csv."""
+    """Write rows, all with the same columns, to benchmarks/{name}.csv."""
     with (Path(__file__).parent / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -49,22 +48,25 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def process_tree(words: list[str], folder: Path, variables: dict[str, str]) -> tuple[float, int]:
-    """Run a command in a folder, with these variables of the environment beside others.
+    """Run a command in a folder, with `variables` added to the environment.
 
-    Returns its seconds, and the highest sum in bytes, over the process and all below it, of proportional set sizes:
-    what they share is counted once.
+    Returns its seconds, and the peak in bytes of the summed proportional set sizes of the process and its descendants,
+    which count shared pages once.
+
+    Raises:
+        RuntimeError: the command fails.
     """
     started, most = time.perf_counter(), 0
     process = psutil.Popen(words, cwd=folder, env=os.environ | variables, stderr=subprocess.DEVNULL)
     while process.poll() is None:
-        most = max(most, sum(map(_proportional, [process, *_below(process)])))
+        most = max(most, sum(map(_proportional, [process, *_descendants(process)])))
         time.sleep(0.2)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}")
+        raise RuntimeError(f"{' '.join(words)} failed with status {process.returncode}")
     return time.perf_counter() - started, most
 
 
-def _below(process: psutil.Process) -> list[psutil.Process]:
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
     try:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
@@ -72,14 +74,15 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _proportional(process: psutil.Process) -> int:
+    """Return the proportional set size in bytes, or 0 for a process that has exited."""
     try:
         return process.memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just exited
         return 0
 
 
 def alone(module: str, *arguments: str) -> dict[str, Any]:
-    """What `python -m benchmarks.{module}` with these arguments prints, as JSON: a case in a process of its own."""
+    """Run `python -m benchmarks.{module}` with these arguments; return its last line of output, decoded from JSON."""
     words = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

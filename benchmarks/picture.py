@@ -1,16 +1,16 @@
-"""Draw benchmarks/*.csv as benchmarks/distillation.png: what the loss, the step and a sweep cost.
+"""Plot benchmarks/*.csv as benchmarks/distillation.png: time and memory of the loss, a training step and a sweep.
 
 python -m benchmarks.picture
 """
 
-import csv
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from firstsight.core.stage import log, main
 
@@ -18,12 +18,8 @@ FOLDER = Path(__file__).parent
 OURS, OTHERS = "#1b6ca8", "#b9c4cc"
 
 
-def read(name: str) -> list[dict[str, str]]:
-    path = FOLDER / f"{name}.csv"
-    return list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
-
-
-def bars(axes, labels: list[str], values: list[float], ours: set[str], title: str, unit: str) -> None:
+def bars(axes, labels: Sequence[str], values: Sequence[float], ours: set[str], title: str, unit: str) -> None:
+    """Draw labelled horizontal bars; those whose labels are in `ours` have another colour."""
     axes.barh(labels, values, color=[OURS if label in ours else OTHERS for label in labels])
     for place, value in enumerate(values):
         axes.annotate(f" {value:,.{0 if value >= 100 else 1}f} {unit}", (value, place), va="center", fontsize=9)
@@ -35,27 +31,23 @@ def bars(axes, labels: list[str], values: list[float], ours: set[str], title: st
 
 
 def run() -> None:
-    device = "cuda" if read("loss-cuda") else "cpu"
-    loss, step, sweep = read(f"loss-{device}"), read(f"distill-step-{device}"), read("sweep")
-    most = max(int(row["answer_tokens"]) for row in loss)
-    loss = [row for row in loss if int(row["answer_tokens"]) == most]
-    totals: dict[str, float] = defaultdict(float)
-    for row in sweep:
-        totals[row["targets"]] += float(row["seconds"]) / 60
+    device = "cuda" if (FOLDER / "loss-cuda.csv").exists() else "cpu"
+    names = (f"loss-{device}", f"distill-step-{device}", "sweep")
+    loss, step, sweep = (pd.read_csv(FOLDER / f"{name}.csv") for name in names)
+    most = loss["answer_tokens"].max()
+    loss = loss[loss["answer_tokens"] == most]
+    minutes = sweep.groupby("targets")["seconds"].sum() / 60
+    cases = step["student"] + ": " + step["teacher"]
 
     figure, grid = plt.subplots(2, 2, figsize=(10, 4.6), layout="constrained")
     axes = grid.flat
-    names = [row["implementation"] for row in loss]
     title = f"Loss and gradients, {most:,} answer tokens"
-    bars(axes[0], names, [float(row["seconds"]) for row in loss], {"FirstSight"}, f"{title}: time", "s")
-    bars(axes[1], names, [float(row["memory_mb"]) for row in loss], {"FirstSight"}, f"{title}: memory", "MB")
-    cases = [f"{row['student']}: {row['teacher']}" for row in step]
-    cached = {f"{row['student']}: cached" for row in step}
-    bars(
-        axes[2], cases, [float(row["seconds"]) for row in step], cached, "A training step, by student and teacher", "s"
-    )
-    bars(axes[3], list(totals), list(totals.values()), {"hidden"}, "Six (T, alpha) points, by targets", "min")
-    figure.supxlabel(f"{loss[0]['device']}, torch {loss[0]['torch']}", fontsize=8)
+    for axis, column, label, unit in ((axes[0], "seconds", "time", "s"), (axes[1], "memory_mb", "memory", "MB")):
+        bars(axis, loss["implementation"], loss[column], {"FirstSight"}, f"{title}: {label}", unit)
+    cached = set(cases[step["teacher"] == "cached"])
+    bars(axes[2], cases, step["seconds"], cached, "A training step, by student and teacher", "s")
+    bars(axes[3], minutes.index, minutes, {"hidden"}, "Six (T, alpha) points, by targets", "min")
+    figure.supxlabel(f"{loss['device'].iloc[0]}, torch {loss['torch'].iloc[0]}", fontsize=8)
     figure.savefig(FOLDER / "distillation.png", dpi=110)
     log.info("wrote %s", FOLDER / "distillation.png")
 

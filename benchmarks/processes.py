@@ -1,9 +1,9 @@
-"""Distilling with 1, 2 and 4 processes: time, memory, and whether they learn the same.
+"""Distil with 1, 2 and 4 processes: compare time, memory and validation loss.
 
-    python -m benchmarks.processes [EPOCHS]    after dvc repro; half an epoch unless you say more
+    python -m benchmarks.processes [EPOCHS]    after dvc repro; half an epoch by default
 
-On the CPU, with gloo, the processes share the cores that one has to itself, so time says what sharing costs, not what
-more machines gain. Memory is the highest sum over all processes, what they share counted once. Writes
+The processes run on the CPU, with gloo, and share its cores: the times show the overhead of several processes, not the
+speed-up of several machines. Memory is the peak of the sum over all processes, which counts shared pages once. Writes
 benchmarks/processes.csv.
 """
 
@@ -33,7 +33,7 @@ def run() -> None:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).symlink_to(ROOT / path)
             (folder / "params.yaml").write_text(yaml12.dump(values))
-            # By torch's own launcher: accelerate's starts one process on the CPU, however many it is asked for.
+            # torch's launcher, because accelerate's always starts a single process on the CPU.
             launched = ["--standalone", "--nproc_per_node", str(processes), "-m", "stages.distill"]
             words = [sys.executable, "-m", "torch.distributed.run", *launched]
             variables = {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}

@@ -1,10 +1,10 @@
-"""How far two evaluations of the same model lie apart: latency, throughput and peak memory.
+"""Measure how far two evaluations of the same model differ: latency, throughput and peak memory.
 
-    python -m benchmarks.repeat [VARIANT...]      every variant that has been evaluated, where none is named
+    python -m benchmarks.repeat [VARIANT...]      default: every variant that has been evaluated
 
-After `dvc repro`, on a machine with nothing beside it. Variants are taken in turn, and then all again, each in a
-process of its own and in a folder beside the pipeline's, whose figures stay. Writes benchmarks/repeat.csv: both runs,
-and the second over the first.
+Run it after `dvc repro`, on an otherwise idle machine. All variants are evaluated once and then again, each in its own
+process and in a temporary folder, so that the pipeline's figures stay. Writes benchmarks/repeat.csv: both runs, and the
+ratio of the second to the first.
 """
 
 import json
@@ -26,7 +26,7 @@ FIGURES = ("latency_ms_p50", "latency_ms_p90", "prefill_ms_p50", "decode_tokens_
 
 
 def evaluated(folder: Path, variant: str) -> dict[str, float]:
-    """Figures of one evaluation; throughput is that of the largest batch."""
+    """Evaluate a variant in `folder` and return its figures; throughput is that of the largest batch."""
     words = [sys.executable, "-m", "stages.evaluate", variant]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
     subprocess.run(words, cwd=folder, env=variables, check=True, stderr=subprocess.DEVNULL)

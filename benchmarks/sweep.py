@@ -1,10 +1,9 @@
-"""A sweep of six (T, alpha) points, with cached targets and with the teacher beside the student, end to end.
+"""Time a sweep of six (T, alpha) points end to end, with cached targets and with online targets.
 
-    python -m benchmarks.sweep [EPOCHS]    after dvc repro; the embedded default, one epoch a point unless you say more
+    python -m benchmarks.sweep [EPOCHS]    after dvc repro, with its params.yaml; one epoch per point by default
 
-Each point is a `distill` of its own, as `dvc exp run -S` makes it; the cache is built once, and counted. Writes
-benchmarks/sweep.csv: seconds of every point by the clock, process start included, and the validation loss that both
-ways reach.
+Each point is a separate `distill`, as `dvc exp run -S` runs it; the cache is built once, and its time counts. Writes
+benchmarks/sweep.csv: wall-clock seconds of every point, including process start, and its validation loss.
 """
 
 import json
@@ -26,7 +25,7 @@ ROOT = Path.cwd()
 
 
 def stage(folder: Path, name: str) -> float:
-    """Seconds that a stage takes in this folder."""
+    """Run a stage in this folder and return its seconds."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", f"stages.{name}"], cwd=folder, env=environment, check=True)
@@ -61,6 +60,7 @@ def run() -> None:
 
 
 def row(kind: str, name: str, temperature, alpha, epochs: float, seconds: float, loss: str, device: str) -> dict:
+    """Return a row of sweep.csv."""
     return {
         "targets": kind,
         "stage": name,

@@ -1,11 +1,11 @@
-"""Kill the pipeline at random moments, run it again each time, and compare the end with that of a run without kills.
+"""Kill the pipeline at random moments, rerun it each time, and compare its outputs with those of a run without kills.
 
     python -m benchmarks.torture [KILLS [SEED]]      make torture: 24 kills, a quarter of an hour on one core
 
 Works on copies of the repository in a temporary folder, with the smoke preset, longer training, and checkpoints at
-every step. Of nine kills five are SIGKILL to the stage, two to all processes at once, one to DVC alone, and one is
-SIGTERM to DVC alone. Ends with status 1 unless weights, data, targets, predictions and metrics (but timings) are the
-same bytes, and no process, lock or partial output is left.
+every step. Of nine kills on average five are SIGKILL to the stage, two to all processes at once, one to DVC only, and
+one is SIGTERM to DVC only. Exits with status 1 unless weights, data, targets, predictions and metrics (except timings)
+are the same bytes, and no process, lock or partial output is left.
 """
 
 import os
@@ -28,10 +28,10 @@ from firstsight.core.files import fingerprint_files
 from firstsight.core.stage import log, main
 
 ROOT = Path(__file__).parents[1]
-# Left out of a copy: what is made here, and what belongs to a checkout.
+# Not copied: caches, environments and what belongs to a checkout.
 _MADE = (".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache")
 _OUTPUTS = ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics")
-# Files that hold timings, and the pictures and pages made of them.
+# Files that hold timings, and the figures and pages made from them.
 _TIMED = re.compile(r"performance\.json|variants\.csv|report\.html|summary\.txt|.*\.png")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
 VICTIMS = {"the stage": _KILL, "everything": _KILL, "DVC alone": _KILL, "DVC alone, told to end": _TERM}
@@ -39,7 +39,7 @@ _WEIGHTS = (5, 2, 1, 1)
 
 
 def new_project(folder: Path, **training: float) -> Path:
-    """A copy of the repository before anything is run: the smoke preset, both trainings changed by `training`."""
+    """Copy the repository without outputs, with the smoke preset, and `training` changed in both training stages."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*_MADE))
     for output in _OUTPUTS:
         for path in (folder / output).rglob("*"):
@@ -55,7 +55,7 @@ def new_project(folder: Path, **training: float) -> Path:
 
 
 def outcome(project: Path) -> dict[str, str]:
-    """SHA-256 of every output file, but of those with timings."""
+    """Return the SHA-256 of every output file except those with timings, by path."""
     files = [path for output in _OUTPUTS for path in sorted((project / output).rglob("*")) if path.is_file()]
     kept = [path for path in files if not _TIMED.fullmatch(path.name) and path.name != ".gitignore"]
     return {str(path.relative_to(project)): fingerprint_files([path]) for path in kept}
@@ -63,7 +63,7 @@ def outcome(project: Path) -> dict[str, str]:
 
 @dataclass
 class Kill:
-    """Of whom, in which stage, after what part of the seconds that it took without."""
+    """A kill: the stage, the moment as a fraction of the stage's seconds without kills, and the processes to kill."""
 
     stage: str
     part: float
@@ -71,7 +71,7 @@ class Kill:
 
 
 class Repro:
-    """`dvc repro` in a project, in a session of its own; `stages` tells when each began."""
+    """Run `dvc repro` in a project, in its own session; `stages` holds the time at which each stage began."""
 
     def __init__(self, project: Path):
         self.project, self.stages, self.text = project, {}, ""
@@ -96,19 +96,20 @@ class Repro:
                 self.stages[begun[1]] = time.monotonic()
 
     def wait(self) -> int:
-        """Its status, when all that it started has ended too."""
+        """Return the exit status, once all processes that it started have exited too."""
         status = self.process.wait()
-        self._reader.join()  # the pipe is open as long as anyone has it
+        self._reader.join()  # the pipe stays open until the last process exits
         return status
 
     def kill(self, kills: deque[Kill], seconds: dict[str, float]) -> tuple[str, str] | None:
-        """Kill at the next moment that comes; which stage was killed, and who of it. None when the run ended before.
+        """Wait for the first of `kills` that can be carried out, and kill.
 
-        That kill is taken from `kills`, and those that are missed: a stage that goes on may end before.
+        Returns the stage that was killed and the victim, or None if the run ended before. Removes from `kills` that
+        kill and the missed ones before it: a resumed stage may end before the moment of its kill.
         """
         while kills:
             kill = kills.popleft()
-            if self._comes(kill, seconds):
+            if self._wait_for(kill, seconds):
                 break
         else:
             return None
@@ -121,13 +122,13 @@ class Repro:
             try:
                 os.kill(victim, VICTIMS[kill.victim])
             except ProcessLookupError:
-                continue  # it has just ended by itself
+                continue  # it has just exited
         stage = list(self.stages)[-1]
         log.info("killed %s in %s, %.0f%% through %s", kill.victim, stage, 100 * kill.part, kill.stage)
         return stage, kill.victim
 
-    def _comes(self, kill: Kill, seconds: dict[str, float]) -> bool:
-        """Wait for a kill's moment; false when it is not to come."""
+    def _wait_for(self, kill: Kill, seconds: dict[str, float]) -> bool:
+        """Wait for the moment of a kill; return False if it will not come."""
         stages = list(seconds)
         later = stages[stages.index(kill.stage) + 1 :]
         while self.process.poll() is None and not any(stage in self.stages for stage in later):
@@ -139,39 +140,39 @@ class Repro:
 
 
 def processes(project: Path) -> dict[int, str]:
-    """The command lines of the processes at work in a project, by id."""
+    """Return the command lines of the processes whose working directory is the project, by process id."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if (path / "cwd").resolve() == project:
                 found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
-            continue  # it has ended, or is another user's
+            continue  # it has exited, or belongs to another user
     return found
 
 
 def at_work(words: str) -> bool:
-    """Whether a command line is a stage's own, rather than of what launched it."""
+    """Return whether a command line is a stage's, rather than its launcher's."""
     return "stages." in words and "accelerate" not in words
 
 
 def leftovers(project: Path) -> list[str]:
-    """What should not be there after a run has ended well."""
+    """Return partial outputs, scratch folders and processes, of which none should be left after a successful run."""
     paths = [*project.rglob("*.partial"), *(project / ".scratch").glob("*")]
     return [*(str(path.relative_to(project)) for path in paths), *processes(project).values()]
 
 
 def durations(repro: Repro) -> dict[str, float]:
-    """Seconds that each stage took of a run that has just ended."""
+    """Return the seconds of each stage of a run that has just ended."""
     moments = [*repro.stages.values(), time.monotonic()]
     return {stage: moments[number + 1] - moments[number] for number, stage in enumerate(repro.stages)}
 
 
 def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> list[tuple[str, str]]:
-    """Kill and run again, then run to the end; the stages that were killed, in order, and who of each.
+    """Run and kill until no kills are left, then run to the end; return each killed stage with its victim.
 
     Raises:
-        UserError: a run ended otherwise than well, or left something behind.
+        UserError: a run failed without being killed, or left something behind.
     """
     killed, waiting = [], deque(kills)
     while waiting:
@@ -181,23 +182,23 @@ def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> lis
         if one is not None:
             killed.append(one)
         elif status:
-            raise UserError(f"{project}: expected dvc repro to go on, found status {status}: {repro.text[-3000:]}")
+            raise UserError(f"{project}: expected dvc repro to resume, found status {status}: {repro.text[-3000:]}")
     last = Repro(project)
     if last.wait():
-        raise UserError(f"{project}: expected dvc repro to end well after the kills, found: {last.text[-3000:]}")
+        raise UserError(f"{project}: expected dvc repro to succeed after the kills, found: {last.text[-3000:]}")
     if left := leftovers(project):
         raise UserError(f"{project}: expected nothing to be left behind, found {', '.join(left)}")
     return killed
 
 
 def compare(expected: dict[str, str], found: dict[str, str]) -> None:
-    """Raises UserError unless the outcomes are the same."""
+    """Raise UserError unless the outcomes are the same."""
     if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-        raise UserError(f"expected the outcome of a run that nobody killed, found others: {', '.join(different)}")
+        raise UserError(f"expected the outcome of a run without kills, found others: {', '.join(different)}")
 
 
 def plan(stages: list[str], number: int, chance: random.Random) -> list[Kill]:
-    """Kills in the order of the stages, each stage having its share, at random moments."""
+    """Return `number` kills at random moments, spread evenly over the stages, in the order of the stages."""
     shares = sorted((stages * number)[:number], key=stages.index)
     victims = chance.choices(list(VICTIMS), _WEIGHTS, k=number)
     return [Kill(stage, chance.random(), victim) for stage, victim in zip(shares, victims, strict=True)]
@@ -211,10 +212,10 @@ def run() -> None:
         folder = Path(temporary).resolve()
         whole = Repro(new_project(folder / "whole", epochs=4, batch_size=4))
         if whole.wait():
-            raise UserError(f"dvc repro: expected it to end well, found: {whole.text[-3000:]}")
+            raise UserError(f"dvc repro: expected success, found: {whole.text[-3000:]}")
         seconds, expected = durations(whole), outcome(whole.project)
         log.info("without a kill: %.0f s, %d files to compare", sum(seconds.values()), len(expected))
-        for round_ in range(number):  # as often as it takes
+        for round_ in range(number):  # at most: a round may miss kills
             if (left := number - total.total()) == 0:
                 break
             project = new_project(folder / f"killed-{round_}", epochs=4, batch_size=4)

@@ -1,16 +1,16 @@
-"""Qwen2-VL-7B and 2B at true size, with random weights, through the stages: peak memory against what the plan says, and
-every variant's size, memory and speed side by side.
+"""Run the stages on Qwen2-VL-7B and 2B at true size, with random weights: compare peak memory with the plan's estimate,
+and size, memory and speed of all variants.
 
-    python -m benchmarks.true_size [PRESET]      presets/qwen2-vl-7b-24gb.yaml where none is named
+    python -m benchmarks.true_size [PRESET]      default: presets/qwen2-vl-7b-24gb.yaml
 
-On CUDA models have their true sizes, in bfloat16, and vocabularies of 151,657 tokens; it takes 30 GB of disk, in the
-folder that TMPDIR names. On the CPU widths and vocabulary are an eighth of those, and the plan, which is about CUDA, is
-left out. The data are videos of 16 frames of 448 x 448 pixels (4 of 112 x 112 on the CPU) with a question each;
-ten optimizer steps are taken.
+On CUDA the models have their true sizes, in bfloat16, and vocabularies of 151,657 tokens; this takes 30 GB of disk in
+$TMPDIR. On the CPU widths and vocabulary are divided by eight, and there is no comparison with the plan, which
+estimates CUDA memory. The data are videos of 16 frames of 448 x 448 pixels (4 of 112 x 112 on the CPU) with one
+question each; ten optimizer steps are taken.
 
-Each stage runs in a process of its own. On CUDA its peak is what torch reserved at most and the context beside it; on
-the CPU its highest resident memory. Writes benchmarks/true-size-cuda.csv and benchmarks/variants-cuda.csv, or -cpu.csv.
-Stages whose libraries are missing (bitsandbytes, rouge_score, sacrebleu) are left out, and it says so.
+Each stage runs in its own process. Its peak on CUDA is the most memory that torch reserved plus the CUDA context; on
+the CPU it is the highest resident memory. Writes benchmarks/true-size-cuda.csv and benchmarks/variants-cuda.csv, or
+-cpu.csv. A stage whose libraries are not installed is skipped with a warning.
 """
 
 import importlib
@@ -34,6 +34,7 @@ from benchmarks.distill_step import SCALE, SHARED, config
 from benchmarks.measuring import environment, write
 from firstsight.acquisition.initialise import build_processor
 from firstsight.core import params, yaml12
+from firstsight.core.files import link_folder
 from firstsight.core.stage import log, main
 from firstsight.core.variants import METHODS, TEACHER, VARIANTS
 from firstsight.planning import plan_table
@@ -44,7 +45,7 @@ from firstsight.records.sample import Record, Sample
 
 ROOT = Path.cwd()
 STEPS = 10
-# Frames of a video, and their sides in pixels.
+# Number of frames of a video, and their side in pixels.
 VIDEO = {"cpu": (4, 112), "cuda": (16, 448)}
 STAGES = (
     ("cache_teacher_targets", ()),
@@ -53,12 +54,12 @@ STAGES = (
     ("quantize_student", ("nf4",)),
     *(("evaluate", (variant,)) for variant in VARIANTS),
 )
-# What the original design says of its teacher and its INT8 student; the ratios are those of teacher to student.
+# Ratios of teacher to INT8 student that the original design claims.
 CLAIMS = {"parameters": 8.29e9 / 2.21e9, "memory": 13.8 / 4.4, "speed_up": 5.16}
 
 
 def prepare(folder: Path, preset: Path, device: str) -> None:
-    """A workspace as it is before cache-teacher-targets: params.yaml, both models and the data."""
+    """Write what cache-teacher-targets reads and all later stages need: params.yaml, both models and the data."""
     divisor, (frames, side) = SCALE[device][0], VIDEO[device]
     values = yaml12.load(preset)
     values["finetune_teacher"]["enabled"] = False
@@ -67,18 +68,22 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
     values["evaluate"] |= {"latency_runs": 3, "batch_size": 2, "teacher_methods": list(METHODS)}
     values["data"] |= {"max_frames": frames, "max_pixels": side**2}
     values["runtime"] = {"device": device, "data_workers": 0}
-    for role, place in (("teacher", "models/teacher-finetuned"), ("student", "models/student")):
-        values["models"][role] = {"source": place, "revision": None, "init": None}
+    for role in ("teacher", "student"):
+        values["models"][role] = {"source": f"checkpoints/{role}", "revision": None, "init": None}
     (folder / "params.yaml").write_text(yaml12.dump(values))
 
     init = params.load(ROOT / "params.yaml").models.student.init
     corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
     processor = build_processor(padded_tokenizer(corpus, init.vocabulary_size, SHARED // divisor), side**2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for place, sizes in (("models/teacher-finetuned", QWEN2_VL_7B), ("models/student", QWEN2_VL_2B)):
-        (folder / place).mkdir(parents=True)
-        write_random(config(sizes, divisor, processor.tokenizer), folder / place, dtype)
-        processor.save_pretrained(folder / place)
+    for role, output, sizes in (("teacher", "teacher-finetuned", QWEN2_VL_7B), ("student", "student", QWEN2_VL_2B)):
+        source = folder / "checkpoints" / role
+        source.mkdir(parents=True)
+        write_random(config(sizes, divisor, processor.tokenizer), source, dtype)
+        processor.save_pretrained(source)
+        # params.yaml may not name a folder of models/ as a source, because stages replace those.
+        (folder / "models" / output).mkdir(parents=True)
+        link_folder(source, folder / "models" / output)
 
     counts = {"train": STEPS * values["train"]["batch_size"], "validation": 2, "test": 4}
     (folder / "data/egoqa").mkdir(parents=True)
@@ -92,7 +97,7 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
 
 
 def video(name: str, count: int, side: int) -> Sample:
-    """Frames of one colour each, and a question of about 32 tokens with an answer of 16."""
+    """Return a video of `count` frames of one colour each, with a question of about 32 tokens and an answer of 16."""
     frames = []
     for number in range(count):
         frame = BytesIO()
@@ -105,7 +110,7 @@ def video(name: str, count: int, side: int) -> Sample:
 
 
 def planned(folder: Path) -> dict[str, float]:
-    """Bytes that the plan gives each stage, by its name there."""
+    """Return the GPU bytes that the plan estimates, by the stage's name in the plan."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -117,7 +122,7 @@ def planned(folder: Path) -> dict[str, float]:
 
 
 def side_by_side(folder: Path, device: str) -> list[dict[str, Any]]:
-    """A row a variant that was measured: its figures, and the teacher's over its own, beside what was claimed."""
+    """Return one row per measured variant: its figures, the teacher's figures over its own, and the claimed ratios."""
     paths = {variant: folder / "evaluations" / variant / "performance.json" for variant in VARIANTS}
     found = {variant: json.loads(path.read_text()) for variant, path in paths.items() if path.exists()}
     rows = []
@@ -146,7 +151,7 @@ def side_by_side(folder: Path, device: str) -> list[dict[str, Any]]:
 
 
 def stage(module: str, arguments: list[str]) -> None:
-    """Run a stage in this process and print its peak memory in bytes, as the last line."""
+    """Run a stage in this process, then print its peak memory in bytes as the last line."""
     sys.argv = [module, *arguments]
     importlib.import_module(f"stages.{module}").run()
     if torch.cuda.is_available():
@@ -158,7 +163,7 @@ def stage(module: str, arguments: list[str]) -> None:
 
 
 def needs(module: str, arguments: tuple[str, ...]) -> list[str]:
-    """Libraries of a stage that a machine for benchmarks may lack."""
+    """Return the libraries of a stage that a machine for benchmarks may lack."""
     measured = module == "evaluate"
     return ["rouge_score", "sacrebleu"] * measured + ["bitsandbytes"] * (measured or module == "quantize_student")
 
@@ -179,11 +184,12 @@ def run() -> None:
         for module, arguments in STAGES:
             name = " ".join([module.replace("_", "-"), *arguments])
             if missing := [library for library in needs(module, arguments) if not find_spec(library)]:
-                log.warning("left out %s: %s is not installed", name, ", ".join(missing))
+                log.warning("skipped %s: %s not installed", name, ", ".join(missing))
                 continue
             started = time.perf_counter()
             words = [sys.executable, "-m", "benchmarks.true_size", "--stage", module, *arguments]
-            variables = os.environ | {"PYTHONPATH": str(ROOT), "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
+            paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            variables = os.environ | {"PYTHONPATH": paths, "FIRSTSIGHT_SCRATCH": str(folder / ".scratch")}
             done = subprocess.run(words, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True, check=True)
             peak = int(done.stdout.splitlines()[-1])
             rows.append({
@@ -196,7 +202,7 @@ def run() -> None:
                 **environment(device),
             })  # fmt: skip
             log.info("%(stage)s: %(peak_gib)s GiB, planned %(planned_gib)s, %(seconds)s s", rows[-1])
-            # After every stage, so that what is measured is kept if a later one fails.
+            # Written after every stage, so that results are kept if a later stage fails.
             write(f"true-size-{device}", rows)
             if measured := side_by_side(folder, device):
                 write(f"variants-{device}", measured)

@@ -1,10 +1,10 @@
-"""Measure one variant: its answers to the test questions, how good they are, and how large and fast the model is.
+"""Measure one variant: answer the test questions, score the answers, and measure the model's size and speed.
 
     python -m stages.evaluate student-distilled
 
 reads  the variant's model folder and data/egoqa/test.parquet, by `evaluate` in params.yaml
-writes evaluations/{variant}/{predictions,quality,performance}.json; of a variant that is not asked for, a note that
-       it is left out
+writes evaluations/{variant}/{predictions,quality,performance}.json; for a variant that params.yaml does not ask for,
+       left-out.json with the reason
 """
 
 import importlib
@@ -50,15 +50,15 @@ def run() -> None:
         processor = load_processor(variant.model)
         stored = stored_method(variant.model)
         if stored or variant.quantized_on_loading:
-            importlib.import_module("bitsandbytes")  # seconds, which are no part of a model's load time
+            importlib.import_module("bitsandbytes")  # takes seconds that are not part of a model's load time
         memory = PeakMemory(device)
         started = time.perf_counter()
-        # What is stored quantized stays as it is.
+        # A checkpoint that is stored quantized keeps its precision.
         precision = "auto" if stored else settings.precision
         model = load_model(variant.model, variant.quantized_on_loading or precision, device)
         load_seconds = time.perf_counter() - started
-        weights = weights_bytes(model)  # at its first answer bitsandbytes moves scales to where they are not found
-        # Batch 1 first: the memory that larger batches leave in the process would count as its own.
+        weights = weights_bytes(model)  # before the first answer, when bitsandbytes moves scales out of reach
+        # Batch 1 first: memory that larger batches leave in the process would otherwise count.
         memory.reset()
         latency = cost.measure_latency(model, processor, questions, settings)
         performance = {
@@ -98,7 +98,7 @@ def run() -> None:
 
 
 def left_out(name: str, settings: params.Evaluate) -> str | None:
-    """Why the variant is not to be measured; None where it is."""
+    """Return the reason why the variant is not measured, or None if it is."""
     method = VARIANTS[name].quantized_on_loading
     if method and method not in settings.teacher_methods:
         return f"evaluate.teacher_methods is {settings.teacher_methods}, without {method}"
@@ -109,16 +109,16 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
 def answer(
     name: str, model: Any, processor: Any, questions: list[Question], settings: params.Evaluate, kept: Path
 ) -> list[str]:
-    """The model's answers; those that `kept` holds of a run that was ended are not asked for again."""
+    """Return the model's answers, continuing from those that an interrupted run has saved in the folder `kept`."""
     path = kept / "answers.json"
     given: list[str] = []
     if path.exists():
         try:
             given = list(map(str, json.loads(path.read_text(encoding="utf-8"))))
         except ValueError as error:
-            log.warning("%s is damaged (%s); asked again", path, error)
+            log.warning("%s is damaged (%s); all questions are asked again", path, error)
     if given:
-        log.info("%s: going on from question %d of %d, from %s", name, len(given), len(questions), kept)
+        log.info("%s: resuming at question %d of %d, from %s", name, len(given), len(questions), kept)
     asked = answers(model, processor, questions[len(given) :], settings.batch_size, settings.max_new_tokens)
     for text in tqdm(asked, f"evaluate {name}", len(questions), initial=len(given), unit=" questions"):
         given.append(text)

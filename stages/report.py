@@ -1,4 +1,4 @@
-"""Put the variants' figures side by side: git-tracked metrics, plots, pictures and a page to look at.
+"""Put the variants' figures side by side: git-tracked metrics, plots, figures and an HTML page.
 
     python -m stages.report
 
@@ -8,9 +8,8 @@ writes metrics/{models,quality,performance,training,quantization}.json, metrics/
        metrics/report.html
 """
 
-import csv
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from firstsight.core import params
@@ -28,7 +27,7 @@ from firstsight.reporting.summary import Measured
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
 WRITTEN = {f"{name}.json" for name in ("models", "quality", "performance", "training", "quantization")}
 WRITTEN |= {"summary.txt", "report.html", "plots"}
-# Of the contact sheet.
+# Samples and columns of the contact sheet.
 SAMPLES_SHOWN, COLUMNS = 12, 3
 HISTORIES = {
     "finetune-teacher": Path("models/teacher-finetuned/history.json"),
@@ -99,7 +98,7 @@ def run() -> None:
 
 
 def keep_others(folder: Path) -> None:
-    """What a person has put into metrics/ stays there."""
+    """Copy files of metrics/ that this stage does not write, such as a user's notes, into `folder`."""
     for path in OUTPUT.glob("*"):
         if path.name not in WRITTEN:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
@@ -107,10 +106,11 @@ def keep_others(folder: Path) -> None:
 
 
 def measured(variant: str, records: Sequence[Record]) -> Measured | None:
-    """What evaluate wrote of a variant; None of one that is left out, which the teacher cannot be.
+    """Return what `evaluate` wrote for a variant, or None if params.yaml leaves it out (never the teacher).
 
     Raises:
-        UserError: a file is missing or broken, lacks figures, or has answers to other questions or other figures.
+        UserError: a file is missing or broken, lacks figures, has answers to other questions, or the figures are not
+            those of the answers.
     """
     folder, stage = Path("evaluations") / variant, f"evaluate@{variant}"
     if (folder / LEFT_OUT).exists() and variant != TEACHER:
@@ -145,18 +145,17 @@ def draw(
     curves: dict[str, dict],
     samples: Sequence[Sample],
 ) -> dict[str, Path]:
-    """Write the data of DVC's plots, and pictures, into `plots`; returns those for the page, by caption."""
+    """Write the data of DVC's plots, and the figures, into `plots`; return the page's figures by caption."""
     plots.mkdir()
-    for stage, rows in curves.items():
-        (plots / stage).mkdir()
-        for split, points in rows.items():
-            write_csv(plots / stage / f"{split}.csv", ["step", "loss"], points)
-    columns = ["variant", "exact_match", "low", "high", "latency_ms", "memory_mb", "disk_mb"]
-    write_csv(plots / "variants.csv", columns, summary.points(quality, performance))
     types = summary.by_type({variant: one.quality["by_type"] for variant, one in variants.items()})
-    write_csv(plots / "by-type.csv", ["type", "variant", "exact_match", "low", "high", "questions"], types)
+    tables = {"variants": summary.points(quality, performance), "by-type": types}
+    for stage, splits in curves.items():
+        (plots / stage).mkdir()
+        tables |= {f"{stage}/{split}": losses for split, losses in splits.items()}
+    for name, table in tables.items():
+        table.to_csv(plots / f"{name}.csv", index=False, lineterminator="\r\n")
 
-    # Few colours: it is in git.
+    # Few colours, because the file is in git.
     contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
     figures.quality(quality, list(performance), plots / "quality.png")
     figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
@@ -177,13 +176,8 @@ def draw(
 
 
 def spread(length: int, count: int) -> range:
-    """At most `count` places, evenly over `length`."""
+    """Return at most `count` indices, evenly spaced over `length`."""
     return range(0, length, max(1, -(-length // count)))
-
-
-def write_csv(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import pandas as pd
 import pytest
 from conftest import make_sample
 from matplotlib import pyplot as plt
@@ -25,7 +26,8 @@ def labels(monkeypatch, tmp_path):
         monkeypatch.setattr(plt, "close", lambda figure: shown.append(figure))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            figures.by_type([(kind, "teacher", 0.5, 0.4, 0.6, 3) for kind in kinds], tmp_path / "types.png")
+            row = {"variant": "teacher", "exact_match": 0.5, "low": 0.4, "high": 0.6, "questions": 3}
+            figures.by_type(pd.DataFrame([{"type": kind, **row} for kind in kinds]), tmp_path / "types.png")
         return [label.get_text() for label in shown[0].axes[0].get_yticklabels()]
 
     yield draw

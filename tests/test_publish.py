@@ -144,8 +144,8 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
     write_json(Path("metrics/quality.json"), quality)
     text = model_card.model_card("student-distilled", NAME)
     assert "| exact match | 0.123 (0.10 to 0.20) | 0.000 (0.00 to 0.05) |" in text
-    assert "| student, whose weights these were | Qwen/Qwen2-VL-2B-Instruct | abc | qwen-research |" in text
-    assert "| teacher, by which it was taught | egogpt |  | apache-2.0 |" in text
+    assert "| student, before distillation | Qwen/Qwen2-VL-2B-Instruct | abc | qwen-research |" in text
+    assert "| teacher | egogpt |  | apache-2.0 |" in text
     assert "secret" not in text
     counts = read_json(Path("data/egoqa/card.json"), "build-egoqa-dataset")["splits"]["test"]
     assert f"| test | {counts['records']} | {counts['samples']} |" in text
@@ -276,16 +276,16 @@ def test_without_a_token_nothing_is_pushed(served, project, monkeypatch):
     ("path", "status", "remedy"),
     [
         ("/api/repos/create", 401, "correct HF_TOKEN"),
-        ("/api/repos/create", 403, "take a token that may write there"),
+        ("/api/repos/create", 403, "use a token with write access to it"),
         ("/api/repos/create", 500, "check the network"),
         ("/api/repos/create", 0, "check the network"),
         ("/api/validate-yaml", 500, "check the network"),
-        ("/preupload/main", 403, "take a token that may write there"),
+        ("/preupload/main", 403, "use a token with write access to it"),
         ("/objects/batch", 401, "correct HF_TOKEN"),
         ("/objects/batch", 0, "check the network"),
         ("{oid}", 500, "check the network"),
         ("{oid}", 0, "check the network"),
-        ("/commit/main", 409, "somebody else wrote to it meanwhile"),
+        ("/commit/main", 409, "another commit was pushed meanwhile"),
         ("/commit/main", 500, "check the network"),
         ("/commit/main", 0, "check the network"),
     ],
@@ -296,7 +296,7 @@ def test_a_hub_that_fails_is_one_line_and_a_rerun_is_enough(served, project, mon
     oid = hashlib.sha256((project / STUDENT / "model.safetensors").read_bytes()).hexdigest()
     served.statuses[path.format(oid=oid)] = status
     found = refusal(monkeypatch, "student-distilled", NAME, "--push")
-    assert found.startswith(f"{NAME}: expected the hub to take it, found ")
+    assert found.startswith(f"{NAME}: expected the hub to accept the commit, found ")
     assert remedy in found
     assert not served.repositories or not served.repositories[NAME].files
     served.statuses.clear()
@@ -346,7 +346,7 @@ def test_the_token_appears_nowhere(served, project, tmp_path):
     served.refused = TOKEN
     refused = make(project, f"REPO={NAME}", "PUSH=1", **hub_at)
     served.refused = None
-    assert f"error: {NAME}: expected the hub to take it, found " in refused.stderr
+    assert f"error: {NAME}: expected the hub to accept the commit, found " in refused.stderr
     assert "Traceback" not in refused.stderr
     done = make(project, f"REPO={NAME}", "PUSH=1", HF_DEBUG="1", **hub_at)
     assert done.returncode == 0, done.stderr

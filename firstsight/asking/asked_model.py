@@ -1,4 +1,4 @@
-"""A model that a person asks: loaded once, it answers one question at a time and says how long that took."""
+"""Load a model once, then answer one question at a time and measure how long each answer takes."""
 
 import time
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from firstsight.records.sample import Record, Sample
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says, and the seconds it took from the decoded pictures and the text to the last token."""
+    """A model's answer, and the seconds from decoded frames and text to the last token."""
 
     text: str
     seconds: float
 
     def line(self) -> str:
-        """For a table: the text on one line, or that there is none."""
+        """Return the text as one line for a table, or "(nothing)" if it is empty."""
         return " ".join(self.text.split()) or "(nothing)"
 
 
 class AskedModel:
-    """A model folder, ready to answer; `load_seconds` is what that took.
+    """A loaded model with its processor; `load_seconds` is the time that loading took.
 
     Raises:
-        UserError: there is no model in the folder, or as `load_model`.
+        UserError: the folder holds no model, or as `load_model`.
     """
 
     def __init__(self, folder: Path, settings: Evaluate, device: str):
@@ -43,7 +43,7 @@ class AskedModel:
         self.load_seconds = time.perf_counter() - started
 
     def answer(self, sample: Sample) -> Answer:
-        """To the sample's one question."""
+        """Answer the sample's question."""
         started = time.perf_counter()
         question = (sample, sample.records[0])
         (text,) = answers(self._model, self._processor, [question], 1, self._settings.max_new_tokens)
@@ -51,10 +51,10 @@ class AskedModel:
 
 
 def question_about(path: Path, question: str, data: Data) -> Sample:
-    """A question about an image or a video, which is sampled and resized as the data set's are.
+    """Return a sample of one question about an image or a video, which is sampled and resized as in the data set.
 
     Raises:
-        UserError: there is no question, or the file is missing or cannot be read.
+        UserError: the question is empty or has a special token, or the file is missing or cannot be read.
     """
     if not question.strip():
         raise UserError("question: expected some text, found none; ask something")
@@ -63,7 +63,7 @@ def question_about(path: Path, question: str, data: Data) -> Sample:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: expected an image or a video, found {found}; correct the path")
-    # Where links lead: a data set refuses those out of its folder, but here a person named the file.
+    # Links are followed: a data set refuses links out of its folder, but here the user named the file.
     path = path.resolve()
     try:
         media = files(path.parent, path.name)
@@ -75,7 +75,7 @@ def question_about(path: Path, question: str, data: Data) -> Sample:
 
 
 def seen(sample: Sample) -> str:
-    """What a model sees of a sample's media, in words: "8 frames of 112 x 112 pixels, 2 a second"."""
+    """Describe the frames that a model sees of a sample, such as "8 frames of 112 x 112 pixels, 2 a second"."""
     first, *rest = sample.images()
     size = f"{first.width} x {first.height} pixels"
     if sample.media_kind != "video":

@@ -1,4 +1,4 @@
-"""A model folder as a person names it: there, or one line that says why not."""
+"""Check the model folders that a user names."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from firstsight.core.variants import LEFT_OUT
 
 
 def check_there(folder: Path) -> None:
-    """Raise UserError unless `folder` holds a model. Whether it is whole is found out when it is loaded."""
+    """Raise UserError unless `folder` holds a model; only loading it shows whether it is complete."""
     if (note := folder / LEFT_OUT).is_file():
         raise UserError(
             f"{folder}: expected a model, found it left out ({read_json(note, 'quantize-student')}); "

@@ -1,4 +1,4 @@
-"""What several models answer to one question, for a page."""
+"""Ask several models the same question, for the web page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,17 @@ COLUMNS = ["model", "answer", "ms"]
 def answered(
     models: Sequence[AskedModel], path: Path | None, question: str, data: Data
 ) -> tuple[list[Image.Image], list[list[str]]]:
-    """The frames that the models see, and a row a model, in the order of `COLUMNS`.
+    """Return the frames that the models see, and one row per model with the cells of `COLUMNS`.
 
     Raises:
-        UserError: there is no file (`path` None), or as `question_about`.
+        UserError: no file was given (`path` None), or as `question_about`.
     """
     if path is None:
         raise UserError("media: expected an image or a video, found none; upload one")
     try:
         sample = question_about(path, question, data)
     except UserError as error:
-        # An upload lies in a folder that means nothing to who uploaded it.
+        # The temporary folder of an upload means nothing to the user.
         raise UserError(str(error).replace(str(path), path.name)) from None
     answers = [(model.folder, model.answer(sample)) for model in models]
     return sample.images(), [[str(folder), one.line(), f"{1000 * one.seconds:.0f}"] for folder, one in answers]

@@ -1,4 +1,4 @@
-"""The page of `firstsight.demo`: an upload and a question, what the models see, and a row an answer."""
+"""Build the web page of `firstsight.demo`: an upload and a question, the frames the models see, their answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ from firstsight.asking.side_by_side import COLUMNS, answered
 from firstsight.core import params
 from firstsight.core.errors import UserError
 
-# The system's own fonts: Gradio's themes would otherwise bring theirs.
+# System fonts, because Gradio's themes would otherwise load theirs from the network.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-# Frames are small, few or many, and below the label: one alone would otherwise be as wide as the page, and cut off.
+# Frames are small and below the label: a single frame would otherwise be as wide as the page, and cut off.
 CSS = """
 #frames .grid-wrap { min-height: 0; max-height: none; padding-top: 2rem }
 #frames .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
@@ -21,7 +21,7 @@ CSS = """
 
 
 def page(models: Sequence[AskedModel], data: params.Data) -> gr.Blocks:
-    """The page that asks `models`, sampling and resizing media as `data` says."""
+    """Return the page that asks `models`; images and videos are sampled and resized as `data` says."""
 
     def ask(path: str | None, question: str) -> tuple[list[Image.Image], list[list[str]]]:
         try:
@@ -30,7 +30,7 @@ def page(models: Sequence[AskedModel], data: params.Data) -> gr.Blocks:
             raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title="FirstSight", analytics_enabled=False) as blocks:
-        gr.Markdown("# FirstSight\nAsk about a picture or a clip. Each model's first answer takes longer: it warms up.")
+        gr.Markdown("# FirstSight\nAsk about an image or a video. The first answer of each model takes longer.")
         with gr.Row():
             media = gr.File(label="Image or video", file_types=["image", "video"])
             with gr.Column():

@@ -1,6 +1,10 @@
-"""Answer metrics: exact match and token F1 as SQuAD defines them, ROUGE-L, BLEU, options, bootstrap intervals.
+"""Answer metrics: exact match and token F1 as SQuAD defines them, ROUGE-L, BLEU, option accuracy, 95% intervals.
 
-Rajpurkar et al., 2016 (arXiv:1606.05250) for exact match and F1. With several accepted answers the best counts.
+Exact match and F1 follow Rajpurkar et al., 2016 (arXiv:1606.05250). Of several accepted answers, the best match counts.
+
+To add a metric of single answers, add a field to `Scores` and compute it in `score`; for a corpus-level metric, add two
+functions like `bleu_statistics` and `bleu`. Then summarise it in quality.py, whose docstring says how it reaches the
+report; tests/test_metrics.py compares metrics with reference implementations.
 """
 
 import re
@@ -20,17 +24,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(answer: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    """Apply SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(predicted: str, accepted: Sequence[str]) -> float:
-    """1.0 when the normalised prediction is one of the normalised accepted answers, else 0.0."""
+    """Return 1.0 if the normalised prediction is one of the normalised accepted answers, else 0.0."""
     return float(normalise(predicted) in map(normalise, accepted))
 
 
 def token_f1(predicted: str, accepted: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over the words of the normalised answers, the best over `accepted`."""
+    """Return the harmonic mean of precision and recall over the normalised answers' words, the best over `accepted`."""
     return max(_f1(normalise(predicted).split(), normalise(answer).split()) for answer in accepted)
 
 
@@ -42,9 +46,10 @@ def _f1(predicted: list[str], truth: list[str]) -> float:
 
 
 def parse_option(predicted: str, options: Sequence[str]) -> str | None:
-    """The letter an answer chooses, or None. Strict: a lone letter, "(B)", "B." or "B: text", or an option's text.
+    """Return the letter of the option that an answer chooses, or None.
 
-    "A person walks" chooses nothing: its A is an article, not a letter.
+    Accepted are a single letter, "(B)", "B.", "B: text", or an option's text. "A person walks" chooses nothing: its A
+    is an article, not a letter.
     """
     answer = predicted.strip()
     letters = LETTERS[: len(options)]
@@ -61,7 +66,7 @@ def parse_option(predicted: str, options: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of one answer. `unparsed` marks an answer to a question with options that chooses none of them."""
+    """The metrics of one answer. `unparsed` is 1.0 if the question has options and the answer chooses none of them."""
 
     exact_match: float
     f1: float
@@ -69,18 +74,18 @@ class Scores:
     unparsed: float
 
 
-class _Words:
-    """rouge-score's own words where text is ASCII. It drops all else: other scripts, accents and emoji count here."""
+class _Tokenizer:
+    """Split text into words as rouge-score does for ASCII; keep the other characters, which rouge-score would drop."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+|[^\x00-\x7f]", text.lower())
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
 
 
 def score(record: Record, predicted: str) -> Scores:
-    """Score one answer. Where there are options, the option chosen is the answer, and no choice is a wrong one."""
+    """Score one answer. If the question has options, the chosen option is compared, and choosing none is wrong."""
     if record.options:
         letter = parse_option(predicted, record.options)
         right = float(letter in record.answers)
@@ -90,42 +95,42 @@ def score(record: Record, predicted: str) -> Scores:
 
 
 def agreement(record: Record, one: str, other: str) -> float:
-    """1.0 when two models give the same answer, right or wrong: the same option, or the same normalised text."""
+    """Return 1.0 if two models give the same answer, right or wrong: the same option or normalised text; else 0.0."""
     chosen = [parse_option(answer, record.options) for answer in (one, other)] if record.options else [None]
     return float(chosen[0] == chosen[1]) if all(chosen) else exact_match(one, [other])
 
 
 def bleu_order(records: Sequence[Record]) -> int:
-    """The longest n-grams that BLEU counts: as many words as at least half of the true answers have, at most 4.
+    """Return the largest n-gram order that BLEU counts: the median number of words of the true answers, 1 to 4.
 
-    Answers of one to three words have no 4-grams. What a model says must not decide it, or models are counted by
-    different measures.
+    Answers of one to three words have no 4-grams. The order must not depend on a model's answers, or models would be
+    compared by different measures.
     """
     words = sorted(len(record.answer.split()) for record in records)
     return max(1, min(4, words[len(words) // 2]))
 
 
 def bleu_statistics(record: Record, predicted: str, order: int) -> list[int]:
-    """What an answer adds to corpus BLEU over its accepted answers: n-grams right and said, lengths of both."""
+    """Return an answer's statistics for corpus BLEU, [2 order + 2]: n-gram matches, n-gram totals, both lengths."""
     found = BLEU(max_ngram_order=order, effective_order=True).sentence_score(predicted, list(record.answers))
     return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
 
 def bleu(statistics: np.ndarray) -> float:
-    """Corpus BLEU (sacrebleu) in [0, 1] from the summed `bleu_statistics` [2 n + 2]."""
+    """Return corpus BLEU (sacrebleu) in [0, 1] from the sum of `bleu_statistics`, [2 order + 2]."""
     order = (len(statistics) - 2) // 2
-    right, said, (said_length, true_length) = np.split(statistics.astype(int), [order, 2 * order])
+    matches, totals, (length, true_length) = np.split(statistics.astype(int), [order, 2 * order])
     found = BLEU.compute_bleu(
-        list(right), list(said), int(said_length), int(true_length), smooth_method="exp", max_ngram_order=order
+        list(matches), list(totals), int(length), int(true_length), smooth_method="exp", max_ngram_order=order
     )
     return found.score / 100
 
 
 def proportion_interval(right: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
-    """95% interval of the mean of zeros and ones (Wilson, 1927), which has a width at 0 and 1 and for few answers too.
+    """Return the 95% Wilson score interval (1927) of a mean of zeros and ones; it has a width at 0, 1 and small n too.
 
-    Answers about the same media go right and wrong together: what the variance between `groups` exceeds that of
-    independent answers by lowers the number of answers that count (the design effect; Kish, 1965).
+    Answers about the same image or video are correlated: the number of answers is divided by the design effect (Kish,
+    1965), the ratio of the variance between `groups` to that of independent answers, where this is above 1.
     """
     count, share = len(right), right.mean()
     independent = share * (1 - share) / count
@@ -146,8 +151,10 @@ def bootstrap_interval(
     seed: int,
     statistic: Callable[[np.ndarray], float] = np.mean,
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of the rows of `values` [n, ...], whole groups being resampled (Efron,
-    1979; Davison and Hinkley, 1997)."""
+    """Return the 95% percentile bootstrap interval of a statistic of the rows of `values`, [n, ...].
+
+    Whole groups are resampled, `samples` times (Efron, 1979; Davison and Hinkley, 1997).
+    """
     rng = np.random.default_rng(seed)
     _, members = np.unique(groups, return_inverse=True)
     order = np.argsort(members, kind="stable")

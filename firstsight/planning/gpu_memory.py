@@ -1,41 +1,41 @@
-"""GPU memory of each stage on CUDA, from shapes.
+"""Estimate the GPU memory of each stage on CUDA from shapes.
 
-Weights, in bytes a parameter:
+Weights, in bytes per parameter:
     float32 4, bfloat16 2; "auto" is bfloat16
     int8    1 for the linear layers of the language model (Dettmers et al., 2022, arXiv:2208.07339), 2 for the rest
-    nf4     0.516 for those: half a byte, an 8-bit scale for 64 of them, and a float32 for 256 scales (double
+    nf4     0.516 for those: half a byte, an 8-bit scale per 64 weights, and a float32 per 256 scales (double
             quantization, Dettmers et al., 2023, arXiv:2305.14314, 4.127 bits); 2 for the rest
 
-Training, for n trained parameters (mixed precision; 18 bytes a parameter with the float32 weights themselves, as in
+Training, for n trained parameters (mixed precision; 18 bytes per parameter including the float32 weights, as in
 Hugging Face's "Model training anatomy"):
     full            float32 weights 4, gradient 4, AdamW's two moments 8, and autocast's 16-bit copies of trained
-                    linear weights 2; what is frozen stays in float32
+                    linear weights 2; frozen weights stay in float32
     lora, adalora   the same for n = sum rank x (in + out) over adapted layers; the frozen model in bfloat16. AdaLoRA
                     starts with half as many ranks again, each with a singular value
-    qlora           the same over NF4, and one layer's weights as 16-bit numbers at a time
+    qlora           the same over NF4, plus one layer's weights in 16 bits at a time
 
-Activations kept for the backward pass, in bytes, for B samples of S tokens and P patches (counted on what autograd
-saves under bfloat16 autocast with PyTorch's fused attention, which keeps no S x S scores; cf. Korthikanti et al., 2022,
+Activations saved for the backward pass, in bytes, for B samples of S tokens and P patches (counted from what autograd
+saves under bfloat16 autocast with PyTorch's fused attention, which saves no S x S scores; cf. Korthikanti et al., 2022,
 arXiv:2205.05198). h, i, L: hidden, intermediate, layers of the language model; e, m, D: those of the vision tower.
     language layer  B S (34 h + 8 i) for full: float32 residuals and norms 16 h, inputs of five linear layers 10 h,
                     attention's q, k, v and result 8 h, MLP 8 i; 28 h + 8 i for adapters, whose residuals are 16-bit,
                     and (24 h + 4 i) more for adapters with dropout
-    its mask        B S^2 x 2, in each layer for full (autocast casts it anew), once for adapters
-    vision block    P (26 e + 6 m) for full, P (22 e + 6 m) for adapters, none where the tower is frozen; Qwen2.5-VL's,
-                    with RMS norms and a gate in its MLP, P (6 e + 2 m) more, and its windows of attention, which are
-                    not counted: on a tiny model autograd saved a quarter more than this
-    checkpointing   only the layers' inputs are kept, B S 4 h (2 h) L + P 4 e (2 e) D, and one layer at a time
+    its mask        B S^2 x 2, in each layer for full (autocast casts it again in each), once for adapters
+    vision block    P (26 e + 6 m) for full, P (22 e + 6 m) for adapters, none if the tower is frozen; Qwen2.5-VL's,
+                    with RMS norms and a gated MLP, P (6 e + 2 m) more, without its windowed attention, for which
+                    autograd saved a quarter more than this on a tiny model
+    checkpointing   only the layers' inputs are saved, B S 4 h (2 h) L + P 4 e (2 e) D, and one layer at a time
 Without training, as much as one layer: B S (16 h + 6 i) + B S^2 x 2, or P (16 e + 4 m) (6 m with a gate), whichever is
-more. Besides, the mask that is added to attention scores, B S^2 x 4 (2 for a 16-bit model), and one layer's gradients.
+larger. In addition, the mask added to attention scores, B S^2 x 4 (2 for a 16-bit model), and one layer's gradients.
 
-Loss: logits of 256 answer tokens of student and of teacher, 2 x 256 x V x 4; six 64-row temporaries; where the head is
-trained, its gradient V h x 4 before it is added to what other micro-batches left; and, where a head has 16 bits, 16,384
+Loss: logits of 256 answer tokens of student and of teacher, 2 x 256 x V x 4; six 64-row temporaries; if the head is
+trained, its gradient V h x 4 before it is added to that of earlier micro-batches; and, if a head has 16 bits, 16,384
 rows of it as float32. The cached teacher's head is V h_t x 2.
 
 Answering adds keys and values, B (S + new) x 2 x kv heads x head size x L x 2.
 
-On top of it all comes 1 GiB for CUDA's context, its libraries' workspaces and fragmentation. Not counted: INT8's
-scales (one in thousands) and outliers.
+Every stage needs another 1 GiB for CUDA's context, library workspaces and fragmentation. Not counted: INT8's scales
+(about 0.1%) and outliers.
 """
 
 import math
@@ -65,7 +65,7 @@ def on_gpu(precision: str) -> str:
 
 
 class Shape:
-    """What memory and time depend on, of a model on the meta device."""
+    """The sizes of a model on the meta device that memory and time depend on."""
 
     def __init__(self, name: str, model: PreTrainedModel):
         self.name, self.model = name, model
@@ -75,7 +75,7 @@ class Shape:
         self.kv_width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
         self.vision_hidden = self.vision_intermediate = self.vision_layers = 0
         if vision is not None:
-            # Qwen2-VL has a name of its own for the width of its tower, and hidden_size for what it projects to.
+            # In Qwen2-VL embed_dim is the tower's width, and hidden_size the width that it projects to.
             self.vision_hidden = getattr(vision, "embed_dim", vision.hidden_size)
             self.vision_intermediate = (
                 getattr(vision, "intermediate_size", None) or vision.mlp_ratio * self.vision_hidden
@@ -101,15 +101,15 @@ class Shape:
         self.largest_linear = max(m.weight.numel() for m in self.language_linears.values())
 
     def weights_bytes(self, precision: str) -> float:
-        """Of the model loaded in `precision`."""
+        """Return the bytes of the weights loaded in `precision`."""
         precision = on_gpu(precision)
         return self.linear * _LINEAR[precision] + (self.parameters - self.linear) * _KEPT[precision]
 
     def trained(self, settings: Optimisation) -> int:
-        """Parameters that `settings` train.
+        """Return the number of parameters that `settings` train.
 
         Raises:
-            UserError: an adapter's target is no linear layer of the language model, or its rank is above its layers'.
+            UserError: an adapter's target is not a linear layer of the language model, or its rank exceeds the layers'.
         """
         if settings.method == "full":
             return self.parameters if settings.train_vision else self.language
@@ -136,7 +136,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU; `training` is gradients, optimizer and what else training keeps beside the weights."""
+    """Bytes on the GPU; `training` is gradients, optimizer state and autocast's copies of weights."""
 
     weights: float
     training: float = 0.0
@@ -149,7 +149,7 @@ class Memory:
 
 
 def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
-    """Of finetune-teacher."""
+    """Estimate the peak GPU memory of finetune-teacher."""
     return Memory(
         weights=_trained_weights(shape, settings),
         training=_optimisation(shape, settings),
@@ -158,7 +158,7 @@ def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
 
 
 def caching(shape: Shape, params: Params, sizes: Sizes) -> Memory:
-    """Of cache-teacher-targets, unless targets are online, when it loads no model."""
+    """Estimate the peak GPU memory of cache-teacher-targets, for targets that are not online."""
     settings = params.targets
     return Memory(
         weights=shape.weights_bytes(settings.precision),
@@ -167,7 +167,7 @@ def caching(shape: Shape, params: Params, sizes: Sizes) -> Memory:
 
 
 def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> Memory:
-    """Of distill; with the teacher beside the student for online targets, with its head for hidden states."""
+    """Estimate the peak GPU memory of distill, with the teacher for online targets, or its head for hidden states."""
     settings, targets = params.train, params.targets
     weights, activations = _trained_weights(student, settings), training_activations(student, settings, sizes)
     if targets.kind == "online":
@@ -179,12 +179,12 @@ def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> 
 
 
 def quantizing(shape: Shape, method: str) -> Memory:
-    """Of quantize-student: at most the 16-bit weights and the quantized ones at once."""
+    """Estimate the peak GPU memory of quantize-student: 16-bit and quantized weights at the same time."""
     return Memory(shape.weights_bytes("bfloat16") + shape.weights_bytes(method))
 
 
 def answering(shape: Shape, precision: str, batch_size: int, new_tokens: int, sizes: Sizes) -> Memory:
-    """Of evaluate, for one variant."""
+    """Estimate the peak GPU memory of evaluate for one variant."""
     alone = sizes.alone()
     _, tokens = patches_and_tokens(shape.model, alone)
     keys_and_values = batch_size * (tokens + new_tokens) * 2 * shape.kv_width * shape.layers * 2
@@ -194,7 +194,7 @@ def answering(shape: Shape, precision: str, batch_size: int, new_tokens: int, si
 
 
 def head_bytes(student: Shape, teacher: Shape) -> int:
-    """Of the teacher's head over the tokens that both have, in 16 bits, beside cached hidden states."""
+    """Return the bytes of the teacher's 16-bit head over the shared vocabulary, stored with cached hidden states."""
     return min(student.rows, teacher.rows) * teacher.hidden * 2
 
 
@@ -204,7 +204,7 @@ def _trained_weights(shape: Shape, settings: Optimisation) -> float:
 
 
 def _optimisation(shape: Shape, settings: Optimisation) -> float:
-    """Gradients, AdamW, autocast's copies, and qlora's layer in 16 bits."""
+    """Return the bytes of gradients, AdamW's moments, autocast's copies, and qlora's layer in 16 bits."""
     trained = shape.trained(settings)
     if settings.method == "full":
         vision = sum(m.weight.numel() for m in shape.vision_linears) if settings.train_vision else 0
@@ -213,7 +213,7 @@ def _optimisation(shape: Shape, settings: Optimisation) -> float:
 
 
 def layer_bytes(shape: Shape, settings: Optimisation, sizes: Sizes) -> tuple[float, float]:
-    """Of a micro-batch, what autograd keeps of one language layer and of one vision block, were neither frozen."""
+    """Return the bytes that autograd saves per micro-batch of one language layer and of one trained vision block."""
     patches, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
     h, i, e, m = shape.hidden, shape.intermediate, shape.vision_hidden, shape.vision_intermediate
     gate = 6 * e + 2 * m if shape.vision_gated else 0
@@ -225,32 +225,32 @@ def layer_bytes(shape: Shape, settings: Optimisation, sizes: Sizes) -> tuple[flo
 
 
 def training_activations(shape: Shape, settings: Optimisation, sizes: Sizes) -> float:
-    """Of a micro-batch: what is kept from forward to backward pass, and the layer that is worked on."""
+    """Return the bytes of a micro-batch's saved activations and of the layer being computed."""
     patches, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
     layer, block = layer_bytes(shape, settings, sizes)
-    # A frozen tower runs as without training.
+    # A frozen tower computes as without training.
     working = max(layer, block if settings.train_vision else _block(shape, patches))
     mask = tokens**2 / settings.batch_size * _stream(settings)
     if settings.gradient_checkpointing:
-        # The layer worked on is both computed again and differentiated.
+        # The current layer is both recomputed and differentiated.
         working *= 2
         layer, block = (_stream(settings) * one for one in (tokens * shape.hidden, patches * shape.vision_hidden))
     return layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0) + mask + working
 
 
 def _stream(settings: Optimisation) -> int:
-    """Bytes a number of the residual stream."""
+    """Return the bytes per element of the residual stream."""
     return 4 if settings.method == "full" else 2
 
 
 def _block(shape: Shape, patches: float) -> float:
-    """A vision block without training."""
+    """Return the bytes of a vision block's activations without training."""
     mlp = 6 if shape.vision_gated else 4
     return patches * (16 * shape.vision_hidden + mlp * shape.vision_intermediate)
 
 
 def _inference(shape: Shape, precision: str, batch_size: int, sizes: Sizes) -> float:
-    """Activations alive at once in a forward pass without training."""
+    """Return the bytes of the activations alive at once in a forward pass without training."""
     patches, tokens = (batch_size * one for one in patches_and_tokens(shape.model, sizes))
     mask = 2 * tokens**2 / batch_size
     language = tokens * (16 * shape.hidden + 6 * shape.intermediate) + mask
@@ -259,7 +259,7 @@ def _inference(shape: Shape, precision: str, batch_size: int, sizes: Sizes) -> f
 
 
 def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Sizes) -> float:
-    """The loss's buffers; `teacher` is None for supervised fine-tuning."""
+    """Return the bytes of the loss's buffers; `teacher` is None for supervised fine-tuning."""
     answers = settings.batch_size * sizes.questions * sizes.answer_tokens
     models = 1 if teacher is None else 2
     logits = (models * min(CHUNK, answers) + _TEMPORARIES * min(BLOCK["cuda"], answers)) * shape.rows * 4

@@ -1,4 +1,4 @@
-"""The plan as a table, a row a stage, and what it means for a GPU."""
+"""Make the plan: a table with one row per stage, and whether it fits a GPU."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ HEADER = ("stage", "loads", "weights", "training", "activations", "GPU", "disk",
 
 @dataclass(frozen=True)
 class Row:
-    """A stage: what it loads, bytes on the GPU (None where it needs none), bytes on disk, operations.
+    """A stage: what it loads, bytes on the GPU (None if it uses none), bytes on disk, floating-point operations.
 
-    `scratch` is on disk while the stage runs: its checkpoints.
+    `scratch` is the bytes of its training checkpoints, which are on disk while the stage runs.
     """
 
     stage: str
@@ -31,7 +31,7 @@ class Row:
 
 
 def rows(params: Params, work: Workload) -> list[Row]:
-    """The stages that take weights, memory or time; what fine-tuning or caching leaves out is not among them."""
+    """Return the stages that take disk, memory or time, without those that `params` disable."""
     teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
     found = [
         Row("download-models", f"{_count(shape.parameters)} {role}", disk=_downloaded(shape))
@@ -56,7 +56,7 @@ def rows(params: Params, work: Workload) -> list[Row]:
 
 
 def _downloaded(shape: Shape) -> float:
-    """Bytes of a model on disk; of EgoGPT from the hub the converted one, and the original in the hub's cache."""
+    """Return the bytes of a model on disk; for EgoGPT from the hub also those of the original in the hub's cache."""
     if shape.name not in KNOWN or shape.model.config.model_type != EgoGptConfig.model_type:
         return shape.stored_bytes
     return shape.stored_bytes + shape.stored_bytes / shape.parameters * (shape.parameters + EGOGPT_SPEECH)
@@ -84,10 +84,10 @@ def _cache_teacher_targets(student: Shape, teacher: Shape, params: Params, work:
 
 
 def _distill(student: Shape, teacher: Shape, params: Params, work: Workload) -> Row:
-    beside = f", {_loaded(teacher, params.targets.precision)}" if params.targets.kind == "online" else ""
+    online = f", {_loaded(teacher, params.targets.precision)}" if params.targets.kind == "online" else ""
     return Row(
         "distill",
-        _training(student, params.train) + beside,
+        _training(student, params.train) + online,
         gpu_memory.distilling(student, teacher, params, work.largest),
         disk=student.stored_bytes,
         scratch=_checkpoints(student, params.train),
@@ -130,7 +130,7 @@ def render(found: list[Row]) -> str:
 
 
 def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
-    """Whether all stages fit a GPU, and by how much; which stages do not."""
+    """Return a line: all stages fit the GPU, and by how much; or which stages do not."""
     largest = max((row for row in found if row.memory), key=lambda row: row.memory.total)
     spare = memory_bytes - largest.memory.total
     if spare >= 0:
@@ -140,6 +140,7 @@ def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
 
 
 def _cells(row: Row, operations: float) -> tuple[str, ...]:
+    """Return a row's cells in the order of `HEADER`; `operations` is the sum over all stages."""
     used = row.memory
     parts = (used.weights, used.training, used.activations, used.total) if used else (0,) * 4
     return (
@@ -152,12 +153,12 @@ def _cells(row: Row, operations: float) -> tuple[str, ...]:
 
 
 def _checkpoints(shape: Shape, settings: Optimisation) -> float:
-    """The last two, the best, and the one being written: trained weights in float32 and AdamW's moments."""
+    """Return the bytes of four checkpoints (last two, best, being written): float32 weights and AdamW's moments."""
     return 4 * BYTES_PER_PARAMETER * shape.trained(settings)
 
 
 def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:
-    """What is cached of the teacher: a row an answer token, and for hidden states the head."""
+    """Return the bytes of the cached targets: a row per answer token, and for hidden states the teacher's head."""
     questions = work.questions["train"] + work.questions["validation"]
     tokens = questions * work.typical.answer_tokens
     if params.targets.kind == "hidden":
@@ -167,6 +168,7 @@ def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
 
 
 def _training(shape: Shape, settings: Optimisation) -> str:
+    """Describe what a training stage loads and trains."""
     trained = _count(shape.trained(settings))
     if settings.method == "full":
         return f"{trained} trained of {_count(shape.parameters)}"
@@ -174,11 +176,12 @@ def _training(shape: Shape, settings: Optimisation) -> str:
 
 
 def _loaded(shape: Shape, precision: str) -> str:
+    """Describe a model's size and precision."""
     return f"{_count(shape.parameters)} {on_gpu(precision)}"
 
 
 def _count(parameters: float) -> str:
-    """8291375616 -> "8.29 G"."""
+    """Return a count with a decimal prefix: 8291375616 gives "8.29 G"."""
     for divisor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if parameters >= divisor:
             return f"{parameters / divisor:.3g} {prefix}"
@@ -186,10 +189,10 @@ def _count(parameters: float) -> str:
 
 
 def _memory(count: float) -> str:
-    """2 ** 30 -> "1.0 GiB"; as GPUs are sold."""
+    """Return bytes in binary units, as GPUs are sold: 2 ** 30 gives "1.0 GiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 20 else f"{count / 2**20:.1f} MiB"
 
 
 def _disk(count: float) -> str:
-    """1e9 -> "1.0 GB"; as disks are."""
+    """Return bytes in decimal units, as disks are sold: 1e9 gives "1.0 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

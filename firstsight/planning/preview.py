@@ -1,4 +1,4 @@
-"""The first samples of a source, without splits and without writing a data set."""
+"""Read the first samples of a data source, without splitting and without writing a data set."""
 
 from collections.abc import Iterator
 from itertools import groupby, islice
@@ -12,7 +12,7 @@ from firstsight.records.sample import Sample
 
 
 def samples(data: Data, count: int) -> Iterator[Sample]:
-    """The first `count` media, decoded, each with the questions that follow each other about it."""
+    """Yield the samples of the first `count` images or videos, each with the consecutive questions about it."""
     asked = READERS[data.source](data, Problems("stop"))
     for media, same_media in islice(groupby(asked, key=attrgetter("media")), count):
         decoded = media.load(data) if media else DecodedMedia()

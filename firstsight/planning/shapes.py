@@ -1,6 +1,6 @@
-"""Models as shapes alone: built on the meta device, which has sizes and no memory, so that nothing is downloaded.
+"""Build models on the meta device, where tensors have shapes but no memory, so that nothing is downloaded.
 
-The sizes of the models that FirstSight is for are written down here, as their config.json on the hub has them.
+The sizes of the models that FirstSight is made for are constants here, copied from their config.json on the hub.
 """
 
 import json
@@ -18,7 +18,7 @@ from firstsight.core.params import Model
 from firstsight.models.architecture import auto_class
 from firstsight.models.egogpt import EgoGptConfig
 
-# The language models of Qwen2-VL. EgoGPT's is the 7B one: both come from Qwen2-7B.
+# The language models of Qwen2-VL. EgoGPT has the 7B one: both derive from Qwen2-7B.
 QWEN2_VL_7B = {
     "hidden_size": 3584,
     "intermediate_size": 18_944,
@@ -37,7 +37,7 @@ QWEN2_VL_2B = {
     "vocab_size": 151_936,
     "tie_word_embeddings": True,
 }
-# Parameters of Whisper large-v3's encoder and EgoGPT's speech projector, which are fetched and left behind.
+# Parameters of Whisper large-v3's encoder and EgoGPT's speech projector: downloaded, but dropped by the conversion.
 EGOGPT_SPEECH = 657_421_824
 _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
@@ -58,7 +58,7 @@ def _qwen2_vl(text: dict) -> Qwen2VLConfig:
 
 
 def _egogpt() -> EgoGptConfig:
-    """EgoGPT as it is converted: over SigLIP-so400m, whose last layer is left out, with silence for speech."""
+    """Return the config of converted EgoGPT: SigLIP-so400m without its last layer, constant features for silence."""
     return EgoGptConfig(
         text_config=QWEN2_VL_7B | {"model_type": "qwen2"},
         vision_config={
@@ -86,10 +86,10 @@ KNOWN = {
 
 
 def on_meta(model: Model) -> PreTrainedModel:
-    """The model that `models.teacher` or `models.student` names, on the meta device, in the precision it is stored in.
+    """Return the model that `models.teacher` or `models.student` names, on the meta device, in its stored precision.
 
     Raises:
-        UserError: nothing here says what its sizes are, or transformers has no model of them that answers in text.
+        UserError: its sizes are not known here, or transformers has no such model that answers in text.
     """
     if model.source == "init":
         with torch.device("meta"):
@@ -105,7 +105,7 @@ def on_meta(model: Model) -> PreTrainedModel:
 
 
 def _config(model: Model) -> PretrainedConfig:
-    """The config.json of a local folder, or of a hub repository that has been downloaded before."""
+    """Return the config of a local folder, or of a hub repository whose config.json is in the hub's cache."""
     path = Path(model.source) / "config.json"
     if not path.is_file():
         try:

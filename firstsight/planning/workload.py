@@ -1,7 +1,7 @@
-"""How much there is to see and to read: samples, frames, patches and tokens, from the data set or from its settings.
+"""Estimate the data: samples, frames, patches and tokens, from the built data set or from its settings.
 
-Patches and visual tokens are what processors make of sizes alone, of pictures taken to be square. Text is counted as
-four characters a token, which is about what Qwen2's tokenizer makes of English.
+Patches and visual tokens follow from frame sizes as in the processors, with frames assumed to be square. Text is
+counted as four characters per token, about the average of Qwen2's tokenizer on English.
 """
 
 import io
@@ -24,22 +24,22 @@ from firstsight.records.sample import SPLITS, Sample
 
 DATA, LOCK = Path("data/egoqa"), Path("dvc.lock")
 
-# System prompt and turns, around media and question; and what a question of its own adds to a packed sequence.
+# Tokens of the system prompt and chat turns of a sequence, and those that each question adds to it.
 _TEMPLATE, _TURN = 24, 6
 _CHARACTERS = 4
-# Where there is no data yet: samples in all, each a video of the most frames and pixels with one question.
+# Assumed while no data set is built: the samples, each a video of maximal size with one question, and its tokens.
 _SAMPLES, _QUESTION, _ANSWER = 1000, 32, 16
 _PLANNED = "Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision or EgoGPT"
-# Of a JPEG of a camera's picture at quality 90.
+# Bytes per pixel of a photograph as JPEG of quality 90.
 _PIXEL_BYTES = 0.4
 _USES = {"train": "train", "validation": "validate", "test": "test"}
-# Of a split, to take the mean and the largest of.
+# Samples of the train split from which the mean and the largest sizes are taken.
 _LOOKED_AT = 200
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """One sample: its media, `pixels` a frame, and the text of its questions, in tokens."""
+    """The size of one sample: its frames, the `pixels` of each, its questions, the tokens per question and answer."""
 
     kind: str
     frames: float
@@ -49,15 +49,15 @@ class Sizes:
     answer_tokens: float
 
     def alone(self) -> "Sizes":
-        """One of its questions, as evaluation asks it."""
+        """Return the size with a single question, as evaluation asks it."""
         return Sizes(self.kind, self.frames, self.pixels, 1, self.question_tokens, self.answer_tokens)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A data set: samples and questions of each split, a typical sample (for time) and the largest (for memory).
+    """The size of a data set: samples and questions by split, a typical sample (for time) and the largest (for memory).
 
-    `source` says where that is known from, and `disk` is what the data set takes, in bytes.
+    `source` says where the numbers come from; `disk` is the size of the data set in bytes.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Workload:
 
 
 def workload(data: Data, path: Path) -> Workload:
-    """Of data/egoqa, where it was built and `path` is params.yaml, which it was built from; else of the settings."""
+    """Count data/egoqa if `path` is params.yaml, from whose settings it was built; else estimate from `data`."""
     card, earlier = DATA / "card.json", ""
     if path == PARAMS_FILE and card.is_file():
         if _built_from(data, read_json(card, "build-egoqa-dataset")):
@@ -88,7 +88,7 @@ def workload(data: Data, path: Path) -> Workload:
         frame_bytes = sum(len(frame) for one in shown for frame in one.frames) / len(shown)
     else:
         typical = largest = Sizes("video", data.max_frames, data.max_pixels, 1, _QUESTION, _ANSWER)
-        # Enough for what is to be taken of them.
+        # Enough for the number of samples that the settings take.
         samples = max(_SAMPLES, *(math.ceil((wanted[split] or 0) / share) for split, share in shares.items() if share))
         source = (
             f"not built yet; assumed {samples:,} videos of {data.max_frames} frames of {data.max_pixels:,} pixels, "
@@ -104,17 +104,18 @@ def workload(data: Data, path: Path) -> Workload:
 
 
 def _built_from(data: Data, card: dict) -> bool:
-    """Whether the data set is of these settings, as far as its card and dvc.lock say."""
+    """Return whether the data set was built from these settings, according to dvc.lock or else its card."""
     try:
         stages = yaml12.load(LOCK)["stages"]
         return Data.model_validate(stages["build-egoqa-dataset"]["params"]["params.yaml"]["data"]) == data
-    except (FileNotFoundError, UserError, KeyError, TypeError):  # built without DVC
+    except (FileNotFoundError, UserError, KeyError, TypeError):  # not built by DVC
         return card["source"] == data.source
-    except ValidationError:  # of another version
+    except ValidationError:  # written by another version
         return False
 
 
 def _built(card: dict) -> Workload:
+    """Return the size of the data set in data/egoqa."""
     samples, questions = ({s: card["splits"][s][what] for s in SPLITS} for what in ("samples", "records"))
     split = Split(DATA / "train.parquet")
     step = max(1, len(split) // _LOOKED_AT)
@@ -125,9 +126,9 @@ def _built(card: dict) -> Workload:
 
 
 def _sizes(samples: Iterable[Sample]) -> tuple[Sizes, Sizes]:
-    """The mean and the largest of samples, all taken to be of the commonest kind.
+    """Return the mean and the maximum of each size over the samples, which are all counted as the commonest kind.
 
-    Each size of the largest is the largest there is, whichever sample it is of.
+    The maxima need not be of the same sample.
     """
     kinds, rows = [], []
     for sample in samples:
@@ -143,22 +144,22 @@ def _sizes(samples: Iterable[Sample]) -> tuple[Sizes, Sizes]:
 
 
 def patches_and_tokens(model: PreTrainedModel, sizes: Sizes) -> tuple[float, float]:
-    """Of a sample, all its questions in one sequence: patches that the vision tower sees, and the sequence's tokens.
+    """Return the patches and the tokens of a sample with all its questions packed into one sequence.
 
     Raises:
-        UserError: how the model turns pixels into tokens is not known here.
+        UserError: it is not known here how the model turns pixels into tokens.
     """
     patches, visual = _visual(model.config, sizes)
     return patches, _TEMPLATE + visual + sizes.questions * (sizes.question_tokens + sizes.answer_tokens)
 
 
 def reads_text_alone(config: PretrainedConfig) -> bool:
-    """Whether a model has no vision tower."""
+    """Return whether a model has no vision tower."""
     return not hasattr(config, "vision_config")
 
 
 def _visual(config: PretrainedConfig, sizes: Sizes) -> tuple[float, float]:
-    """Patches and tokens of the media, and of the silence that EgoGPT hears with them."""
+    """Return patches and tokens of the frames, with the tokens of silent speech for EgoGPT."""
     if reads_text_alone(config) or not sizes.frames:
         return 0, 0
     vision, kind = config.vision_config, config.model_type
@@ -180,7 +181,7 @@ def _visual(config: PretrainedConfig, sizes: Sizes) -> tuple[float, float]:
         elif egogpt:
             tokens = sizes.frames * (side // 2) ** 2 + 1
     elif egogpt and sizes.kind == "frames":
-        # Whole, with a newline each.
+        # Each frame whole, with a newline.
         patches, tokens = sizes.frames * side**2, sizes.frames * (side**2 + 1)
     else:
         patches, tokens = (sizes.frames * one for one in _tiled(config, sizes.pixels))
@@ -188,13 +189,16 @@ def _visual(config: PretrainedConfig, sizes: Sizes) -> tuple[float, float]:
 
 
 def _tiled(config: PretrainedConfig, pixels: float) -> tuple[int, int]:
-    """Patches and tokens of an image that LLaVA-OneVision sees whole, and in tiles: those of the grid that loses least,
-    without its borders, a newline after each row, and shrunk to as many patches as the configuration allows."""
+    """Return patches and tokens of an image for LLaVA-OneVision, which sees it whole and in tiles.
+
+    The tiles are those of the best resolution, without padding, with a newline after each row, and downscaled to the
+    number of patches that the config allows.
+    """
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     grid = select_best_resolution((math.sqrt(pixels),) * 2, config.image_grid_pinpoints)
     rows, columns = (length // vision.image_size for length in grid)
-    # A square picture fills the shorter side; borders are cut off in pairs.
+    # A square image fills the shorter side; padding is removed symmetrically.
     shorter, longer = sorted((rows * side, columns * side))
     longer -= (longer - shorter) // 2 * 2
     height, width = (longer, shorter) if rows > columns else (shorter, longer)

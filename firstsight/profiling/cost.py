@@ -1,4 +1,7 @@
-"""How large and how fast: measured on the spot, warmed up, with the device synchronised; media processing apart."""
+"""Measure a model's size, latency and throughput, after a warm-up and with the device synchronised.
+
+Decoding and preprocessing of images and videos are not part of the times.
+"""
 
 import platform
 import time
@@ -16,22 +19,25 @@ from firstsight.core.stage import log
 from firstsight.generation.answering import Question, generate, model_inputs
 from firstsight.profiling.peak_memory import PeakMemory
 
-# Each question is timed so often: its median is not moved by one disturbance, and they tell how far to trust it.
+# Repeats of each question: one disturbance does not move their median, and their spread says how reliable it is.
 _REPEATS = 5
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Parameters by their number, also where 4-bit storage packs two in a byte."""
+    """Return the number of parameters, also where 4-bit storage packs two in a byte."""
     return model.num_parameters()
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the weights on disk."""
+    """Return the bytes of the weights on disk."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def representative(questions: Sequence[Question], count: int) -> list[Question]:
-    """So many questions, evenly over the split, and the first with the most frames among them: it sets the peak."""
+    """Return `count` questions spread evenly over the split.
+
+    The last is the question with the most frames, which determines peak memory.
+    """
     spread = [questions[number * len(questions) // count] for number in range(count)]
     return [*spread[:-1], max(questions, key=lambda question: len(question[0].frames))]
 
@@ -39,17 +45,18 @@ def representative(questions: Sequence[Question], count: int) -> list[Question]:
 def measure_latency(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate
 ) -> dict[str, float]:
-    """Of `settings.latency_runs` questions, one at a time, answered with exactly `settings.latency_new_tokens` tokens.
+    """Time `settings.latency_runs` questions at batch 1, answered with exactly `settings.latency_new_tokens` tokens.
 
-    Returns milliseconds over the questions, each with the median of its repeats: `latency_ms_p50` and
-    `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; `decode_tokens_per_second` after it;
-    and `latency_spread`, the interquartile range of a question's repeats as a fraction of its median, typically.
+    Returns percentiles over the questions, each represented by the median of its repeats, in milliseconds:
+    `latency_ms_p50` and `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; further
+    `decode_tokens_per_second` after the first token, and `latency_spread`, the median over questions of the
+    interquartile range of the repeats divided by their median.
     """
     asked = representative(questions, settings.latency_runs)
     batches = [model_inputs(processor, [question], model.device) for question in asked]
     lengths = (1, settings.latency_new_tokens)
-    # A round over all questions after another, so that a slow spell of the machine touches one repeat of each. The
-    # first one warms up.
+    # Rounds over all questions, so that a temporary slowdown of the machine affects one repeat of each question. The
+    # first round is the warm-up.
     rounds = [[[_timed(model, inputs, n) for inputs in batches] for n in lengths] for _ in range(1 + _REPEATS)]
     repeats = np.array(rounds[1:])
     prefill, whole = np.median(repeats, axis=0)
@@ -67,8 +74,10 @@ def measure_latency(
 def measure_throughput(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate, memory: PeakMemory
 ) -> dict[str, dict[str, float]]:
-    """By batch size, answers a second and peak memory of answering that many questions at once, as long as those of
-    `measure_latency`; sizes that do not fit the GPU are missing."""
+    """Return answers per second and peak bytes by batch size, for answers as long as those of `measure_latency`.
+
+    Batch sizes that do not fit the GPU are left out.
+    """
     measured = {}
     for size in settings.throughput_batch_sizes:
         try:
@@ -76,7 +85,7 @@ def measure_throughput(
             memory.reset()
             timed = [_timed(model, inputs, settings.latency_new_tokens) for _ in range(1 + _REPEATS)]
         except torch.OutOfMemoryError:
-            log.warning("evaluate.throughput_batch_sizes: %d questions at once do not fit; left out", size)
+            log.warning("evaluate.throughput_batch_sizes: a batch of %d questions does not fit the GPU; left out", size)
             torch.cuda.empty_cache()
             continue
         measured[str(size)] = {
@@ -87,7 +96,7 @@ def measure_throughput(
 
 
 def _timed(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int) -> float:
-    """Milliseconds of an answer of exactly `tokens` tokens."""
+    """Return the milliseconds that an answer of exactly `tokens` tokens takes."""
     return _milliseconds(lambda: generate(model, inputs, max_new_tokens=tokens, min_new_tokens=tokens))
 
 
@@ -105,7 +114,7 @@ def _synchronise() -> None:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the figures were measured on: device, its name, and the versions that matter."""
+    """Return what the figures were measured on: the device's name and the versions of torch and transformers."""
     name = (
         torch.cuda.get_device_name()
         if device == "cuda"

@@ -1,4 +1,4 @@
-"""Peak memory: of torch's allocator on CUDA, of the whole process on the CPU, above what was there before."""
+"""Measure peak memory: of torch's allocator on CUDA, of the whole process on the CPU, above an earlier level."""
 
 import resource
 import sys
@@ -9,11 +9,11 @@ import torch
 
 
 class PeakMemory:
-    """Bytes above those held when this was made.
+    """Measure the peak memory in bytes above what was in use when the object was created.
 
-    On the CPU that is resident memory, with what libraries keep for reuse; the kernel's own high-water mark is read
-    and reset (Linux, proc(5): VmHWM, clear_refs), so that no peak falls between two looks. Where it cannot be reset, a
-    peak is that since the process began, or of what started it.
+    On the CPU this is resident memory, including what libraries keep for reuse; the kernel's high-water mark is read
+    and reset (Linux, proc(5): VmHWM, clear_refs), so that no peak is missed between two readings. Where it cannot be
+    reset, a peak counts from the start of the process, or of the process that started it.
     """
 
     def __init__(self, device: str):
@@ -30,7 +30,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """The highest since `reset`."""
+        """Return the peak since the last `reset`, in bytes."""
         return max(0, self._read() - self._before)
 
     def _read(self) -> int:

@@ -1,4 +1,4 @@
-"""What must be so before a model is published: each function raises UserError, one line, where it is not."""
+"""Check a model before it is published: each function raises UserError, with one line, if its check fails."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from firstsight.models.architecture import auto_class
 
 
 def check_name(repository: str) -> None:
-    """It can be the name of a hub repository."""
+    """Raise UserError unless `repository` is a valid name of a hub repository, OWNER/NAME."""
     try:
         validate_repo_id(repository)
     except HFValidationError:
@@ -31,7 +31,7 @@ def check_name(repository: str) -> None:
 
 
 def check_committed() -> None:
-    """What git tracks is committed: the commit that is published from says how the model was made."""
+    """Raise UserError unless all tracked files are committed: the commit records how the model was made."""
     changed = _printed("git", "status", "--porcelain", "--untracked-files=no").splitlines()
     if changed:
         names = ", ".join(line[3:] for line in changed[:3])
@@ -41,7 +41,7 @@ def check_committed() -> None:
 
 
 def check_measured() -> None:
-    """Every stage is up to date, so that the figures are this model's."""
+    """Raise UserError unless every stage is up to date, so that the figures are those of this model."""
     printed = _printed(sys.executable, "-m", "dvc", "status", "--json")
     if stale := json.loads(printed):
         raise UserError(
@@ -51,7 +51,7 @@ def check_measured() -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """It holds a model that transformers loads by itself: safetensors and text files alone, whole."""
+    """Raise UserError unless `folder` holds a complete model that transformers loads, as safetensors and text files."""
     check_there(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     other = set(names) - set(filter_repo_objects(names, allow_patterns=[*checks.TEXT, "*.safetensors"]))
@@ -71,13 +71,13 @@ def check_folder(folder: Path) -> None:
 
 
 def check_token() -> None:
-    """There is one."""
+    """Raise UserError unless a hub token is set."""
     if not checked_token():
         raise UserError("HF_TOKEN: expected a token that may write, found none; set it, or log in with hf auth login")
 
 
 def _printed(*words: str) -> str:
-    """What a command prints; its last word of complaint where it fails."""
+    """Return what a command prints; raise UserError with the first line of its error output if it fails."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         complaint = (done.stderr.strip() or "nothing").splitlines()[0]

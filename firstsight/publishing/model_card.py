@@ -1,8 +1,8 @@
-"""The model card of a student: what it is, how it was made, what was measured, how to ask it something.
+"""Write the model card of a student: what it is, how to use it, what was measured, how it was made.
 
     python -m firstsight.publishing.model_card student-distilled       prints it
 
-The figures are those that git tracks in metrics/, the rest is the data card's and params.yaml's.
+The figures come from metrics/, the rest from the data card and params.yaml.
 """
 
 import argparse
@@ -20,23 +20,23 @@ from firstsight.core.variants import METHODS
 from firstsight.reporting.comparison import size
 
 DISTILLED = "student-distilled"
-# What can be published, each a folder of models/.
+# The variants that can be published, each a folder in models/.
 VARIANTS = (DISTILLED, *(f"student-{method}" for method in METHODS))
 METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
-# Those of the hub's identifiers that base models commonly have; it takes any other licence as "other", by its name.
+# The hub's licence identifiers that base models commonly have; any other licence is "other" there, with its name.
 IDENTIFIERS = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0")
-# How it was made and measured. Not where models and data lay on the disk: that is nobody's business.
+# Settings that the card shows: how the model was made and measured, without local paths of models and data.
 SECTIONS = ("finetune_teacher", "targets", "train", "quantize", "evaluate")
 
 
 def model_card(variant: str, place: str) -> str:
-    """README.md for the variant's folder.
+    """Return the text of README.md for the variant's folder.
 
     Args:
-        place: what its readers load it from, a hub repository or a folder.
+        place: where readers load the model from, a hub repository or a folder.
 
     Raises:
-        UserError: there are no figures of the variant.
+        UserError: metrics/ has no figures of the variant.
     """
     quality, performance, models = (
         read_json(METRICS / f"{name}.json", "report") for name in ("quality", "performance", "models")
@@ -69,7 +69,7 @@ def model_card(variant: str, place: str) -> str:
 
 
 def _metadata(student: dict[str, Any]) -> str:
-    """What the hub reads: YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards)."""
+    """Return the card's metadata: YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards)."""
     licence = student["licence"]
     licences = {"license": licence}
     if licence and licence not in IDENTIFIERS:
@@ -77,7 +77,7 @@ def _metadata(student: dict[str, Any]) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        # What has a commit came from the hub; folders and fresh weights mean nothing there.
+        # Only a model with a commit came from the hub; a local folder or fresh weights are no base model there.
         base_model=student["source"] if student["commit"] else None,
         tags=["egocentric", "distillation", "firstsight"],
         **licences,
@@ -86,14 +86,14 @@ def _metadata(student: dict[str, Any]) -> str:
 
 
 def _name(model: dict[str, Any]) -> str:
-    """What to call a model's source: of a folder its own name, without those it lies in."""
+    """Return a model's source: a hub repository, or a local folder's name without its path."""
     if model["source"] == "init":
         return "fresh weights"
     return model["source"] if model["commit"] else Path(model["source"]).name
 
 
 def _rows(variant: str, quality: dict, performance: dict) -> list[tuple[str, str, str]]:
-    """Name, this model's and the teacher's figure, of every figure that was measured."""
+    """Return label, this model's figure and the teacher's for every figure that was measured."""
     own, teacher = ({**quality[name], **performance[name]} for name in (variant, "teacher"))
 
     def share(figures: dict, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Pushing a folder to the hub: one commit, so that a repository has the whole model or what it had before."""
+"""Push a folder to the hub in one commit, so that a repository never holds part of a model."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,20 +10,20 @@ from firstsight.core.errors import UserError
 
 _REMEDIES = {
     401: "correct HF_TOKEN, or log in again with hf auth login",
-    403: "take a token that may write there, of an account that may",
-    409: "somebody else wrote to it meanwhile: run it again",
+    403: "use a token with write access to it",
+    409: "another commit was pushed meanwhile: run it again",
 }
 
 
 def push(folder: Path, repository: str) -> str:
-    """Commit the files of `folder` to the repository, which is created, private, if there is none.
+    """Commit the files of `folder` to the repository, which is created as private if it does not exist.
 
-    Weights of an earlier commit that the folder does not have are deleted with it; other files stay.
+    The same commit deletes weight files of earlier commits that the folder does not have; other files stay.
 
-    Returns the commit's address.
+    Returns the URL of the commit.
 
     Raises:
-        UserError: the hub refuses it, or does not answer.
+        UserError: the hub refuses the commit, or cannot be reached.
     """
     api = HfApi()
     names = sorted(path.name for path in folder.iterdir())
@@ -33,12 +33,12 @@ def push(folder: Path, repository: str) -> str:
         additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
         deletions = [CommitOperationDelete(name) for name in earlier if name not in names]
         done = api.create_commit(repository, [*additions, *deletions], commit_message="Publish from FirstSight")
-    # ValueError: the client's over a card that the hub refuses, or an answer that is no JSON. RuntimeError: its own
-    # around what became of the transfer of a large file.
+    # The client raises ValueError for a model card that the hub refuses or an answer that is not JSON, and RuntimeError
+    # around an error in the transfer of a large file.
     except (HTTPError, OSError, ValueError, RuntimeError) as raised:
         error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         found = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = _REMEDIES.get(status, "check the network, and run it again")
-        raise UserError(f"{repository}: expected the hub to take it, found {found}; {remedy}") from None
+        raise UserError(f"{repository}: expected the hub to accept the commit, found {found}; {remedy}") from None
     return done.commit_url

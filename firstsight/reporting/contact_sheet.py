@@ -1,4 +1,4 @@
-"""Samples for a person to look at: their pictures, with what is asked about them and what the answers are."""
+"""Draw a contact sheet: samples with their images or frames, questions and answers, for a person to look at."""
 
 import io
 from collections.abc import Iterable
@@ -9,16 +9,16 @@ from PIL import Image, ImageDraw, ImageFont
 from firstsight.records.sample import LETTERS, Record, Sample
 from firstsight.reporting.fonts import drawable, pillow_font
 
-# Pixels of the sheet.
+# Sizes on the sheet, in pixels.
 _WIDTH, _GAP, _FRAME = 620, 20, 264
 _TITLE, _TEXT, _LEADING = 20, 17, 23
 _INK, _FAINT, _ANSWER, _RULE = (24, 24, 24), (110, 110, 110), (0, 92, 46), (205, 205, 205)
-# Longer ones are cut: they tell that there is more, and the sheet stays one to look at.
+# Longer records are cut and end with dots, so that the sheet stays small.
 _LINES_A_RECORD = 6
 
 
 def contact_sheet(samples: Iterable[Sample], columns: int = 4) -> Image.Image:
-    """A cell a sample: its id, its frames (of a clip in order, from left to right), its questions and answers."""
+    """Return an image with one cell per sample: id, frames (a video's in order), questions and answers."""
     cells = [_cell(sample) for sample in samples]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in row) for row in rows]
@@ -39,7 +39,7 @@ def _cell(sample: Sample) -> Image.Image:
     top = _LEADING + 8
     cell = Image.new("RGB", (_WIDTH, top + frames.height + 8 + _LEADING * len(lines)), "white")
     draw = ImageDraw.Draw(cell)
-    title = drawable(f"{sample.id}   {_media(sample)}")
+    title = drawable(f"{sample.id}   {_kind(sample)}")
     draw.text((0, 0), title, fill=_FAINT, font=pillow_font(title, _TITLE))
     cell.paste(frames, (0, top))
     top += frames.height + 8
@@ -48,14 +48,15 @@ def _cell(sample: Sample) -> Image.Image:
     return cell
 
 
-def _media(sample: Sample) -> str:
+def _kind(sample: Sample) -> str:
+    """Return a sample's kind, number of frames and frame rate in words."""
     rate = f", {sample.fps:.3g} a second" if sample.fps else ""
     several = f"{sample.media_kind} of {len(sample.frames)} frames{rate}"
     return {0: "no media", 1: sample.media_kind}.get(len(sample.frames), several)
 
 
 def strip(sample: Sample, *, enlarge: bool = True) -> Image.Image:
-    """The frames side by side, at most four a line; small ones as they are, unless they are to be enlarged."""
+    """Return the frames side by side, at most four per line; small frames keep their size unless `enlarge`."""
     frames = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in sample.frames]
     if not frames:
         return Image.new("RGB", (1, 1), "white")
@@ -83,7 +84,7 @@ def strip(sample: Sample, *, enlarge: bool = True) -> Image.Image:
 
 
 def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:
-    """Question, options and answer as lines that fit the cell, each with its colour."""
+    """Return question, options and answer as lines that fit the cell, each with its colour."""
     answer = record.answer or "(none)"
     asked = [(line, _INK) for line in _wrapped(record.question.strip())]
     if record.options:
@@ -95,7 +96,7 @@ def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines that fit the cell, all with the indentation of the first; words that do not fit one are broken."""
+    """Wrap text into lines that fit the cell, all indented as the first; words longer than a line are broken."""
     text = drawable(text)
     font = pillow_font(text, _TEXT)
     indent = text[: len(text) - len(text.lstrip())]
@@ -105,7 +106,7 @@ def _wrapped(text: str) -> list[str]:
         if font.getlength(longer) > _WIDTH and line != indent:
             lines.append(line)
             longer = indent + word
-        # Scripts such as Chinese have no spaces.
+        # Scripts such as Chinese do not separate words by spaces.
         while font.getlength(longer) > _WIDTH and len(lines) <= _LINES_A_RECORD:
             fits = next(end for end in count(len(indent) + 1) if font.getlength(longer[: end + 1]) > _WIDTH)
             lines.append(longer[:fits])

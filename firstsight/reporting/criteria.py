@@ -1,10 +1,10 @@
-"""Whether students are good enough: four figures of each against the levels that `report.criteria` sets."""
+"""Compare four figures of each student with the levels that `report.criteria` of params.yaml sets."""
 
 from dataclasses import dataclass
 
 from firstsight.core.params import Criteria, Levels
 
-# In which table each figure is found.
+# The table that holds each figure; the others are in the quality table.
 _FIGURES = {"compression": "performance", "memory_saved": "performance", "speed_up": "performance"}
 MEANING = {
     "compression": "teacher's weights on disk / its own",
@@ -16,9 +16,9 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """A student's figure, None where there is none; its 95% interval, where it has one; and the highest level reached.
+    """A student's figure for one criterion, its 95% interval if there is one, and the highest level reached.
 
-    `reached` is None where the figure is below the minimum, or there is none.
+    `figure` is None if it was not measured; `reached` is None if it was not measured or is below the minimum.
     """
 
     criterion: str
@@ -29,19 +29,19 @@ class Verdict:
     levels: Levels
 
     def said(self) -> str:
-        """The figure in words."""
+        """Return the figure and its interval as text."""
         if self.figure is None:
             return "-"
         ends = f" ({self.interval[0]:.2f}-{self.interval[1]:.2f})" if self.interval else ""
         return f"{self.figure:.3g}{ends}"
 
     def judged(self) -> str:
-        """The verdict in words."""
+        """Return the verdict as text."""
         return "no figure" if self.figure is None else self.reached or "not met"
 
 
 def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdict]:
-    """By criterion, of every student that was distilled; `quality` and `performance` are as in metrics/."""
+    """Return a verdict per criterion and distilled student; `quality` and `performance` are as in metrics/."""
     found = []
     for criterion in Criteria.model_fields:
         levels = getattr(criteria, criterion)
@@ -56,7 +56,7 @@ def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdi
 
 
 def conclusions(found: list[Verdict]) -> list[str]:
-    """A line a student: how many of the criteria it meets, and which it does not."""
+    """Return a line per student: how many criteria it meets, and which it does not."""
     lines = []
     for variant in dict.fromkeys(one.variant for one in found):
         own = [one for one in found if one.variant == variant]

@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG: legible without colour (markers, places and labels say the same)."""
+"""Draw the report's figures as PNG, readable without colour: markers, positions and labels say the same."""
 
 import io
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -16,28 +17,28 @@ from firstsight.core.variants import VARIANTS
 from firstsight.reporting import fonts
 from firstsight.reporting.summary import QUESTION_ONLY
 
-# A dollar sign in a question type is no formula.
+# A dollar sign in a question type does not start a formula.
 plt.rcParams["text.parse_math"] = False
 plt.rcParams["font.family"] = fonts.families()
-# Okabe and Ito's palette, told apart with any colour vision.
+# The palette of Okabe and Ito, distinguishable with any colour vision.
 _PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#D55E00", "#009E73", "#E69F00")
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
-# Of question types: more do not fit a page.
+# Most question types shown: more do not fit a page.
 _TYPES_SHOWN = 24
 _MARKERS = dict(zip(VARIANTS, "sPvXoD^", strict=True))
 
 
-def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
-    """Training and validation loss by step, one panel a training stage; a stage that did not train has none."""
-    curves = {stage: splits for stage, splits in curves.items() if any(splits.values())}
+def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
+    """Plot training and validation loss by step, one panel per training stage; a stage that did not train has none."""
+    curves = {stage: splits for stage, splits in curves.items() if any(map(len, splits.values()))}
     figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.4), squeeze=False, layout="constrained")
     for axis, (title, splits) in zip(axes[0], curves.items(), strict=True):
         for split, style in (
             ("train", {"alpha": 0.6, "color": "#0072B2"}),
             ("validation", {"marker": "o", "color": "#D55E00"}),
         ):
-            if splits[split]:
-                axis.plot(*zip(*splits[split], strict=True), label=split, **style)
+            if len(splits[split]):
+                axis.plot("step", "loss", data=splits[split], label=split, **style)
         axis.set(title=title, xlabel="optimizer step", ylabel="loss a token (log scale)", yscale="log")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
@@ -47,7 +48,7 @@ def training(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) 
 
 
 def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: Path) -> None:
-    """Exact match by variant with 95% intervals, and the question-only baseline as a line."""
+    """Plot exact match by variant with 95% intervals, and the question-only baseline as a line."""
     figure, axis = plt.subplots(figsize=(6.4, 0.45 * len(variants) + 1.4), layout="constrained")
     for place, variant in enumerate(variants):
         row = table[variant]
@@ -66,7 +67,7 @@ def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: P
 
 
 def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path) -> None:
-    """Exact match with its interval against latency and against peak memory: up and to the left is better."""
+    """Plot exact match with its interval against latency and against peak memory: up and to the left is better."""
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True, layout="constrained")
     costs = (
         ("latency_ms_p50", 1, "milliseconds an answer (p50, batch 1)"),
@@ -93,18 +94,21 @@ def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path)
     _save(figure, path)
 
 
-def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Path) -> None:
-    """Exact match with its interval by variant and question type, the commonest of them; rows as in `by-type.csv`."""
-    kinds = sorted(dict.fromkeys((row[0], row[5]) for row in rows), key=lambda kind: -kind[1])[:_TYPES_SHOWN]
-    kinds.sort()
-    variants = list(dict.fromkeys(row[1] for row in rows))
+def by_type(table: pd.DataFrame, path: Path) -> None:
+    """Plot exact match with its interval by variant and question type, for the most frequent types.
+
+    `table` is as `summary.by_type` returns it.
+    """
+    counts = table.drop_duplicates("type").set_index("type")["questions"]
+    kinds = counts.sort_values(ascending=False, kind="stable")[:_TYPES_SHOWN].sort_index()
+    variants = table["variant"].unique()
     figure, axis = plt.subplots(figsize=(7.6, (0.16 * len(variants) + 0.2) * len(kinds) + 1.2), layout="constrained")
     for number, variant in enumerate(variants):
-        own = {kind: (right, low, high) for kind, name, right, low, high, _ in rows if name == variant}
-        for place, (kind, _) in enumerate(kinds):
-            if kind not in own:
+        own = table[table["variant"] == variant].set_index("type")
+        for place, kind in enumerate(kinds.index):
+            if kind not in own.index:
                 continue
-            right, low, high = own[kind]
+            right, low, high = own.loc[kind, ["exact_match", "low", "high"]]
             axis.errorbar(
                 right,
                 place + 0.8 * ((number + 0.5) / len(variants) - 0.5),
@@ -119,7 +123,7 @@ def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Pat
         axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
     axis.set(
         yticks=range(len(kinds)),
-        yticklabels=[f"{_label(kind)} ({count})" for kind, count in kinds],
+        yticklabels=[f"{_label(kind)} ({count})" for kind, count in kinds.items()],
         xlim=(-0.02, 1.02),
         xlabel="exact match, with 95% interval (how many questions)",
     )
@@ -130,7 +134,7 @@ def by_type(rows: Sequence[tuple[str, str, float, float, float, int]], path: Pat
 
 
 def throughput(performance_rows: dict, path: Path) -> None:
-    """Answers a second by batch size."""
+    """Plot answers per second by batch size."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for variant, row in performance_rows.items():
         points = [(1, 1000 / row["latency_ms_p50"])]
@@ -145,7 +149,7 @@ def throughput(performance_rows: dict, path: Path) -> None:
 
 
 def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
-    """Relative error of each quantized layer by its block and kind, one panel a method."""
+    """Plot the relative error of each quantized layer by its block and kind, one panel per method."""
     figure, axes = plt.subplots(
         1, len(errors), figsize=(4.2 * len(errors) + 1.4, 3.4), sharey=True, squeeze=False, layout="constrained"
     )
@@ -165,22 +169,22 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def _label(kind: str) -> str:
-    """A question type on one short line."""
+    """Return a question type as one short line."""
     line = fonts.drawable(" ".join(kind.split()))
     return line if len(line) <= 40 else f"{line[:39]}…"
 
 
 def _error(row: dict[str, float]) -> list[list[float]]:
-    """Of exact match, as matplotlib wants it; a mean can lie a rounding error outside its interval."""
+    """Return the error bar of exact match for matplotlib; rounding can put a mean just outside its interval."""
     middle = row["exact_match"]
     return [[max(0, middle - row["exact_match_low"])], [max(0, row["exact_match_high"] - middle)]]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    """As a PNG of 128 colours, which nobody can tell from all of them, in half the bytes: pictures lie in git."""
+    """Save as a PNG of 128 colours: no visible difference at half the size, because the files are in git."""
     with io.BytesIO() as drawn:
         figure.savefig(drawn, format="png", dpi=130)
         picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     plt.close(figure)
-    # Without the software's version and without a date: equal figures, equal bytes.
+    # Without software version and date, so that equal figures give equal bytes.
     picture.save(path, optimize=True)

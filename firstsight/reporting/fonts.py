@@ -1,4 +1,4 @@
-"""Fonts of the pictures: data may be in any script, and matplotlib brings no font that has all of them."""
+"""Choose fonts for text in any script: no font that matplotlib bundles covers them all."""
 
 import logging
 from functools import cache
@@ -7,7 +7,7 @@ from matplotlib import font_manager
 from matplotlib.font_manager import FontProperties
 from PIL import ImageFont
 
-# The first comes with matplotlib: Latin, Greek, Cyrillic, Arabic and more. Of the others, those that a machine has.
+# The first is bundled with matplotlib (Latin, Greek, Cyrillic, Arabic and more); the others are used if installed.
 _WANTED = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -24,24 +24,24 @@ _WANTED = (
     "Symbola",
     "Segoe UI Symbol",
 )
-# A font that comes in one weight alone would be complained of.
+# Suppresses warnings about fonts that have a single weight.
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 @cache
 def families() -> tuple[str, ...]:
-    """The fonts that are there, in the order in which they are asked for a character."""
-    there = set(font_manager.get_font_names())
-    return tuple(name for name in _WANTED if name in there)
+    """Return the installed fonts, in the order in which they are searched for a character."""
+    installed = set(font_manager.get_font_names())
+    return tuple(name for name in _WANTED if name in installed)
 
 
 def drawable(text: str) -> str:
-    """The text; characters that none of the fonts has as escapes that can be read, such as \\u4f60."""
+    """Return the text with characters that no font has replaced by escapes such as \\u4f60."""
     return "".join(one if _has(families(), one) else one.encode("ascii", "backslashreplace").decode() for one in text)
 
 
 def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that has most of the text, as `drawable` returned it: Pillow draws a text in one font."""
+    """Return the font that covers most of a text that `drawable` returned: Pillow draws a text in a single font."""
     if text.isascii():
         return ImageFont.load_default(size)
     best = max(families(), key=lambda family: sum(_has((family,), one) for one in text))

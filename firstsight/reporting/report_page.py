@@ -1,4 +1,4 @@
-"""report.html: tables, pictures, test questions with every variant's answer; one file that needs no network."""
+"""Write report.html: tables, figures, test questions with all variants' answers, in one file that needs no network."""
 
 import base64
 import io
@@ -15,16 +15,16 @@ from firstsight.reporting.comparison import HEADER, rows, size
 from firstsight.reporting.contact_sheet import strip
 from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 
-# Questions shown, of the test split's: the page lies in git, with their pictures.
+# Most test questions shown: the page, with their images, is in git.
 _GALLERY = 72
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page is made of. `quality`, `performance`, `models` and `quantization` are as in metrics/.
+    """The content of the page. `quality`, `performance`, `models` and `quantization` are as in metrics/.
 
-    `environments` says where each variant was measured; `samples` show what is learnt from; `pictures` are PNG files by
-    caption; `predictions` the variants' answers in the order of `questions`.
+    `environments` says where each variant was measured; `samples` are training samples; `pictures` are PNG files by
+    caption; `predictions` are the variants' answers in the order of `questions`.
     """
 
     quality: dict
@@ -62,14 +62,14 @@ def write(path: Path, shown: Shown) -> None:
             for name, table in (("quality", shown.quality), ("performance", shown.performance))
         },
         pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in shown.pictures.items()},
-        samples=[{"picture": _media(sample, 620), "sample": sample} for sample in shown.samples],
+        samples=[{"picture": _thumbnail(sample, 620), "sample": sample} for sample in shown.samples],
         gallery=_gallery(shown.questions, shown.predictions),
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(place, row, figure) of every number in a metrics file, places with dots as `dvc metrics show` has them."""
+def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of every number in a metrics file, keys joined by dots as `dvc metrics show` does."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _figures(f"{table}.{key}", value)
@@ -78,7 +78,7 @@ def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str, str
 
 
 def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Some of every question type and every pattern of who is right, each with its media and all answers."""
+    """Choose test questions of every question type and every combination of right variants, with all answers."""
     right = [
         [variant for variant, given in predictions.items() if score(record, given[number]).exact_match == 1]
         for number, (_, record) in enumerate(questions)
@@ -86,12 +86,12 @@ def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, 
     groups: dict[tuple, list[int]] = {}
     for number, (_, record) in enumerate(questions):
         groups.setdefault((record.question_type, *right[number]), []).append(number)
-    # A round takes one of each group; what is rare comes with what is common.
+    # Each round takes one question of each group, so that rare combinations are shown too.
     ordered = sorted((place, group[place]) for group in groups.values() for place in range(len(group)))
     chosen = sorted(number for _, number in ordered[:_GALLERY])
     return [
         {
-            "picture": _media(sample, 400),
+            "picture": _thumbnail(sample, 400),
             "type": record.question_type,
             "question": record.prompt(),
             "answer": " / ".join(record.answers),
@@ -102,10 +102,10 @@ def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, 
     ]
 
 
-def _media(sample: Sample, pixels: int) -> str | None:
-    """All frames, at most so many pixels wide and high together, as a data URI; None without media.
+def _thumbnail(sample: Sample, pixels: int) -> str | None:
+    """Return all frames as one image of at most `pixels` in width and height, as a data URI; None without frames.
 
-    None are enlarged: that is the browser's to do, and the page lies in git.
+    Frames are not enlarged, because the browser does that and the page is in git.
     """
     if not sample.frames:
         return None

@@ -1,4 +1,4 @@
-"""The figures of all measured variants side by side: what metrics/ holds and the comparison table shows."""
+"""Put the figures of all measured variants side by side, as metrics/*.json and the comparison table hold them."""
 
 import math
 from collections import Counter, defaultdict
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from firstsight.core.variants import TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, proportion_interval, score
 from firstsight.records.sample import Record, Sample
 
 QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
-# Of performance.json: what is of the model, of a batch of one, and of where it was measured.
+# The figures of evaluations/*/performance.json that the report takes over.
 COSTS = (
     "parameters",
     "disk_bytes",
@@ -32,7 +33,7 @@ _SOURCE = ("source", "commit", "licence", "architecture", "parameters", "dtype",
 
 @dataclass(frozen=True)
 class Measured:
-    """What evaluate found of a variant; `predictions` are in the order of the test questions."""
+    """The output of `evaluate` for a variant; `predictions` are in the order of the test questions."""
 
     quality: dict[str, Any]
     performance: dict[str, Any]
@@ -40,7 +41,7 @@ class Measured:
 
 
 def unusable(quality: Any, performance: Any) -> str | None:
-    """The first figure that a report needs and that is missing or no number, in words; None when all are there."""
+    """Describe the first figure that the report needs and that is missing or not a number; None if all are usable."""
     if not (isinstance(quality, dict) and isinstance(performance, dict)):
         return "no figures"
     ranges = ("exact_match", "f1", "rouge_l")
@@ -58,7 +59,7 @@ def unusable(quality: Any, performance: Any) -> str | None:
 
 
 def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of teacher and student as downloaded: where from, under which licence, and what; the commonest dtype first."""
+    """Return source, licence, architecture and size of teacher and student as downloaded; the commonest dtype first."""
     return {
         role: {name: (source | {"dtype": ", ".join(source["dtypes"])})[name] for name in _SOURCE}
         for role, source in sources.items()
@@ -66,10 +67,10 @@ def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def baselines(train: Iterable[Sample], test: Iterable[Record]) -> dict[str, float]:
-    """Exact match of two guesses that look at nothing but training answers.
+    """Return the exact match of two baselines that use the training answers only.
 
-    `majority-answer` is the commonest of them all. `question-only` is the commonest to that very question; where it
-    never occurs in training, the commonest to its type, else of all.
+    `majority-answer` always guesses the commonest training answer. `question-only` guesses the commonest answer to the
+    same question; to a question that is not in the train split, the commonest for its type, else of all.
     """
     by_question, by_type, overall = defaultdict(Counter), defaultdict(Counter), Counter()
     for sample in train:
@@ -94,8 +95,12 @@ def quality_table(
     bootstrap_samples: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """By variant: its figures, `teacher_agreement` (the same answers as the teacher, right or wrong) and `retention`
-    (exact match over the teacher's), with intervals; and by baseline, as `guesses` has them, exact match alone."""
+    """Return the rows of metrics/quality.json.
+
+    A variant's row has its figures, `teacher_agreement` (share of answers equal to the teacher's, right or wrong) and
+    `retention` (exact match over the teacher's), with 95% intervals; a row of the baselines in `guesses` has exact
+    match only.
+    """
 
     def right(variant: Measured) -> np.ndarray:
         pairs = zip(records, variant.predictions, strict=True)
@@ -110,7 +115,7 @@ def quality_table(
         same = np.array([agreement(record, own, other) for record, own, other in answered])
         low, high = proportion_interval(same, groups)
         row |= {"teacher_agreement": float(same.mean()), "teacher_agreement_low": low, "teacher_agreement_high": high}
-        # A teacher that answers nothing right leaves nothing to retain.
+        # Retention is undefined if the teacher has no right answer.
         if teachers.any():
             both = np.stack([right(variant), teachers], axis=1)
             low, high = bootstrap_interval(both, groups, bootstrap_samples, seed, _ratio)
@@ -120,59 +125,67 @@ def quality_table(
 
 
 def _ratio(both: np.ndarray) -> float:
-    """The first column's sum over the second's; 1 where neither has any."""
+    """Return the ratio of the two columns' sums, or 1 if the second sum is 0."""
     own, teachers = both.sum(axis=0)
     return float(own / teachers) if teachers else 1.0
 
 
 def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
-    """By variant: sizes and speeds; against the teacher `compression` (of bytes on disk), `memory_saved` (of peak
-    memory) and `speed_up` (of latency)."""
+    """Return each variant's sizes and speeds, with the ratios to the teacher: `compression` (bytes on disk),
+    `memory_saved` (peak memory) and `speed_up` (latency)."""
     teacher, table = measured[TEACHER].performance, {}
     for name, variant in measured.items():
         row = {key: variant.performance[key] for key in COSTS}
         row["compression"] = teacher["disk_bytes"] / row["disk_bytes"]
         row["speed_up"] = teacher["latency_ms_p50"] / row["latency_ms_p50"]
-        # Where the process held more before than the model takes, there is nothing to save.
+        # A peak of 0 means that the process had used more memory before than the model takes.
         if teacher["peak_bytes"] > 0:
             row["memory_saved"] = 1 - row["peak_bytes"] / teacher["peak_bytes"]
         table[name] = row
     return table
 
 
-def points(quality: dict, performance: dict) -> list[tuple[str, float, float, float, float, float, float]]:
-    """By variant: exact match and the ends of its interval, milliseconds an answer, megabytes at most and on disk."""
-    return [
-        (
-            variant,
-            *(quality[variant][f"exact_match{end}"] for end in ("", "_low", "_high")),
-            row["latency_ms_p50"],
-            row["peak_bytes"] / 1e6,
-            row["disk_bytes"] / 1e6,
-        )
+def points(quality: dict, performance: dict) -> pd.DataFrame:
+    """Return a row per variant: exact match, the ends of its interval, latency in milliseconds, peak and disk in MB."""
+    rows = [
+        {
+            "variant": variant,
+            **_exact_match(quality[variant]),
+            "latency_ms": row["latency_ms_p50"],
+            "memory_mb": row["peak_bytes"] / 1e6,
+            "disk_mb": row["disk_bytes"] / 1e6,
+        }
         for variant, row in performance.items()
     ]
+    return pd.DataFrame(rows)
 
 
-def by_type(found: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, str, float, float, float, int]]:
-    """Rows of question type, variant, exact match, the ends of its interval, and how many questions."""
-    kinds = sorted({kind for types in found.values() for kind in types})
-    return [
-        (kind, variant, *(types[kind][f"exact_match{end}"] for end in ("", "_low", "_high")), types[kind]["questions"])
-        for kind in kinds
+def by_type(found: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
+    """Return a row per question type and variant: exact match, the ends of its interval, the number of questions."""
+    rows = [
+        {"type": kind, "variant": variant, **_exact_match(row), "questions": row["questions"]}
         for variant, types in found.items()
-        if kind in types
+        for kind, row in types.items()
     ]
+    return pd.DataFrame(rows).sort_values("type", kind="stable")
 
 
-def training_curve(history: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    """By split, the steps at which its loss a token was logged, and that loss."""
+def _exact_match(row: dict[str, float]) -> dict[str, float]:
+    return {"exact_match": row["exact_match"], "low": row["exact_match_low"], "high": row["exact_match_high"]}
+
+
+def training_curve(history: list[dict[str, float]]) -> dict[str, pd.DataFrame]:
+    """Return, by split, the optimizer steps at which the loss per token was logged, and that loss."""
     names = {"train": "loss", "validation": "eval_objective"}
-    return {split: [(row["step"], row[name]) for row in history if name in row] for split, name in names.items()}
+    rows = {split: [(row["step"], row[name]) for row in history if name in row] for split, name in names.items()}
+    return {split: pd.DataFrame(points, columns=["step", "loss"]) for split, points in rows.items()}
 
 
 def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
-    """Of the epoch whose weights were kept (the least validation loss): the loss and its parts, and the step."""
+    """Return the step and the validation loss with its parts of the epoch with the least validation loss.
+
+    firstsight/loss/distillation_loss.py defines the objective and its parts.
+    """
     epochs = [entry for entry in history if "eval_objective" in entry]
     if not epochs:
         return {}
@@ -185,7 +198,7 @@ def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def quantization_table(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By method: layers quantized and kept, bytes in memory before and after, and the layers' errors: middle, worst."""
+    """Return, by method, the layers quantized and kept, bytes in memory before and after, median and largest error."""
     return {
         method: {key: one[key] for key in ("quantized_layers", "kept_layers", "original_bytes", "bytes")}
         | {"error_median": float(np.median(list(one["errors"].values()))), "error_most": max(one["errors"].values())}

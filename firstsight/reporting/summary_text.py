@@ -1,4 +1,4 @@
-"""summary.txt: what came of it, for a terminal, a paper or a mail."""
+"""Write the results as plain text, metrics/summary.txt."""
 
 from firstsight.core.variants import TEACHER
 from firstsight.reporting.comparison import size
@@ -10,7 +10,7 @@ ACCURACIES = ("exact_match", "f1", "rouge_l", "bleu", "option_accuracy")
 
 
 def summary(quality: dict, performance: dict, verdicts: list[Verdict], environments: dict[str, dict[str, str]]) -> str:
-    """Size and compression, memory, speed, accuracy, and which success criteria are met, by variant."""
+    """Return size and compression, memory, speed, accuracy and success criteria by variant, as text."""
     places = sorted(
         {
             f"{where['device']}, torch {where['torch']}, transformers {where['transformers']}"

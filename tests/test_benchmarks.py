@@ -86,3 +86,27 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
     ((_, rows),) = json.loads(done.stdout.splitlines()[-1]).items()
     assert {row[column] for row in rows} == measured
     assert all(row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.system
+def test_settings_are_compared_on_the_same_models(smoke, tmp_path):
+    script = (
+        "from benchmarks import settings\n"
+        "kept = ('as it is, 1 thread', 'bitsandbytes told of AVX-512-BF16')\n"
+        "settings.SETTINGS = {name: settings.SETTINGS[name] for name in kept}\n"
+        "settings.write = lambda name, rows: print(json.dumps({name: rows}))\n"
+        "settings.run()\n"
+    )
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    for name in ("models", "data", "params.yaml", "evaluations", "firstsight", "stages", "benchmarks"):
+        source = smoke / name if (smoke / name).exists() else ROOT / name
+        (tmp_path / name).symlink_to(source)
+    words = [sys.executable, "-c", f"import json, sys\nsys.argv[1:] = ['student-nf4']\n{script}"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["settings"]
+    assert [row["setting"] for row in rows] == ["as it is, 1 thread", "bitsandbytes told of AVX-512-BF16"]
+    assert {row["answers_that_differ"] for row in rows} == {0}
+    quality = json.loads((smoke / "evaluations/student-nf4/quality.json").read_text())
+    assert rows[0]["questions"] == quality["questions"]

@@ -187,4 +187,4 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ())

@@ -1,4 +1,4 @@
-"""The page of `firstsight.demo`: an upload and a question, what the models see, and a row an answer."""
+"""The page of `firstsight demo`: an upload and a question, what the models see, and a row an answer."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Folders for what a stage keeps while it works, outside its outputs: DVC deletes outputs before a rerun.
-
-python -m firstsight.core.scratch       removes them
-"""
+"""Folders for what a stage keeps while it works, outside its outputs: DVC deletes outputs before a rerun."""
 
 import os
 import shutil
@@ -17,7 +14,7 @@ from filelock import FileLock, Timeout
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint, fingerprint_files
-from firstsight.core.stage import log, main
+from firstsight.core.stage import log
 
 # Seconds to wait for another process at the same work: for one that was told to end, and saves what it has.
 _PATIENCE = 60
@@ -128,7 +125,3 @@ def _code() -> dict[str, str]:
     ours = [file for file in loaded for folder in ("firstsight", "stages") if file.is_relative_to(here / folder)]
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
     return {"files": fingerprint_files(sorted(ours)), **versions}
-
-
-if __name__ == "__main__":
-    main(clean)

@@ -324,7 +324,7 @@ class Interrupt(checkpoints.CheckpointCallback):
         if moment.rstrip("k") == str(state.global_step):
             os.kill(os.getpid(), signal.SIGKILL if moment.endswith("k") else signal.SIGTERM)
 
-fit.Checkpoints = Interrupt
+fit.CheckpointCallback = Interrupt
 main(distill.run)
 """
 

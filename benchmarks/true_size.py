@@ -163,8 +163,9 @@ def stage(module: str, arguments: list[str]) -> None:
 
 def needs(module: str, arguments: tuple[str, ...]) -> list[str]:
     """Return the libraries of a stage that a machine for benchmarks may lack."""
-    measured = module == "evaluate"
-    return ["rouge_score", "sacrebleu"] * measured + ["bitsandbytes"] * (measured or module == "quantize_student")
+    if module == "evaluate":
+        return ["rouge_score", "sacrebleu", "pandas", "bitsandbytes"]
+    return ["bitsandbytes"] if module == "quantize_student" else []
 
 
 def run() -> None:

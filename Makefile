@@ -1,4 +1,5 @@
 # make repro   set up, run whatever of the pipeline is out of date, and show the comparison
+# make lint    set up, then check style, format and types
 # make test    set up, then lint and run the unit tests and the smoke preset once, in one process
 # make test-all   run every test, with real DVC, Slurm, a browser, several processes, kills and a model of true size; as
 #                 root on Debian, install the packages of it that some of these need
@@ -28,22 +29,27 @@ export PYTHONUTF8 := 1
 # In parallel, each file's tests in one process and the longest files first; tests/conftest.py says why.
 PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: repro test test-all system-packages publish audit setup clean clean-scratch torture
+.PHONY: repro lint test test-all system-packages publish audit setup clean clean-scratch torture
+# Here and below the command is run as a module, which is this clone's own; $(BIN)/firstsight is that of the clone which
+# made $(VENV).
 repro: setup
 	@dvc repro
-	@python -m firstsight.reporting.comparison
+	@python -m firstsight table
 
-test: setup $(TEST_READY)
+lint: setup $(TEST_READY)
 	@ruff check .
+	@ruff format --check .
+	@pyrefly check
+
+test: lint
 	@$(PYTEST) -m "not slow and not system"
 
-test-all: setup $(TEST_READY) system-packages
-	@ruff check .
+test-all: lint system-packages
 	@$(PYTEST)
 
 publish: setup
 	@if [ -z "$(REPO)" ]; then echo "error: expected REPO=owner/name, found none"; exit 1; fi
-	@python -m firstsight.publish $(VARIANT) $(REPO) $(if $(filter 1,$(PUSH)),--push)
+	@python -m firstsight publish $(VARIANT) $(REPO) $(if $(filter 1,$(PUSH)),--push)
 
 system-packages:
 	@sh tests/system_packages.sh
@@ -57,6 +63,7 @@ $(READY): requirements.txt
 		{ echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 $(TEST_READY): requirements-test.txt | $(READY)
@@ -72,7 +79,7 @@ clean:
 	rm -rf $(VENV)
 
 clean-scratch: setup
-	@python -m firstsight.core.scratch
+	@python -m firstsight clean-scratch
 
 torture: setup
 	@python -m benchmarks.torture

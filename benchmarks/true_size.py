@@ -152,8 +152,7 @@ def side_by_side(folder: Path, device: str) -> list[dict[str, Any]]:
 
 def stage(module: str, arguments: list[str]) -> None:
     """Run a stage in this process, then print its peak memory in bytes as the last line."""
-    sys.argv = [module, *arguments]
-    importlib.import_module(f"stages.{module}").run()
+    importlib.import_module(f"stages.{module}").run(*arguments)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         context = total - free - torch.cuda.memory_reserved()

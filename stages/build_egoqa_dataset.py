@@ -115,4 +115,4 @@ def listed(dropped: Counter[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ())

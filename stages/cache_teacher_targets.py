@@ -130,4 +130,4 @@ def to(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ())

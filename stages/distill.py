@@ -100,4 +100,4 @@ def dataset(split: str, processor: ProcessorMixin, teacher_processor: ProcessorM
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ())

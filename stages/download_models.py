@@ -7,7 +7,6 @@ writes models/teacher or models/student, a plain Hugging Face folder (EgoGPT's o
        with source.json in it: where the model came from, its licence, architecture and size
 """
 
-import sys
 from pathlib import Path
 
 from firstsight.acquisition import checks, egogpt_conversion, hub_client
@@ -19,8 +18,7 @@ from firstsight.core.stage import log, main
 from firstsight.models.loading import stored_method
 
 
-def run() -> None:
-    role = sys.argv[1]
+def run(role: str) -> None:
     model = getattr(params.load().models, role)
     with whole_folder(Path("models") / role) as folder:
         commit = None
@@ -52,4 +50,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ("teacher", "student"))

@@ -9,7 +9,6 @@ writes evaluations/{variant}/{predictions,quality,performance}.json; for a varia
 
 import importlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,7 @@ from firstsight.records.parquet import Split
 TEST = Path("data/egoqa/test.parquet")
 
 
-def run() -> None:
-    name = sys.argv[1]
+def run(name: str) -> None:
     variant = VARIANTS[name]
     loaded = params.load()
     settings = loaded.evaluate
@@ -128,4 +126,4 @@ def answer(
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, VARIANTS)

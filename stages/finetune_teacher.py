@@ -67,4 +67,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ())

@@ -7,14 +7,13 @@ writes models/student-{method}: a folder that `from_pretrained` loads quantized,
        error of each layer; for a method that `quantize.methods` does not list, only a note that it is left out
 """
 
-import sys
 from itertools import islice
 from pathlib import Path
 
 from firstsight.core import params
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, VARIANTS
+from firstsight.core.variants import LEFT_OUT, METHODS, VARIANTS
 from firstsight.models.loading import pick_device
 from firstsight.quantization.quantize import quantize_folder
 from firstsight.records.parquet import Split
@@ -23,8 +22,7 @@ SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validati
 MEASUREMENTS = "quantization.json"
 
 
-def run() -> None:
-    method = sys.argv[1]
+def run(method: str) -> None:
     loaded = params.load()
     settings = loaded.quantize
     with whole_folder(VARIANTS[f"student-{method}"].model) as folder:
@@ -50,4 +48,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, METHODS)

@@ -181,4 +181,4 @@ def spread(length: int, count: int) -> range:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ())

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -76,14 +77,8 @@ ALL = EVALUATIONS | AFTER_DISTILL | {
 
 def run_stage(folder: Path, module: str, *arguments: str) -> None:
     """Run a stage in this process, in `folder`; what it raises is raised here."""
-    before, argv = Path.cwd(), sys.argv
-    os.chdir(folder)
-    sys.argv = [module, *arguments]
-    try:
-        importlib.import_module(f"stages.{module}").run()
-    finally:
-        os.chdir(before)
-        sys.argv = argv
+    with chdir(folder):
+        importlib.import_module(f"stages.{module}").run(*arguments)
 
 
 def run_module(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:

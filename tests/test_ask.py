@@ -18,13 +18,14 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from transformers import PreTrainedModel
 
-from firstsight import ask, demo
 from firstsight.asking.asked_model import Answer, AskedModel, question_about, seen
 from firstsight.asking.side_by_side import answered
+from firstsight.cli import app, quiet
+from firstsight.cli.ask import second_answer
 from firstsight.core.errors import UserError
+from firstsight.core.variants import STUDENTS
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
-from firstsight.publishing.model_card import VARIANTS
 from firstsight.readers.media import read_image, read_video
 from firstsight.records.parquet import Split
 
@@ -34,8 +35,7 @@ STUDENT = "models/student-distilled"
 @pytest.fixture(autouse=True)
 def loud(monkeypatch):
     """What a command silences in its own process would stay silent in this one."""
-    for command in (ask, demo):
-        monkeypatch.setattr(command, "quiet_transformers", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_transformers", lambda: None)
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def media(tmp_path) -> Path:
 def test_models_are_asked_side_by_side(smoke, media, settings):
     others = ["models/teacher-finetuned", "models/student"]
     question = STUDENT, str(media / "clip.mp4"), " What did I pick up? "
-    done = run_module(smoke, "firstsight.ask", *question, "--compare", *others)
+    compare = [word for other in others for word in ("--compare", other)]
+    done = run_module(smoke, "firstsight", "ask", *question, *compare)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"running on [^\n]+\n", done.stderr)  # no progress bars, no warnings
     about, question, blank, header, line, *rows = done.stdout.splitlines()
@@ -80,7 +81,7 @@ def test_models_are_asked_side_by_side(smoke, media, settings):
 
 @pytest.mark.system
 def test_a_mistake_is_one_line(smoke, media):
-    done = run_module(smoke, "firstsight.ask", STUDENT, str(media / "broken.mp4"), "What?")
+    done = run_module(smoke, "firstsight", "ask", STUDENT, str(media / "broken.mp4"), "What?")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"error: expected a readable video, found {media / 'broken.mp4'}")
 
@@ -108,9 +109,8 @@ def test_what_cannot_be_asked_is_said_before_any_model_is_loaded(
     monkeypatch.chdir(smoke)
     monkeypatch.setattr("firstsight.asking.asked_model.load_model", lambda *_: pytest.fail("loaded"))
     model = model.format(media=media)
-    monkeypatch.setattr(sys, "argv", ["ask", STUDENT, str(media / file), question, "--compare", model])
     with pytest.raises(UserError) as error:
-        ask.run()
+        app.run(["ask", STUDENT, str(media / file), question, "--compare", model])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -147,14 +147,14 @@ def test_a_model_is_let_go_before_the_next_is_loaded(smoke, media, settings):
     before = models()
     gc.disable()
     try:
-        ask.ask(smoke / STUDENT, sample, settings.evaluate, "cpu")
+        second_answer(smoke / STUDENT, sample, settings.evaluate, "cpu")
         assert models() == before
     finally:
         gc.enable()
 
 
 def test_the_page_has_a_row_a_model_and_what_they_see(smoke, media, settings):
-    models = [AskedModel(smoke / folder, settings.evaluate, "cpu") for folder in (STUDENT, f"models/{VARIANTS[-1]}")]
+    models = [AskedModel(smoke / folder, settings.evaluate, "cpu") for folder in (STUDENT, f"models/{STUDENTS[-1]}")]
     frames, rows = answered(models, media / "clip.mp4", "What?", settings.data)
     assert [frame.size for frame in frames] == [(112, 84)] * 4
     sample = question_about(media / "clip.mp4", "What?", settings.data)
@@ -172,11 +172,10 @@ def test_the_page_names_an_upload_without_its_folder(media, settings):
 
 def test_without_gradio_the_demo_says_what_to_install(smoke, monkeypatch):
     monkeypatch.chdir(smoke)
-    monkeypatch.setattr(sys, "argv", ["demo", STUDENT])
     monkeypatch.delitem(sys.modules, "firstsight.asking.web_page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"gradio: expected .* pip install -r requirements-demo.txt"):
-        demo.run()
+        app.run(["demo", STUDENT])
 
 
 @pytest.mark.system
@@ -190,7 +189,7 @@ def test_the_page_answers_on_this_machine_alone_and_forgets(smoke, media, tmp_pa
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     served = subprocess.Popen(
-        [sys.executable, "-m", "firstsight.demo", STUDENT, "models/student", "--port", str(port)],
+        [sys.executable, "-m", "firstsight", "demo", STUDENT, "models/student", "--port", str(port)],
         cwd=smoke,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TMPDIR": str(uploads)},
         stderr=subprocess.PIPE,

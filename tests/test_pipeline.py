@@ -10,7 +10,7 @@ from conftest import ROOT, STAGES, YAML_SAFE, change, run_module, run_stage, wor
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
 
-TABLE = "firstsight.reporting.comparison"
+TABLE = "firstsight", "table"
 PIPELINE = YAML_SAFE.load(ROOT / "dvc.yaml")["stages"]
 REAL = ROOT.parent / "shared" / "realdata" / "open-eqa"
 
@@ -68,7 +68,7 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
 
 @pytest.mark.system
 def test_the_table_is_printed_from_the_metrics(smoke):
-    printed = run_module(smoke, TABLE).stdout
+    printed = run_module(smoke, *TABLE).stdout
     for word in ("student-nf4", "exact match", "retention", "latency", "question only", "metrics/report.html"):
         assert word in printed
 
@@ -76,12 +76,12 @@ def test_the_table_is_printed_from_the_metrics(smoke):
 @pytest.mark.system
 def test_some_variants_are_shown_before_there_is_a_report(smoke_copy):
     shutil.rmtree(smoke_copy / "metrics")
-    printed = run_module(smoke_copy, TABLE, "teacher", "student-nf4").stdout.splitlines()
+    printed = run_module(smoke_copy, *TABLE, "teacher", "student-nf4").stdout.splitlines()
     assert [line.split()[0] for line in printed[2:]] == ["teacher", "student-nf4"]
     latency = json.loads((smoke_copy / "evaluations/teacher/performance.json").read_text())["latency_ms_p50"]
     assert f"{latency:.1f} ms" in printed[2]
-    assert "gpt: expected a variant, one of teacher, teacher-int8" in run_module(smoke_copy, TABLE, "gpt").stderr
-    refused = run_module(smoke_copy, TABLE, "teacher-int8")
+    assert "gpt: expected a variant, one of teacher, teacher-int8" in run_module(smoke_copy, *TABLE, "gpt").stderr
+    refused = run_module(smoke_copy, *TABLE, "teacher-int8")
     assert refused.returncode == 1
     assert "evaluations/teacher-int8: expected figures, found that it is left out: evaluate.teacher" in refused.stderr
 

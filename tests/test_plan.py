@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
 from transformers import AutoModelForImageTextToText, Qwen2VLConfig, WhisperConfig
 
-from firstsight import plan
 from firstsight.acquisition.egogpt_conversion import Speech, convert
 from firstsight.acquisition.initialise import build_model
+from firstsight.cli.plan import plan
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.models.loading import language_model_prefix, load_model, load_processor
@@ -349,7 +349,6 @@ def test_activations_are_what_autograd_saves(method, processor, tmp_path):
 def test_a_built_data_set_is_counted_unless_its_settings_are_others(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(workspace(tmp_path))
     run_stage(tmp_path, "build_egoqa_dataset")
-    monkeypatch.setattr(sys, "argv", ["plan"])
     values = YAML_SAFE.load(tmp_path / "params.yaml")
 
     def data_line(locked: dict | None) -> str:
@@ -357,7 +356,7 @@ def test_a_built_data_set_is_counted_unless_its_settings_are_others(tmp_path, mo
             built = {"params": {"params.yaml": {"data": locked}}}
             with (tmp_path / "dvc.lock").open("w") as file:
                 YAML().dump({"schema": "2.0", "stages": {"build-egoqa-dataset": built}}, file)
-        plan.run()
+        plan()
         return capsys.readouterr().out.splitlines()[1]
 
     counted = "questions about 48 media"
@@ -426,8 +425,7 @@ def test_more_logits_than_there_are_tokens_and_a_smaller_teacher_are_said(tmp_pa
     document["targets"] |= {"kind": "topk", "k": 10**9}
     monkeypatch.chdir(workspace(tmp_path))
     write_params(tmp_path, document)
-    monkeypatch.setattr(sys, "argv", ["plan"])
-    plan.run()
+    plan()
     printed = capsys.readouterr().out
     assert "the teacher has fewer parameters than the student" in printed
     assert "targets.k is 1,000,000,000, more than there are tokens: all of at most 672 are kept" in printed
@@ -456,14 +454,13 @@ def test_a_text_only_model_is_said_to_see_nothing(settings, processor, tmp_path,
     document = YAML_SAFE.load(ROOT / "presets/qwen2-vl-7b.yaml")
     document["models"]["student"]["source"] = str(tmp_path)
     write_params(tmp_path, document)
-    monkeypatch.setattr(sys, "argv", ["plan", str(tmp_path / "params.yaml")])
-    plan.run()
+    plan(tmp_path / "params.yaml")
     assert f"{tmp_path} reads text alone: for it media are not counted" in capsys.readouterr().out
 
 
 @pytest.mark.system
 def test_the_command_prints_a_table_and_a_verdict():
-    command = [sys.executable, "-m", "firstsight.plan", "presets/qwen2-vl-7b-24gb.yaml"]
+    command = [sys.executable, "-m", "firstsight", "plan", "presets/qwen2-vl-7b-24gb.yaml"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "cache-teacher-targets" in printed
     assert "fits" in printed.splitlines()[-4]

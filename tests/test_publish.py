@@ -18,10 +18,11 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import _http
 from test_dvc import command, new_project
 
-from firstsight import publish
+from firstsight.cli import app, quiet
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json, write_json
+from firstsight.core.variants import DISTILLED, STUDENTS
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
 from firstsight.publishing import checks, model_card
@@ -31,7 +32,7 @@ from firstsight.records.sample import Record
 NAME = "me/tiny"
 TOKEN = "hf_secretsecretsecret"
 STUDENT = "models/student-distilled"
-QUANTIZED = model_card.VARIANTS[-1]  # the one that the smoke preset asks for
+QUANTIZED = STUDENTS[-1]  # the one that the smoke preset asks for
 
 pytestmark = pytest.mark.system
 
@@ -56,7 +57,7 @@ def project(measured, tmp_path, monkeypatch) -> Path:
     """A copy to work in and to change, with a token; warnings and progress bars stay as they are in this process."""
     folder = Path(shutil.copytree(measured, tmp_path / "project", symlinks=True))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(publish, "quiet_transformers", lambda: None)
+    monkeypatch.setattr(quiet, "quiet_transformers", lambda: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return folder
 
@@ -70,14 +71,13 @@ def served(tmp_path, monkeypatch):
         yield server
 
 
-def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["publish", *arguments])
-    publish.run()
+def run(*arguments: str) -> None:
+    app.run(["publish", *arguments])
 
 
-def refusal(monkeypatch, *arguments: str) -> str:
+def refusal(*arguments: str) -> str:
     with pytest.raises(UserError) as error:
-        run(monkeypatch, *arguments)
+        run(*arguments)
     assert "\n" not in str(error.value)
     assert TOKEN not in str(error.value)
     assert not list(Path("models").glob(".publish*"))
@@ -88,10 +88,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: fingerprint_files([path]) for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("variant", [model_card.DISTILLED, QUANTIZED])
-def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project, monkeypatch, tmp_path, variant):
+@pytest.mark.parametrize("variant", [DISTILLED, QUANTIZED])
+def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project, tmp_path, variant):
     before = contents(project / "models" / variant)
-    run(monkeypatch, variant, NAME, "--push")
+    run(variant, NAME, "--push")
     assert contents(project / "models" / variant) == before
     assert served.repositories[NAME].private
     large = [request for request in served.requests if request.path.startswith("/cdn/lfs")]
@@ -123,7 +123,7 @@ def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project
 
 def test_without_push_it_shows_files_and_card_and_asks_no_hub(served, project, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
-    run(monkeypatch, "student-distilled", NAME)
+    run("student-distilled", NAME)
     listed, shown = capsys.readouterr().out.split("\nREADME.md:\n\n")
     weights = (project / STUDENT / "model.safetensors").stat().st_size
     assert f"{weights / 1000:.3g} kB  model.safetensors" in listed
@@ -160,9 +160,8 @@ def test_the_card_says_what_was_measured_and_is_valid_metadata(project):
     assert (read.license, read.license_name, read.base_model) == ("apache-2.0", None, None)
 
 
-def test_the_card_can_be_printed_alone(project, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["card", QUANTIZED])
-    model_card.run()
+def test_the_card_can_be_printed_alone(project, capsys):
+    app.run(["card", QUANTIZED])
     assert capsys.readouterr().out == model_card.model_card(QUANTIZED, f"models/{QUANTIZED}")
 
 
@@ -174,7 +173,7 @@ def test_a_second_push_replaces_the_first_and_leaves_what_is_not_a_model(served,
     served.repositories[NAME] = Repository(folder)
     (project / "models/student/LICENSE").write_text("the student's")
     monkeypatch.setattr(checks, "check_measured", lambda: None)  # of the licence that was not downloaded
-    run(monkeypatch, "student-distilled", NAME, "--push")
+    run("student-distilled", NAME, "--push")
     names = {*contents(project / STUDENT), "README.md", "notes.md", "LICENSE"}
     assert names <= set(served.repositories[NAME].files)
     assert [name for name in served.repositories[NAME].files if "safetensors" in name] == ["model.safetensors"]
@@ -252,9 +251,9 @@ def left_out(project):
     "damage",
     [nobody, bad_name, uncommitted, no_clone, stale, other_weights, unmeasured, pickle, cut_short, missing, left_out],
 )
-def test_what_is_not_the_measured_model_is_refused(served, project, monkeypatch, damage):
+def test_what_is_not_the_measured_model_is_refused(served, project, damage):
     arguments, expected = damage(project)
-    assert expected in refusal(monkeypatch, *arguments)
+    assert expected in refusal(*arguments)
     assert served.requests == []
 
 
@@ -266,9 +265,9 @@ def test_a_student_that_reads_text_alone_is_refused(settings, processor, tmp_pat
 
 def test_without_a_token_nothing_is_pushed(served, project, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    assert "HF_TOKEN: expected a token that may write" in refusal(monkeypatch, "student-distilled", NAME, "--push")
+    assert "HF_TOKEN: expected a token that may write" in refusal("student-distilled", NAME, "--push")
     monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\x0b.")
-    assert "HF_TOKEN: expected printable" in refusal(monkeypatch, "student-distilled", NAME, "--push")
+    assert "HF_TOKEN: expected printable" in refusal("student-distilled", NAME, "--push")
     assert served.requests == []
 
 
@@ -295,18 +294,18 @@ def test_a_hub_that_fails_is_one_line_and_a_rerun_is_enough(served, project, mon
     monkeypatch.setattr(checks, "check_measured", lambda: None)
     oid = hashlib.sha256((project / STUDENT / "model.safetensors").read_bytes()).hexdigest()
     served.statuses[path.format(oid=oid)] = status
-    found = refusal(monkeypatch, "student-distilled", NAME, "--push")
+    found = refusal("student-distilled", NAME, "--push")
     assert found.startswith(f"{NAME}: expected the hub to accept the commit, found ")
     assert remedy in found
     assert not served.repositories or not served.repositories[NAME].files
     served.statuses.clear()
-    run(monkeypatch, "student-distilled", NAME, "--push")
+    run("student-distilled", NAME, "--push")
     assert {"README.md", "model.safetensors"} <= set(served.repositories[NAME].files)
 
 
 def test_a_licence_that_the_hub_refuses_is_said(served, project, monkeypatch):
-    monkeypatch.setattr(publish, "model_card", lambda *_: "---\nlicense: other\n---\n")
-    found = refusal(monkeypatch, "student-distilled", NAME, "--push")
+    monkeypatch.setattr(model_card, "model_card", lambda *_: "---\nlicense: other\n---\n")
+    found = refusal("student-distilled", NAME, "--push")
     assert 'Invalid metadata in README.md. - "license_name" is required' in found
 
 
@@ -332,7 +331,7 @@ def test_make_publish_pushes_only_when_it_is_told_to(project):
         (("PUSH=1", f"VARIANT={QUANTIZED}"), f"{QUANTIZED} me/tiny --push"),
     ):
         told = make(project, "--just-print", f"REPO={NAME}", *words).stdout.splitlines()[-1]
-        assert told.strip() == f"python -m firstsight.publish {expected}"
+        assert told.strip() == f"python -m firstsight publish {expected}"
 
 
 def test_the_token_appears_nowhere(served, project, tmp_path):

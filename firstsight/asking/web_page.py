@@ -1,4 +1,4 @@
-"""Build the web page of `firstsight.demo`: an upload and a question, the frames the models see, their answers."""
+"""Build the web page of `firstsight demo`: an upload and a question, the frames the models see, their answers."""
 
 from collections.abc import Sequence
 from pathlib import Path

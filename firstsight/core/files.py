@@ -1,6 +1,5 @@
 """Write outputs that appear whole or not at all, and fingerprint files, folders and JSON values."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
@@ -44,7 +45,8 @@ def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder for this process. Raises BlockingIOError when another process holds the lock."""
     opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_descriptor(opened, blocking=False):
+            raise BlockingIOError
         yield
     finally:
         os.close(opened)

@@ -12,9 +12,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 # Set by a launcher for what it starts: by DVC, by accelerate, and by the torchrun inside accelerate.
-_DVC = b"\0DVC_STAGE="
-_MARKS = (_DVC, b"\0ACCELERATE_", b"\0TORCHELASTIC_RUN_ID=")
+_DVC = "DVC_STAGE"
+_MARKS = (_DVC, "ACCELERATE_", "TORCHELASTIC_RUN_ID")
 _WATCHED = sys.platform == "linux" and Path("/proc/self/stat").exists()
 # Seconds from being told to end to being killed: enough for a checkpoint.
 _GRACE = 120
@@ -37,7 +39,7 @@ def end_with(process: int) -> None:
 def _watch_launchers() -> None:
     try:
         launchers = _launchers()
-    except (OSError, ProcessLookupError):  # one died as it was looked at
+    except (OSError, psutil.NoSuchProcess):  # one died as it was looked at
         launchers = None
     _watch(launchers)
 
@@ -73,14 +75,9 @@ def _wait(processes: list[int]) -> None:
 
 def _alive(process: int) -> bool:
     try:
-        return _status(process)[0] not in "ZX"
-    except OSError:
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
-
-
-def _status(process: int) -> list[str]:
-    """What the kernel says of a process, from its state on: state, parent and more."""
-    return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def _launchers() -> list[int] | None:
@@ -89,26 +86,27 @@ def _launchers() -> list[int] | None:
     None when one has died already, and its children have been adopted: DVC would be of its stage's session.
     """
     found, process = [], os.getpid()
-    while any(mark in (marks := _environment(process)) for mark in _MARKS):
-        above = int(_status(process)[1])
+    while any(name.startswith(_MARKS) for name in _environment(process)):
+        above = psutil.Process(process).ppid()
         if above == 0:  # the first process of a container, whose variables may have been set from outside
             break
-        if os.getsid(above) != os.getsid(process) and _DVC in marks and _DVC not in _environment(above):
+        adopted = _DVC in _environment(process) and _DVC not in _environment(above)
+        if adopted and os.getsid(above) != os.getsid(process):
             return None
         found.append(above)
         process = above
     return found
 
 
-def _environment(process: int) -> bytes:
-    """The variables that a process was started with; none where they are another user's."""
+def _environment(process: int) -> dict[str, str]:
+    """Return the variables that a process was started with; none where they are another user's."""
     try:
-        return b"\0" + Path(f"/proc/{process}/environ").read_bytes()
-    except PermissionError:
-        return b""
-    except FileNotFoundError:
+        return psutil.Process(process).environ()
+    except psutil.AccessDenied:
+        return {}
+    except psutil.NoSuchProcess:
         try:
             os.kill(process, 0)
         except PermissionError:  # a machine may hide other users' processes (hidepid)
-            return b""
+            return {}
         raise

@@ -1,7 +1,4 @@
-"""Folders for unfinished work of stages, outside their outputs, which DVC deletes before a rerun.
-
-python -m firstsight.core.scratch       removes them
-"""
+"""Folders for unfinished work of stages, outside their outputs, which DVC deletes before a rerun."""
 
 import os
 import shutil
@@ -17,7 +14,7 @@ from filelock import FileLock, Timeout
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint, fingerprint_files
-from firstsight.core.stage import log, main
+from firstsight.core.stage import log
 
 # Seconds to wait for another process that does the same work: it may have been told to end, and be saving.
 _PATIENCE = 60
@@ -131,7 +128,3 @@ def _code() -> dict[str, str]:
     ours = [file for file in loaded for folder in ("firstsight", "stages") if file.is_relative_to(here / folder)]
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
     return {"files": fingerprint_files(sorted(ours)), **versions}
-
-
-if __name__ == "__main__":
-    main(clean)

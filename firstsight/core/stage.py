@@ -6,7 +6,8 @@ import signal
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.faults import in_words
@@ -19,12 +20,21 @@ log.propagate = False
 log.addHandler(logging.StreamHandler(sys.stderr))
 
 
-def main(run: Callable[[], None]) -> None:
-    """Run a stage. A `UserError` is printed as one line on stderr and ends the process with status 1, no traceback, and
-    so is a fault of the machine (`faults.in_words`).
+def main(run: Callable[..., None], choices: Collection[str] | None = None) -> None:
+    """Run a stage or another command. A `UserError` is printed as one line on stderr and ends the process with status
+    1, no traceback, and so is a fault of the machine (`faults.in_words`).
 
     `Unfinished` too is one line, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
+
+    Args:
+        choices: what the one argument of a stage may be, which `run` is then called with; empty for a stage without
+            arguments. `--help` prints the docstring of the stage's module, and nothing is run. None leaves the
+            arguments to `run`.
     """
+    if choices is not None and {"-h", "--help"} & set(sys.argv[1:]):
+        if os.environ.get("RANK", "0") == "0":  # one of several processes
+            print(sys.modules[run.__module__].__doc__, end="")
+        return
     _in_utf8()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +44,7 @@ def main(run: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, _hung_up)
     end_with_launchers()
     try:
-        run()
+        run(*([] if choices is None else _checked(sys.argv[1:], choices)))
     except UserError as error:
         # A data worker's error arrives with its traceback before it.
         line = str(error).rsplit("UserError: ", 1)[-1]
@@ -51,6 +61,16 @@ def main(run: Callable[[], None]) -> None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _checked(arguments: list[str], choices: Collection[str]) -> list[str]:
+    """Return the arguments of a stage: one of the choices, or none where there are no choices. Raise UserError else."""
+    if len(arguments) == bool(choices) and set(arguments) <= set(choices):
+        return arguments
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name if spec else Path(sys.argv[0]).stem
+    expected = f"one of {', '.join(choices)}" if choices else "no argument"
+    raise UserError(f"{name}: expected {expected}, found {' '.join(arguments) or 'none'}; --help says what it does")
 
 
 def _in_utf8() -> None:

@@ -19,13 +19,15 @@ class Variant:
 # `quantization_config`, `stored_method`, `check_quantized` in models/loading.py; its bytes: planning/gpu_memory.py.
 METHODS: tuple[str, ...] = get_args(Method)
 TEACHER = "teacher"
+DISTILLED = "student-distilled"
+# The students that the pipeline makes, each a folder of models/, which can be published.
+STUDENTS = (DISTILLED, *(f"student-{method}" for method in METHODS))
 _TEACHER = Path("models/teacher-finetuned")
 VARIANTS = {
     TEACHER: Variant(_TEACHER),
     **{f"teacher-{method}": Variant(_TEACHER, method) for method in METHODS},
     "student": Variant(Path("models/student")),
-    "student-distilled": Variant(Path("models/student-distilled")),
-    **{f"student-{method}": Variant(Path(f"models/student-{method}")) for method in METHODS},
+    **{student: Variant(Path("models") / student) for student in STUDENTS},
 }
 # The only file of a variant's folders where params.yaml does not ask for it: DVC requires every output to exist.
 LEFT_OUT = "left-out.json"

@@ -1,11 +1,8 @@
 """Write the model card of a student: what it is, how to use it, what was measured, how it was made.
 
-    python -m firstsight.publishing.model_card student-distilled       prints it
-
 The figures come from metrics/, the rest from the data card and params.yaml.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,9 @@ from jinja2 import Environment, FileSystemLoader
 from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.core.stage import main
-from firstsight.core.variants import METHODS
+from firstsight.core.variants import DISTILLED
 from firstsight.reporting.comparison import size
 
-DISTILLED = "student-distilled"
-# The variants that can be published, each a folder in models/.
-VARIANTS = (DISTILLED, *(f"student-{method}" for method in METHODS))
 METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
 # The hub's licence identifiers that base models commonly have; any other licence is "other" there, with its name.
 IDENTIFIERS = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0")
@@ -122,14 +115,3 @@ def _rows(variant: str, quality: dict, performance: dict) -> list[tuple[str, str
     if guess := quality.get("question-only"):
         rows.append(("best guess without looking, exact match", f"{guess['exact_match']:.3f}", ""))
     return rows
-
-
-def run() -> None:
-    parser = argparse.ArgumentParser("python -m firstsight.publishing.model_card", description=__doc__.splitlines()[0])
-    parser.add_argument("variant", choices=VARIANTS)
-    variant = parser.parse_args().variant
-    print(model_card(variant, f"models/{variant}"), end="")
-
-
-if __name__ == "__main__":
-    main(run)

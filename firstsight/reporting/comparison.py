@@ -1,15 +1,9 @@
-"""The comparison table for a terminal, from the git-tracked metrics, or of some variants as they were measured.
+"""The comparison table for a terminal, from the git-tracked metrics, or of some variants as they were measured."""
 
-python -m firstsight.reporting.comparison
-python -m firstsight.reporting.comparison teacher teacher-int8
-"""
-
-import sys
 from pathlib import Path
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.core.stage import main
 from firstsight.core.variants import LEFT_OUT, VARIANTS
 from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
 from firstsight.reporting.text_table import render
@@ -88,7 +82,3 @@ def show() -> None:
         "report   metrics/report.html\nsummary  metrics/summary.txt\nplots    metrics/plots/*.png, or: dvc plots show\n"
         "models   " + ", ".join(str(VARIANTS[name].model) for name in performance if name.startswith("student-"))
     )
-
-
-if __name__ == "__main__":
-    main(lambda: show_some(sys.argv[1:]) if sys.argv[1:] else show())

@@ -1,4 +1,4 @@
-"""Commands whose output a person reads."""
+"""Silence libraries in commands whose output a person reads."""
 
 from transformers.utils import logging
 

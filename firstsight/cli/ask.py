@@ -1,0 +1,60 @@
+"""firstsight ask: the answers of models to a question about an image or a video."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from firstsight.asking.asked_model import Answer
+    from firstsight.core.params import Evaluate
+    from firstsight.records.sample import Sample
+
+ROW = "{:<{width}}  {:>9}  {:>8}  {}"
+
+
+def ask(
+    model: Annotated[Path, typer.Argument(help="A model folder, such as models/student-distilled.")],
+    media: Annotated[Path, typer.Argument(help="An image or a video.")],
+    question: Annotated[str, typer.Argument(help="The question, in quotation marks.")],
+    compare: Annotated[
+        list[Path] | None, typer.Option(metavar="MODEL", help="Another model folder to ask; repeat it for more.")
+    ] = None,
+) -> None:
+    """Ask models about an image or a video.
+
+    The data section of params.yaml says how media are sampled and resized, the evaluate section how models are
+    loaded and how long answers may be. Models are loaded one after the other; each answers twice, and the second
+    answer is timed.
+    """
+    from firstsight.asking.asked_model import question_about, seen
+    from firstsight.asking.folder import check_there
+    from firstsight.cli.quiet import quiet_transformers
+    from firstsight.core import params
+    from firstsight.models.loading import pick_device
+
+    quiet_transformers()
+    loaded = params.load()
+    sample = question_about(media, question, loaded.data)
+    folders = [model, *(compare or [])]
+    for folder in folders:
+        check_there(folder)
+    device = pick_device(loaded.runtime.device)
+
+    width = max(len("model"), *(len(str(folder)) for folder in folders))
+    header = ROW.format("model", "time", "loading", "answer", width=width)
+    print(f"media     {media}, {seen(sample)}\nquestion  {sample.records[0].question}\n")
+    print(f"{header}\n{'-' * max(80, len(header))}", flush=True)
+    for folder in folders:
+        answer, loading = second_answer(folder, sample, loaded.evaluate, device)
+        times = f"{1000 * answer.seconds:.0f} ms", f"{loading:.1f} s"
+        print(ROW.format(str(folder), *times, answer.line(), width=width), flush=True)
+
+
+def second_answer(folder: Path, sample: "Sample", settings: "Evaluate", device: str) -> "tuple[Answer, float]":
+    """Return a model's second answer, because the first warms up, and the seconds of loading. Free the model."""
+    from firstsight.asking.asked_model import AskedModel
+
+    model = AskedModel(folder, settings, device)
+    model.answer(sample)
+    return model.answer(sample), model.load_seconds

@@ -1,0 +1,66 @@
+"""firstsight plan: what a run needs, before anything is downloaded."""
+
+from contextlib import chdir
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# GPUs that are common, in GiB, for a machine that has none.
+COMMON_GIB = (24, 48, 80)
+
+
+def plan(
+    path: Annotated[Path, typer.Argument(metavar="PARAMS", help="A parameter file, such as a preset.")] = Path(
+        "params.yaml"
+    ),
+) -> None:
+    """Estimate memory, disk and time of a run.
+
+    The table has memory, disk and relative time of every stage; below it is which GPU the run fits.
+
+    Nothing is downloaded and nothing is computed but sizes, on any machine. GPU memory is in GiB, as GPUs are sold;
+    disk in GB. Paths in the file are relative to the repository that it lies in, else to the current folder.
+    """
+    from firstsight.core import params
+    from firstsight.planning import plan_table
+    from firstsight.planning.shapes import on_meta
+    from firstsight.planning.workload import reads_text_alone, workload
+
+    loaded = params.load(path)
+    root = _repository(path)
+    with chdir(root):
+        work = workload(
+            loaded.data, path.absolute().relative_to(root) if path.absolute().is_relative_to(root) else path
+        )
+        rows = plan_table.rows(loaded, work)
+        teacher, student = (on_meta(model) for model in (loaded.models.teacher, loaded.models.student))
+    print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
+    for name, memory in _gpus():
+        print(plan_table.verdict(rows, name, memory))
+    for source, built in ((loaded.models.teacher.source, teacher), (loaded.models.student.source, student)):
+        if reads_text_alone(built.config):
+            print(f"\n{source} reads text alone: for it media are not counted, and its stages refuse them")
+    if teacher.num_parameters() < student.num_parameters():
+        print("\nthe teacher has fewer parameters than the student: are models.teacher and models.student swapped?")
+    tokens = min(model.config.get_text_config().vocab_size for model in (teacher, student))
+    if loaded.targets.kind == "topk" and loaded.targets.k > tokens:
+        print(f"\ntargets.k is {loaded.targets.k:,}, more than there are tokens: all of at most {tokens:,} are kept")
+    print("\ntime is a stage's share of the arithmetic, not hours")
+    print("how GPU memory is estimated, and what is left out: firstsight/planning/gpu_memory.py")
+
+
+def _repository(path: Path) -> Path:
+    """Return the nearest folder above the file that has a dvc.yaml, else the current folder."""
+    above = path.absolute().parents
+    return next((folder for folder in above if (folder / "dvc.yaml").is_file()), Path.cwd())
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Return name and bytes of the GPUs of this machine, or of common ones."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    if found:
+        return [(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)", gpu.total_memory) for gpu in found]
+    return [(f"{size} GiB", size << 30) for size in COMMON_GIB]

@@ -69,11 +69,11 @@ def leaking(looks: Sequence[np.ndarray], splits: Sequence[str], has_media: Seque
         has_media: False for units about text alone, which are not compared.
     """
     found = {}
-    splits = np.array(splits)
+    split_of = np.array(splits)
     usable = np.array(has_media, dtype=bool)
     for split, held_back in (("validation", ("test",)), ("train", ("test", "validation"))):
-        here = np.flatnonzero((splits == split) & usable)
-        there = np.flatnonzero(np.isin(splits, held_back) & usable)
+        here = np.flatnonzero((split_of == split) & usable)
+        there = np.flatnonzero(np.isin(split_of, held_back) & usable)
         if len(here) and len(there):
             same = seen_in(np.stack([looks[i] for i in here]), np.stack([looks[i] for i in there]))
             found |= {int(here[n]): int(there[other]) for n, other in enumerate(same) if other >= 0}

@@ -63,7 +63,7 @@ def in_words(error: Exception) -> str | None:
     return None
 
 
-def _unwritable(error: BaseException, path: Path) -> str | None:
+def _unwritable(error: BaseException | None, path: Path) -> str | None:
     """Return one line where the error, or one behind it, says that `path` cannot be written; else None."""
     while error is not None:
         number, text = getattr(error, "errno", None), str(error)

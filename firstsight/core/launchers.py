@@ -53,7 +53,7 @@ def _watch(processes: list[int] | None) -> None:
     with suppress(OSError):  # who read it may have died too
         print("what launched this process has died: ending", file=sys.stderr)
     # To the main thread, which runs the handlers, and may be waiting.
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 # What pydantic calls an error, as what was expected.
 _EXPECTED = {
@@ -63,7 +64,7 @@ def describe(error: ValidationError) -> str:
     return mistakes(error)[0].sentence
 
 
-def _mistake(error: dict) -> Mistake:
+def _mistake(error: ErrorDetails) -> Mistake:
     kind, context, path = error["type"], error.get("ctx", {}), error["loc"]
     if kind == "value_error":  # raised by a validator of ours, which words it
         sentence = str(context["error"])

@@ -43,8 +43,10 @@ def summarise(
         open_ones = [one for one in zip(records, predicted, strict=True) if not one[0].options]
         order = bleu_order([record for record, _ in open_ones])
         counted = np.array([bleu_statistics(record, answer, order) for record, answer in open_ones])
-        groups = scores["group"][~scores["closed"]]
-        low, high = bootstrap_interval(counted, groups, bootstrap_samples, seed, lambda drawn: bleu(drawn.sum(axis=0)))
+        open_groups = scores["group"][~scores["closed"]]
+        low, high = bootstrap_interval(
+            counted, open_groups, bootstrap_samples, seed, lambda drawn: bleu(drawn.sum(axis=0))
+        )
         summary |= {"bleu": bleu(counted.sum(axis=0)), "bleu_low": low, "bleu_high": high, "bleu_order": order}
     if scores["closed"].any():
         summary |= _share("option_accuracy", scores[scores["closed"]])

@@ -12,7 +12,7 @@ from firstsight.records.sample import Record, Sample
 Question = tuple[Sample, Record]
 
 
-def model_inputs(processor: Any, questions: Sequence[Question], device: str) -> dict[str, torch.Tensor]:
+def model_inputs(processor: Any, questions: Sequence[Question], device: str | torch.device) -> dict[str, torch.Tensor]:
     """Return the processor's tensors for a batch of questions, padded on the left, on `device`."""
     texts = [
         processor.apply_chat_template(messages(record, sample), add_generation_prompt=True, tokenize=False)

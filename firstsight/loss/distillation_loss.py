@@ -98,7 +98,8 @@ class _ChunkedLoss(torch.autograd.Function):
         # a retained graph computes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, *gradients = _sums_and_gradients(*ctx.saved_tensors, ctx.objective, *ctx.needs_gradients)
+            hidden, head, answers = ctx.saved_tensors
+            _, *gradients = _sums_and_gradients(hidden, head, answers, ctx.objective, *ctx.needs_gradients)
         hidden_grad, head_grad = (None if one is None else one.mul_(total_grad) for one in gradients)
         if hidden_grad is not None:
             hidden_grad = hidden_grad.to(ctx.saved_tensors[0].dtype)

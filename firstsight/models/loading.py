@@ -283,7 +283,7 @@ def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = 
     )
 
 
-def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype:
+def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype | str:
     """Return the dtype of weights that are not quantized; on the CPU, if others are quantized, the checkpoint's."""
     if precision not in ("auto", *METHODS):
         return getattr(torch, precision)
@@ -300,7 +300,7 @@ def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrain
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:  # else peft would accept a pickle
             found = set(file.keys())
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted: Any = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # whatever libraries raise over a damaged file
         raise _load_error(folder, error) from None
     if missing := sorted(set(get_peft_model_state_dict(adapted)) - found):

@@ -37,7 +37,7 @@ def push(folder: Path, repository: str) -> str:
     # around an error in the transfer of a large file.
     except (HTTPError, OSError, ValueError, RuntimeError) as raised:
         error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         found = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = _REMEDIES.get(status, "check the network, and run it again")
         raise UserError(f"{repository}: expected the hub to accept the commit, found {found}; {remedy}") from None

@@ -88,7 +88,8 @@ def _media(record: dict[str, Any], root: Path, rate: Callable[[Path], float]) ->
     media = files(root, names[0] if len(names) == 1 else names)
     if media.kind != "video" or "start_frame" not in record:
         return media
-    first, last = record["start_frame"], record.get("end_frame")
+    first: Any = record["start_frame"]
+    last: Any = record.get("end_frame")
     shown = record.get("current_observation_frame", last)
     numbers = all(isinstance(frame, int) and frame < _MOST_FRAMES for frame in (first, last, shown))
     if not numbers or not 0 <= first < last:

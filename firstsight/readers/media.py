@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -125,7 +125,8 @@ def first_there(root: Path, names: Sequence[str]) -> str:
 def encode(image: Image.Image, data: Data) -> bytes:
     """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token)."""
     buffer = io.BytesIO()
-    fetch_image({"image": image, "max_pixels": data.max_pixels}).save(buffer, "JPEG", quality=data.jpeg_quality)
+    described: dict[str, Any] = {"image": image, "max_pixels": data.max_pixels}
+    fetch_image(described).save(buffer, "JPEG", quality=data.jpeg_quality)
     return buffer.getvalue()
 
 

@@ -32,7 +32,9 @@ class DecodedMedia:
 class Media(Protocol):
     """An image, list of frames or video, not yet decoded: files, a row of a data set, a scene to render. Picklable."""
 
-    kind: MediaKind
+    @property
+    def kind(self) -> MediaKind:
+        """Return what it is: an image, frames or a video."""
 
     def key(self) -> str:
         """Return a name that is equal for equal media, and the same in every run on every machine."""

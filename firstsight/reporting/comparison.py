@@ -23,7 +23,7 @@ def size(count: float, unit: str = "B") -> str:
 
 def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
     """Return the table's cells in the order of `HEADER`: one row per variant, then one per baseline."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for variant, fast in performance.items():
         good = quality[variant]
         together = [batch["answers_per_second"] for batch in fast["throughput"].values()]

@@ -40,7 +40,7 @@ def drawable(text: str) -> str:
     return "".join(one if _has(families(), one) else one.encode("ascii", "backslashreplace").decode() for one in text)
 
 
-def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:
+def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return the font that covers most of a text that `drawable` returned: Pillow draws a text in a single font."""
     if text.isascii():
         return ImageFont.load_default(size)

@@ -284,8 +284,8 @@ def _left_or_right(scene: Scene) -> Pairs:
 
 def _more_coloured(scene: Scene) -> Pairs:
     for pair in permutations(COLOURS, 2):
-        counts = (_coloured(scene.first, colour) for colour in pair)
-        yield "Are there more {} or more {} things?".format(*pair), _more(*counts, pair)
+        first, second = (_coloured(scene.first, colour) for colour in pair)
+        yield "Are there more {} or more {} things?".format(*pair), _more(first, second, pair)
 
 
 def _same_colour(scene: Scene) -> Pairs:
@@ -371,8 +371,8 @@ def _moved_where(state: Callable[[Scene], State], question: str) -> Callable[[Sc
 
     def pairs(scene: Scene) -> Pairs:
         for thing in scene.first.present().values():
-            if scene.events_of(thing.kind):
-                yield question.format(thing.kind), state(scene).place_of(thing.kind)
+            if scene.events_of(thing.kind) and (place := state(scene).place_of(thing.kind)):
+                yield question.format(thing.kind), place
 
     return pairs
 

@@ -141,7 +141,7 @@ class TrainableModel:
             weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
             if isinstance(layer, BaseTunerLayer):
                 weight = weight + layer.get_delta_weight("default").float()
-            target = merged.get_submodule(name).weight
+            target = merged.get_parameter(f"{name}.weight")
             target.data.copy_(weight.to(target.dtype))
         return merged
 

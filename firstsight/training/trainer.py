@@ -195,7 +195,8 @@ class ProgressBar(ProgressCallback):
     """Show a progress bar and a line per evaluation, instead of a line per logged step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in (logs or {}):
+        logs = logs or {}
+        if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in logs:
             parts = ("objective", "ce", "divergence", "agreement")
             figures = [f"{name} {logs[f'eval_{name}']:.4f}" for name in parts if f"eval_{name}" in logs]
             self.training_bar.write(f"epoch {logs['epoch']:g}: validation {', '.join(figures)}")

@@ -13,6 +13,7 @@ from firstsight.core.params import Optimisation
 from firstsight.training.fit import micro_batches
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree(smoke_copy, processes):

@@ -125,6 +125,7 @@ def test_loaded_weights_lie_where_products_round_alike(smoke):
     assert torch.equal(tensor, torch.arange(1.0, 65.0))
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_stages_say_and_write_the_same_where_the_processor_has_it(smoke, smoke_copy):
     """In processes that believe it from the start, as on such a processor: nothing about kernels that it lacks."""

@@ -291,6 +291,7 @@ def test_another_setting_at_work_may_remove_its_files_as_they_are_counted(tmp_pa
     assert "1 other unfinished runs, 0.2 MB" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_several_processes_go_on_and_end_the_same(workspace):
     """Told to end by a signal, and killed, in an epoch after the first."""

@@ -136,12 +136,12 @@ def test_a_changed_setting_or_input_starts_anew(workspace, monkeypatch, caplog, 
         monkeypatch.setattr("firstsight.core.scratch._code", lambda: {"files": "edited"})
     begun = []
 
-    class First(checkpoints.Checkpoints):
+    class First(checkpoints.CheckpointCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             begun.append(state.global_step)
             kill()
 
-    monkeypatch.setattr(fit, "Checkpoints", First)
+    monkeypatch.setattr(fit, "CheckpointCallback", First)
     with caplog.at_level("INFO", logger="firstsight"), pytest.raises(Killed):
         run_stage(workspace, "distill")
     assert begun == [0]

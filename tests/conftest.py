@@ -24,12 +24,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 import hypothesis
 import pytest
-import torch
 from filelock import FileLock
 from PIL import Image
 from ruamel.yaml import YAML
 
-from firstsight.acquisition.initialise import build_model, build_processor, train_tokenizer
 from firstsight.core import params
 from firstsight.core.variants import METHODS, VARIANTS
 from firstsight.records.sample import Record, Sample
@@ -228,6 +226,9 @@ def settings() -> params.Params:
 
 @pytest.fixture(scope="session")
 def processor(settings):
+    # Here and below, so that tests which need no models start without loading torch.
+    from firstsight.acquisition.initialise import build_processor, train_tokenizer
+
     init = settings.models.student.init
     corpus = (ROOT / init.corpus).read_text().splitlines()
     return build_processor(train_tokenizer(corpus, init.vocabulary_size), init.max_pixels)
@@ -235,6 +236,10 @@ def processor(settings):
 
 @pytest.fixture(scope="session")
 def model(settings, processor):
+    import torch
+
+    from firstsight.acquisition.initialise import build_model
+
     torch.manual_seed(0)
     return build_model(settings.models.teacher.init, processor.tokenizer).eval()
 

@@ -47,7 +47,7 @@ def run() -> None:
     device = pick_device(loaded.runtime.device)
     made_from = {
         "kind": settings.kind,
-        # Of all files: config, processor and chat template change the teacher's outputs as its weights do.
+        # Over all its files: config, processor and chat template change the teacher's outputs as its weights do.
         "teacher": fingerprint_folder(TEACHER),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},

@@ -88,7 +88,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Speech(nn.Module):
-    """Whisper's encoder and EgoGPT's speech projector, which maps every `rate` states to one feature of size H."""
+    """Hold Whisper's encoder and EgoGPT's projector, which maps every `rate` states to one speech feature of size H."""
 
     def __init__(self, encoder: WhisperConfig, rate: int, width: int, hidden_size: int):
         super().__init__()

@@ -17,7 +17,7 @@ from firstsight.records.sample import Record, Sample
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer, and the seconds from decoded frames and text to the last token."""
+    """Hold a model's answer, and the seconds from decoded frames and text to the last token."""
 
     text: str
     seconds: float
@@ -28,10 +28,10 @@ class Answer:
 
 
 class AskedModel:
-    """A loaded model with its processor; `load_seconds` is the time that loading took.
+    """Load a model with its processor, to answer questions; `load_seconds` is the time that loading took.
 
     Raises:
-        UserError: the folder holds no model, or as `load_model`.
+        UserError: the folder holds no model, or as for `load_processor` and `load_model`.
     """
 
     def __init__(self, folder: Path, settings: Evaluate, device: str):

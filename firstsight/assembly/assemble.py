@@ -14,7 +14,7 @@ from firstsight.records.sample import Record
 
 @dataclass(frozen=True)
 class Unit:
-    """An undecoded image or video (None: text alone) and the questions about it. `key` becomes the sample's id."""
+    """Hold an undecoded image or video (None: text alone) and the questions about it; `key` becomes the sample's id."""
 
     key: str
     source: str

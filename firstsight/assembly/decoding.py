@@ -51,7 +51,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Decoded:
-    """What is kept in memory of a unit's decoded frames.
+    """Hold what is kept in memory of a unit's decoded frames, which stay on disk.
 
     `digest` is the SHA-256 of the frames' hashes; `look` is uint8 [3, LOOK, LOOK, 3], to compare media by; `size` is
     (frames, width, height, bytes). For a unit without media, `digest` is empty and the others are zero.
@@ -108,7 +108,11 @@ class Decoder:
                     yield unit.key, DecodedMedia(tuple(row["frames"]), row["fps"])
 
     def _written(self) -> Iterator[Path]:
-        """Yield the path of each chunk, in order, once it is written."""
+        """Write the chunks that are missing, in parallel if there are many, and yield every chunk's path, in order.
+
+        Raises:
+            UserError: a worker was killed.
+        """
         missing = [number for number, path in enumerate(self._paths) if not _whole(path)]
         workers = cores()
         if workers == 1 or len(missing) * CHUNK <= _ALONE:

@@ -45,11 +45,11 @@ def publish(
     checks.check_committed()
     checks.check_measured()
 
-    # Beside the model, not in it: DVC owns that folder.
+    # Next to the model's folder, not in it: DVC owns that folder.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".publish.", suffix=".partial") as temporary:
         whole = Path(temporary)
         link_folder(folder, whole)
-        # Licences such as Apache's want a copy to come with the weights.
+        # Licences such as Apache's require a copy to come with the weights.
         for licence in Path("models/student").glob("LICENSE*"):
             link_file(licence, whole / licence.name)
         (whole / CARD).write_text(card, encoding="utf-8")

@@ -4,6 +4,6 @@ from transformers.utils import logging
 
 
 def quiet_transformers() -> None:
-    """Leave out transformers' progress bars, and its notes on layers, in this process."""
+    """Silence transformers' progress bars and its notes on layers in this process."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -23,7 +23,7 @@ def share(group: Path) -> float:
     With more threads than that, all of them are halted for the rest of each period once they have used it up.
     """
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" is not a number
             quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
             return quota / period if quota > 0 else math.inf
     return math.inf

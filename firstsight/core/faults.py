@@ -9,10 +9,10 @@ from pathlib import Path
 
 from firstsight.core.errors import UserError
 
-# What Python and the libraries that write (safetensors, torch, pyarrow) call a full disk.
+# How Python and the libraries that write (safetensors, torch, pyarrow) report a full disk.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b|PytorchStreamWriter failed")
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
-# Where processes of one machine lock and share; a container's may be small.
+# The file system of shared memory and locks, which may be small in a container.
 _SHARED_MEMORY = Path("/dev/shm")
 _READ_ONLY = re.compile(r"Read-only file system|os error 30\b")
 
@@ -89,7 +89,7 @@ def _unwritable(error: BaseException | None, path: Path) -> str | None:
 
 
 def _spent(system: Path) -> bool:
-    """Whether not even a page is left."""
+    """Return whether a file system has less than one page (4,096 bytes) free."""
     return system.exists() and shutil.disk_usage(system).free < 4096
 
 

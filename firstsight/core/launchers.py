@@ -1,6 +1,6 @@
-"""A stage ends with what launched it. DVC and accelerate, when they are killed, leave behind what they started.
+"""End a stage when its launcher has died: DVC and accelerate, when killed, leave running what they started.
 
-On Linux, where /proc is there; elsewhere nothing is watched.
+This needs Linux with /proc; elsewhere nothing is watched.
 """
 
 import os
@@ -18,20 +18,20 @@ import psutil
 _DVC = "DVC_STAGE"
 _MARKS = (_DVC, "ACCELERATE_", "TORCHELASTIC_RUN_ID")
 _WATCHED = sys.platform == "linux" and Path("/proc/self/stat").exists()
-# Seconds from being told to end to being killed: enough for a checkpoint.
+# Seconds between SIGTERM and SIGKILL: enough for a checkpoint.
 _GRACE = 120
-# Seconds from one look to the next where the kernel does not tell of a death.
+# Seconds between checks where the kernel does not report that a process has died.
 _LOOKS = 0.5
 
 
 def end_with_launchers() -> None:
-    """Have this process told to end (SIGTERM), and two minutes later killed, when a launcher above it has died."""
+    """Send this process SIGTERM when a launcher above it has died, and SIGKILL two minutes later; return at once."""
     if _WATCHED:
         threading.Thread(target=_watch_launchers, daemon=True).start()
 
 
 def end_with(process: int) -> None:
-    """The same, when the given process has died."""
+    """Do as `end_with_launchers` when the process with the id `process` has died."""
     if _WATCHED:
         threading.Thread(target=_watch, args=([process],), daemon=True).start()
 
@@ -39,20 +39,20 @@ def end_with(process: int) -> None:
 def _watch_launchers() -> None:
     try:
         launchers = _launchers()
-    except (OSError, psutil.NoSuchProcess):  # one died as it was looked at
+    except (OSError, psutil.NoSuchProcess):  # one died meanwhile
         launchers = None
     _watch(launchers)
 
 
 def _watch(processes: list[int] | None) -> None:
-    """Wait until one of the processes has died; None: one has."""
+    """Wait until one of the processes has died (None: one already has), then end this process."""
     if processes == []:
         return
     if processes:
         _wait(processes)
-    with suppress(OSError):  # who read it may have died too
+    with suppress(OSError):  # the reader of stderr may have died too
         print("what launched this process has died: ending", file=sys.stderr)
-    # To the main thread, which runs the handlers, and may be waiting.
+    # To the main thread, which runs the signal handlers and may be blocked.
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -68,7 +68,7 @@ def _wait(processes: list[int]) -> None:
     except ProcessLookupError:
         pass
     except (AttributeError, OSError):
-        # Linux before 5.3 and some sandboxes know of no such descriptors, nor do Pythons built for such.
+        # Linux before 5.3, some sandboxes, and Pythons built for them have no pidfd_open.
         while all(map(_alive, processes)):
             time.sleep(_LOOKS)
 
@@ -81,9 +81,10 @@ def _alive(process: int) -> bool:
 
 
 def _launchers() -> list[int] | None:
-    """The processes above this one, up to the first that no launcher started: accelerate, a shell, DVC.
+    """Return the ids of the processes above this one (accelerate, a shell, DVC), up to one that no launcher started.
 
-    None when one has died already, and its children have been adopted: DVC would be of its stage's session.
+    Return None if one has died already and another process has adopted its child: DVC itself would be in the session
+    of its stage.
     """
     found, process = [], os.getpid()
     while any(name.startswith(_MARKS) for name in _environment(process)):
@@ -99,7 +100,7 @@ def _launchers() -> list[int] | None:
 
 
 def _environment(process: int) -> dict[str, str]:
-    """Return the variables that a process was started with; none where they are another user's."""
+    """Return the environment variables that a process was started with; none if it is another user's."""
     try:
         return psutil.Process(process).environ()
     except psutil.AccessDenied:

@@ -21,10 +21,11 @@ log.addHandler(logging.StreamHandler(sys.stderr))
 
 
 def main(run: Callable[..., None], choices: Collection[str] | None = None) -> None:
-    """Run a stage or another command. A `UserError` is printed as one line on stderr and ends the process with status
-    1, no traceback, and so is a fault of the machine (`faults.in_words`).
+    """Run a stage or another command.
 
-    `Unfinished` too is one line, with status 75 (EX_TEMPFAIL of sysexits.h): run it again, and it goes on.
+    A `UserError`, or a fault of the machine (`faults.in_words`), is printed as one line on stderr without a traceback,
+    and ends the process with status 1. So is `Unfinished`, with status 75 (EX_TEMPFAIL of sysexits.h): run again, the
+    command resumes.
 
     Args:
         choices: what the one argument of a stage may be, which `run` is then called with; empty for a stage without
@@ -38,9 +39,9 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
     _in_utf8()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # An exit like any other, so that what is half done is cleared away.
+    # Exit by an exception, so that unfinished outputs are removed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, _hung_up)
     end_with_launchers()
     try:
@@ -54,7 +55,7 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
         print(f"unfinished: {stopped}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
-        print("interrupted; run it again to go on", file=sys.stderr)
+        print("interrupted; run it again to resume", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if (line := in_words(error)) is None:
@@ -64,7 +65,7 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
 
 
 def _checked(arguments: list[str], choices: Collection[str]) -> list[str]:
-    """Return the arguments of a stage: one of the choices, or none where there are no choices. Raise UserError else."""
+    """Return the arguments of a stage: one of the choices, or none if there are none. Raise UserError for others."""
     if len(arguments) == bool(choices) and set(arguments) <= set(choices):
         return arguments
     spec = sys.modules["__main__"].__spec__
@@ -74,9 +75,9 @@ def _checked(arguments: list[str], choices: Collection[str]) -> list[str]:
 
 
 def _in_utf8() -> None:
-    """Begin anew in Python's UTF-8 mode where names of files would be in another encoding: data may be in any script.
+    """Restart this process in Python's UTF-8 mode if file names have another encoding: data may be in any script.
 
-    Python takes that mode by itself in the C locale, not in one of an older encoding.
+    Python chooses that mode itself in the C locale, but not in locales of older encodings.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -84,10 +85,10 @@ def _in_utf8() -> None:
 
 
 def _hung_up(*_: object) -> None:
-    """The terminal was closed: end as on SIGTERM, but in silence, for an error of writing to it would end it first."""
+    """End as on SIGTERM when the terminal was closed, without output: writing to it would raise an error first."""
     silence = os.open(os.devnull, os.O_RDWR)
     for output in (1, 2):
-        if not stat.S_ISREG(os.fstat(output).st_mode):  # a log file stays; a pipe's reader has been told to end too
+        if not stat.S_ISREG(os.fstat(output).st_mode):  # a log file stays open; the reader of a pipe is ending too
             os.dup2(silence, output)
     os.close(silence)
     signal.raise_signal(signal.SIGTERM)

@@ -43,7 +43,7 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong value: the path of its key, pydantic's type of the error, and a sentence without a remedy."""
+    """Describe a wrong value: the path of its key, pydantic's type of the error, and a sentence without a remedy."""
 
     path: tuple[str | int, ...]
     kind: str
@@ -66,7 +66,7 @@ def describe(error: ValidationError) -> str:
 
 def _mistake(error: ErrorDetails) -> Mistake:
     kind, context, path = error["type"], error.get("ctx", {}), error["loc"]
-    if kind == "value_error":  # raised by a validator of ours, which words it
+    if kind == "value_error":  # raised by a validator of ours, with its own message
         sentence = str(context["error"])
     else:
         expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else error["msg"]

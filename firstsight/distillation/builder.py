@@ -32,19 +32,19 @@ class TargetBuilder:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of the targets per answer token, without the 4 of the token itself."""
+        """Return the bytes of the targets per answer token, without the 4 of the token itself."""
         if self._kind == "hidden":
             return HiddenTeacher.bytes_per_token(self._head.shape[1], self._teacher.dtype.itemsize)
         return TopKTeacher.bytes_per_token(self._k)
 
     @property
     def head(self) -> Tensor | None:
-        """The teacher's head [V, H] where the targets need it to make logits: for `hidden`."""
+        """Return the teacher's head [V, H] if logits are computed from it, for `hidden` targets; else None."""
         return self._head if self._kind == "hidden" else None
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of `head`."""
+        """Return the bytes of `head`; 0 if it is None."""
         return self._head.nbytes if self._kind == "hidden" else 0
 
     def targets(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int], dict[str, float]]:
@@ -56,7 +56,10 @@ class TargetBuilder:
         return {"answers": answers, **tensors}, answer_lengths(batch["segment_ids"], labels), errors
 
     def _top_k(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the k largest logits of hidden states [n, H], and their error summed over tokens, by temperature."""
+        """Return the fields of a `TopKTeacher` for hidden states [n, H], and its KL from the exact logits.
+
+        The KL divergence is summed over the n tokens, by temperature.
+        """
         exact, parts, errors = HiddenTeacher(hidden, self._head), [], dict.fromkeys(map(str, TEMPERATURES), 0.0)
         for start in range(0, len(hidden), CHUNK):
             logits = exact.logits(slice(start, start + CHUNK), self._shared, torch.float32)

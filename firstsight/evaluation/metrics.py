@@ -66,7 +66,7 @@ def parse_option(predicted: str, options: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics of one answer. `unparsed` is 1.0 if the question has options and the answer chooses none of them."""
+    """Hold the metrics of one answer; `unparsed` is 1.0 if the question has options and the answer chooses none."""
 
     exact_match: float
     f1: float

@@ -50,7 +50,7 @@ def _epoch(shape: Shape, settings: Optimisation, work: Workload) -> float:
 
 
 def _sample(shape: Shape, work: Workload, language_passes: int, vision_passes: int) -> float:
-    """Return the operations of so many forward passes over a typical sample."""
+    """Return the operations of the given numbers of forward passes of language model and vision tower over a sample."""
     patches, tokens = patches_and_tokens(shape.model, work.typical)
     answers = work.typical.questions * work.typical.answer_tokens
     language = tokens * _body(shape) + answers * shape.head

@@ -65,7 +65,7 @@ def on_gpu(precision: str) -> str:
 
 
 class Shape:
-    """The sizes of a model on the meta device that memory and time depend on."""
+    """Hold the sizes of a model on the meta device that memory and time depend on."""
 
     def __init__(self, name: str, model: PreTrainedModel):
         self.name, self.model = name, model
@@ -136,7 +136,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU; `training` is gradients, optimizer state and autocast's copies of weights."""
+    """Hold bytes on the GPU; `training` is gradients, optimizer state and autocast's copies of weights."""
 
     weights: float
     training: float = 0.0

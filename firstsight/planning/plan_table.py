@@ -17,7 +17,7 @@ HEADER = ("stage", "loads", "weights", "training", "activations", "GPU", "disk",
 
 @dataclass(frozen=True)
 class Row:
-    """A stage: what it loads, bytes on the GPU (None if it uses none), bytes on disk, floating-point operations.
+    """Describe a stage: what it loads, bytes on the GPU (None: it uses none), bytes on disk, floating-point operations.
 
     `scratch` is the bytes of its training checkpoints, which are on disk while the stage runs.
     """

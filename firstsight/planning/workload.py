@@ -39,7 +39,7 @@ _LOOKED_AT = 200
 
 @dataclass(frozen=True)
 class Sizes:
-    """The size of one sample: its frames, the `pixels` of each, its questions, the tokens per question and answer."""
+    """Hold the size of one sample: its frames, the `pixels` of each, its questions, tokens per question and answer."""
 
     kind: str
     frames: float
@@ -55,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """The size of a data set: samples and questions by split, a typical sample (for time) and the largest (for memory).
+    """Hold the size of a data set: samples and questions by split, the typical sample (for time), the largest (memory).
 
     `source` says where the numbers come from; `disk` is the size of the data set in bytes.
     """

@@ -39,7 +39,7 @@ _PLACEHOLDERS = re.compile(rf"^(?:\s*{PLACEHOLDER})+\s*")
 
 @dataclass(frozen=True)
 class Source:
-    """A split of a data set at one commit; `commit` is None for a local folder."""
+    """Name a split of a data set at one commit; `commit` is None for a local folder."""
 
     id: str
     config: str | None
@@ -49,7 +49,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images stored in a row of a data set, identified by their SHA-256: equal images have equal keys in all rows."""
+    """Name images stored in a row of a data set by their SHA-256: equal images have equal keys in all rows."""
 
     source: Source
     row: int

@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 
 @dataclass(frozen=True)
 class Files:
-    """An image file, a video file or a list of frame files, below `root`.
+    """Name an image file, a video file or a list of frame files, below `root`.
 
     `names` are paths relative to the root with symbolic links resolved, so that a file has one name; `called` are the
     names that the source uses. `start` and `end` are a window of a video in seconds; an `end` of None is the video's

@@ -12,7 +12,7 @@ LISTED = 1000
 
 
 class BadRecordError(Exception):
-    """A record, its image or its video cannot be used; the message says what was expected, found, and what to do."""
+    """Report that a record, its image or its video cannot be used: what was expected, what was found, what to do."""
 
 
 class Problems:

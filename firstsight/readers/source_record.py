@@ -23,18 +23,18 @@ SplitName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class DecodedMedia:
-    """Frames as JPEG bytes: one for an image, several for frames or a video. `fps` is a video's sampling rate."""
+    """Hold frames as JPEG bytes: one for an image, several for frames or a video. `fps` is a video's sampling rate."""
 
     frames: tuple[bytes, ...] = ()
     fps: float = 0.0
 
 
 class Media(Protocol):
-    """An image, list of frames or video, not yet decoded: files, a row of a data set, a scene to render. Picklable."""
+    """Name an undecoded image, list of frames or video: files, a row of a data set, a scene to render. Picklable."""
 
     @property
     def kind(self) -> MediaKind:
-        """Return what it is: an image, frames or a video."""
+        """Return which of these it is: an image, frames or a video."""
 
     def key(self) -> str:
         """Return a name that is equal for equal media, and the same in every run on every machine."""
@@ -66,7 +66,7 @@ def special_token(text: str) -> str | None:
 
 
 class SourceRecord(BaseModel):
-    """One question as a source states it, validated.
+    """Hold one question as a source states it, validated.
 
     If there are `options`, `answer` and `answers` are letters or texts of options. Without an `answer` the question is
     unanswered, see `data.unanswered`. `group` overrides the group of the media, and `split` the split chosen by hash.
@@ -137,7 +137,7 @@ class SourceRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """A record with the image or video it asks about; None for a question about text alone."""
+    """Hold a record with the image or video it asks about; None for a question about text alone."""
 
     record: SourceRecord
     media: Media | None

@@ -71,7 +71,7 @@ class SplitWriter:
 
 
 class Split(Sequence[Sample]):
-    """A sequence of a split's samples, read on access from its parquet file, with a few row groups cached in memory.
+    """Read a split's samples, as a sequence, from its parquet file on access; a few row groups are cached in memory.
 
     Raises:
         UserError: the file is missing, is not a parquet file, or has other columns.
@@ -134,7 +134,7 @@ class Split(Sequence[Sample]):
 
 
 class AnsweredSplit(Sequence[Sample]):
-    """A split for training: only records with an answer, and only samples that have such a record.
+    """Read a split for training: only records with an answer, and only samples that have such a record.
 
     Raises:
         UserError: no sample is left.

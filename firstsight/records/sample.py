@@ -17,7 +17,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Record:
-    """One question with its answers.
+    """Hold one question with its answers.
 
     `answer` is the training target; evaluation accepts any of `answers`, which include it. A question that the teacher
     is to answer has an empty `answer`.
@@ -41,7 +41,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, list of frames or video, with the records that ask about it.
+    """Hold an image, list of frames or video, with the records that ask about it.
 
     `frames` are JPEG bytes: one for an image, several for frames or a video, none for records about text alone. `group`
     names what must not be in two splits (the video, episode or scene). `fps` is the rate at which a video's frames were

@@ -48,7 +48,11 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
 
 
 def show_some(names: list[str]) -> None:
-    """Variants as evaluate measured them, where the report is not made or not wanted."""
+    """Print the table of the named variants as `evaluate` measured them, without the report.
+
+    Raises:
+        UserError: a name is no variant, or its figures are missing or left out.
+    """
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"{unknown[0]}: expected a variant, one of {', '.join(VARIANTS)}")
     for name in names:
@@ -60,7 +64,8 @@ def show_some(names: list[str]) -> None:
         table: {name: read_json(Path("evaluations") / name / f"{table}.json", f"evaluate@{name}") for name in names}
         for table in ("quality", "performance")
     }
-    # The report counts retention, from all answers; of one model, quantized as it is loaded, memory is what differs.
+    # Only the report computes retention, from all answers. The memory of weights is shown instead: it is what differs
+    # between copies of one model that are quantized on loading.
     place = HEADER.index("retention")
     weights = ["weights", *(size(row["weights_bytes"]) for row in found["performance"].values())]
     cells = [HEADER, *rows(found["quality"], found["performance"])]
@@ -68,14 +73,18 @@ def show_some(names: list[str]) -> None:
 
 
 def show() -> None:
-    """All of metrics/, and where to look further."""
+    """Print the table of all variants in metrics/, and where to find more.
+
+    Raises:
+        UserError: figures are missing, or of another version.
+    """
     quality, performance = (read_json(METRICS / f"{table}.json", "report") for table in ("quality", "performance"))
     try:
         print(render([HEADER, *rows(quality, performance)]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{METRICS}: expected figures of this version, found no {error}; run dvc repro") from None
     print(
-        "\nexact match with its 95% interval; without looking at the picture, question only is the best guess,\n"
+        "\nexact match with its 95% interval; without looking at the image, question only is the best guess,\n"
         "majority answer the commonest answer to whatever is asked\n"
     )
     print(

@@ -16,7 +16,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """A student's figure for one criterion, its 95% interval if there is one, and the highest level reached.
+    """Hold a student's figure for one criterion, its 95% interval if there is one, and the highest level reached.
 
     `figure` is None if it was not measured; `reached` is None if it was not measured or is below the minimum.
     """

@@ -21,7 +21,7 @@ _GALLERY = 72
 
 @dataclass(frozen=True)
 class Shown:
-    """The content of the page. `quality`, `performance`, `models` and `quantization` are as in metrics/.
+    """Hold the content of the page; `quality`, `performance`, `models` and `quantization` are as in metrics/.
 
     `environments` says where each variant was measured; `samples` are training samples; `pictures` are PNG files by
     caption; `predictions` are the variants' answers in the order of `questions`.

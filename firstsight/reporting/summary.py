@@ -33,7 +33,7 @@ _SOURCE = ("source", "commit", "licence", "architecture", "parameters", "dtype",
 
 @dataclass(frozen=True)
 class Measured:
-    """The output of `evaluate` for a variant; `predictions` are in the order of the test questions."""
+    """Hold the output of `evaluate` for a variant; `predictions` are in the order of the test questions."""
 
     quality: dict[str, Any]
     performance: dict[str, Any]
@@ -131,8 +131,11 @@ def _ratio(both: np.ndarray) -> float:
 
 
 def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
-    """Return each variant's sizes and speeds, with the ratios to the teacher: `compression` (bytes on disk),
-    `memory_saved` (peak memory) and `speed_up` (latency)."""
+    """Return the `COSTS` of each variant, with three figures relative to the teacher.
+
+    `compression` is the teacher's bytes on disk over the variant's, `speed_up` the same of median latency, and
+    `memory_saved` the share of the teacher's peak memory that the variant does not take (none if that peak is 0).
+    """
     teacher, table = measured[TEACHER].performance, {}
     for name, variant in measured.items():
         row = {key: variant.performance[key] for key in COSTS}

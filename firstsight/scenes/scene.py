@@ -29,7 +29,7 @@ _STILL = 0.12
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: the names of its kind and its colour."""
+    """Name an object by its kind and its colour."""
 
     kind: str
     colour: str
@@ -40,7 +40,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class State:
-    """The object at each of `PLACES`; None marks an empty place. No two objects share a kind."""
+    """Hold the object at each of `PLACES`; None marks an empty place. No two objects share a kind."""
 
     things: Mapping[str, Thing | None]
 
@@ -62,7 +62,7 @@ class State:
 
 @dataclass(frozen=True)
 class Move:
-    """An object's move from one place to another."""
+    """Describe an object's move from one place to another."""
 
     thing: Thing
     origin: str
@@ -71,7 +71,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Event:
-    """An event: one object moved to an empty place, or two objects that change places (`SWAP`)."""
+    """Describe an event: one object moved to an empty place, or two objects that change places (`SWAP`)."""
 
     moves: tuple[Move, ...]
 
@@ -93,7 +93,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Scene:
-    """A first state and the events that follow: a clip, or an image of the first state alone."""
+    """Hold a first state and the events that follow: a clip, or an image of the first state alone."""
 
     first: State
     events: tuple[Event, ...] = ()

@@ -19,7 +19,7 @@ FPS = 2.0
 
 @dataclass(frozen=True)
 class Rendered:
-    """A scene that depends only on its number, the seed and the settings, so that adding scenes changes no other."""
+    """Render a scene that depends only on its number, the seed and the settings: adding scenes changes no other."""
 
     number: int
     seed: int

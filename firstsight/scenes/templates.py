@@ -54,7 +54,7 @@ _FIRST, _LAST = attrgetter("first"), attrgetter("last")
 
 @dataclass(frozen=True)
 class Template:
-    """A form of question.
+    """Define a form of question.
 
     `pairs` yields (question, answer) for every question of this form that a scene determines. `clip` says whether it is
     about clips or images. If there are `choices`, it may be asked as multiple choice with options sampled from them.
@@ -69,7 +69,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A question made from a template. `answer` is the answer's text, not a letter, even if there are options."""
+    """Hold a question made from a template; `answer` is the answer's text, not a letter, even if there are options."""
 
     template: Template
     question: str

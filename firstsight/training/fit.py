@@ -182,7 +182,7 @@ def _trainer(
     )
     trainer.remove_callback(ProgressCallback)
     if data_workers:
-        # Not through /dev/shm, of which a container has 64 MB: where it is full, the training would wait for ever.
+        # Not through /dev/shm, of which a container has 64 MB: where it is full, the training would wait forever.
         ForkingPickler.register(torch.Tensor, _by_value)
     return trainer
 
@@ -241,6 +241,6 @@ def micro_batches(optimisation: Optimisation, processes: int) -> tuple[int, int]
 
 
 def total_steps(samples: int, optimisation: Optimisation) -> int:
-    """Return the optimizer steps of a training on so many samples, without early stopping."""
+    """Return the optimizer steps of a training on `samples` samples, without early stopping."""
     step = optimisation.batch_size * optimisation.gradient_accumulation_steps
     return math.ceil(optimisation.epochs * math.ceil(samples / step))

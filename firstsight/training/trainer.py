@@ -21,7 +21,7 @@ from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 
-# A loss of so many times the first stops the training.
+# Training stops at a loss this many times the first.
 _EXPLOSION_FACTOR = 100
 # Files of a checkpoint besides the Trainer's.
 _WEIGHTS, _METHOD_STATE = "trained.safetensors", "method.safetensors"
@@ -127,7 +127,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def _running_loss_file(self) -> str:
-        """One per process, because each sums the losses of its own micro-batches."""
+        """Return the name of this process's file: each process sums the losses of its own micro-batches."""
         return f"running-{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -142,7 +142,7 @@ class DistillationTrainer(Trainer):
         self._globalstep_last_logged = running["logged"]
 
     def _load_best_model(self) -> None:
-        """Do nothing; see the class."""
+        """Do nothing: `fit.train` loads the best weights."""
 
 
 class EpochShuffle(Sampler[int]):

@@ -15,8 +15,8 @@ class Variant:
     quantized_on_loading: str | None = None
 
 
-# To add a quantization method, extend `Method` and `MODEL_OUTPUTS` in params.py, both `foreach` in dvc.yaml, and
-# `quantization_config`, `stored_method`, `check_quantized` in models/loading.py; its bytes: planning/gpu_memory.py.
+# To add a quantization method, extend `Method` in params.py, from which all of this follows; CONTRIBUTING.md names the
+# other places.
 METHODS: tuple[str, ...] = get_args(Method)
 TEACHER = "teacher"
 DISTILLED = "student-distilled"

@@ -1,7 +1,7 @@
 """Quantize a model folder with bitsandbytes into another that `from_pretrained` loads quantized.
 
-To add a method, list it in `METHODS` of firstsight/core/variants.py, whose comment names all places, and return its
-settings from `quantization_config` of firstsight/models/loading.py; add the class of its layers to `layer_errors`.
+To add a method, list it in `Method` of firstsight/core/params.py, return its settings from `quantization_config` of
+firstsight/models/loading.py, and add the class of its layers to `layer_errors`; CONTRIBUTING.md names the other places.
 """
 
 from collections.abc import Iterable

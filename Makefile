@@ -7,7 +7,7 @@
 # make torture   kill the pipeline at random moments, run it again each time, and compare with a run that nobody killed
 # make audit   look up what is installed in a database of known vulnerabilities
 # make clean   remove the environment
-# make clean-scratch   remove what interrupted runs have kept to go on from
+# make clean-scratch   remove what interrupted runs have saved
 #
 # PYTHON=python3.12 chooses the interpreter; VENV=dir an environment elsewhere, such as one you already have;
 # WORKERS=4 how many tests run at a time (each takes up to 2 GB of memory, one of them 12).

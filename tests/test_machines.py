@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from firstsight.core.cores import cores, share
-from firstsight.distillation import training
+from firstsight.training import fit
 
 # Without /proc, as in a bare chroot.
 BARE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
@@ -108,12 +108,13 @@ def test_names_in_any_script_whatever_the_locale(tmp_path):
     ids=["bfloat16", "transposed", "integers", "single", "empty"],
 )
 def test_data_workers_hand_tensors_over_as_they_are(tensor):
-    back, content = training._by_value(tensor)
+    back, content = fit._by_value(tensor)
     found = back(*pickle.loads(pickle.dumps(content)))
     assert torch.equal(found, tensor)
     assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
 
 
+@pytest.mark.system
 def test_full_shared_memory_is_named():
     if subprocess.run([*FULL, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")

@@ -18,6 +18,7 @@ from firstsight.core.stage import log, main
 
 LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa", "data/teacher-targets")
 ROOT = Path.cwd()
+PROCESSES = (1, 2, 4)
 
 
 def run() -> None:
@@ -26,7 +27,7 @@ def run() -> None:
     values["train"]["epochs"] = epochs
     values["runtime"]["device"] = "cpu"
     rows = []
-    for processes in (1, 2, 4):
+    for processes in PROCESSES:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             for path in LINKED:

@@ -88,25 +88,98 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
     assert all(row["seconds"] > 0 for row in rows)
 
 
+# By module: its arguments, how it is scaled down, and the rows that it writes.
+SMALL = {
+    "alpha": (["0"], "ALPHAS = (0.0, 0.7)", 2),
+    "build": ([], "PICTURES = (4, 16)", 2),
+    "processes": (["0.2"], "PROCESSES = (1, 2)", 2),
+    "repeat": (["student-nf4"], "FIGURES = FIGURES[:2]", 3),
+    "settings": (["student-nf4"], "SETTINGS = {name: SETTINGS[name] for name in list(SETTINGS)[::5]}", 2),
+    "sweep": (["0.2"], "POINTS = POINTS[:1]", 4),
+}
+
+
+@pytest.fixture
+def after_repro(smoke, tmp_path):
+    """A folder as benchmarks find it after `dvc repro`: the repository's files, and what the smoke run has left."""
+    for name in ("benchmarks", "firstsight", "presets", "stages", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("data", "evaluations", "models", "params.yaml"):
+        (tmp_path / name).symlink_to(smoke / name)
+    return tmp_path
+
+
+@pytest.fixture
+def rows_of(after_repro):
+    def run(module: str) -> list[dict]:
+        arguments, scaled, _ = SMALL[module]
+        script = [
+            "import json, sys",
+            f"from benchmarks import {module} as benchmark",
+            f"sys.argv[1:] = {arguments}",
+            f"exec({scaled!r}, vars(benchmark))",
+            "benchmark.write = lambda name, rows: print(json.dumps(rows))",
+            "benchmark.run()",
+        ]
+        environment = os.environ | {"PYTHONPATH": str(after_repro), "CUDA_VISIBLE_DEVICES": ""}
+        words = [sys.executable, "-c", "\n".join(script)]
+        done = subprocess.run(words, cwd=after_repro, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout.splitlines()[-1])
+        assert len(rows) == SMALL[module][2]
+        return rows
+
+    return run
+
+
 @pytest.mark.system
-def test_settings_are_compared_on_the_same_models(smoke, tmp_path):
-    script = (
-        "from benchmarks import settings\n"
-        "kept = ('as it is, 1 thread', 'bitsandbytes told of AVX-512-BF16')\n"
-        "settings.SETTINGS = {name: settings.SETTINGS[name] for name in kept}\n"
-        "settings.write = lambda name, rows: print(json.dumps({name: rows}))\n"
-        "settings.run()\n"
-    )
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    for name in ("models", "data", "params.yaml", "evaluations", "firstsight", "stages", "benchmarks"):
-        source = smoke / name if (smoke / name).exists() else ROOT / name
-        (tmp_path / name).symlink_to(source)
-    words = [sys.executable, "-c", f"import json, sys\nsys.argv[1:] = ['student-nf4']\n{script}"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["settings"]
-    assert [row["setting"] for row in rows] == ["as it is, 1 thread", "bitsandbytes told of AVX-512-BF16"]
-    assert {row["answers_that_differ"] for row in rows} == {0}
-    quality = json.loads((smoke / "evaluations/student-nf4/quality.json").read_text())
-    assert rows[0]["questions"] == quality["questions"]
+def test_alpha_0_trains_without_the_teacher(rows_of):
+    plain, distilled = rows_of("alpha")
+    assert (plain["alpha"], distilled["alpha"]) == (0.0, 0.7)
+    assert plain["seed"] == distilled["seed"] == 0
+    assert all(0 <= row[figure] <= 1 for row in (plain, distilled) for figure in ("exact_match", "f1"))
+
+
+@pytest.mark.system
+def test_a_data_set_is_built_at_each_size(rows_of):
+    assert [(row["records"], row["size_ratio"]) for row in rows_of("build")] == [(20, 1), (80, 4)]
+
+
+@pytest.mark.system
+def test_processes_reach_the_same_loss(rows_of):
+    one, two = rows_of("processes")
+    assert float(one["validation_loss"]) == pytest.approx(float(two["validation_loss"]), rel=1e-3)
+    assert two["memory_mb"] > one["memory_mb"] > 100
+
+
+@pytest.mark.system
+def test_an_evaluation_is_compared_with_itself(rows_of):
+    for row in rows_of("repeat"):
+        assert row["ratio"] == pytest.approx(row["second"] / row["first"], rel=0.01)
+
+
+@pytest.mark.system
+def test_a_processor_that_repacks_weights_gives_the_same_answers(rows_of, smoke):
+    plain, repacking = rows_of("settings")
+    assert repacking["setting"] == "bitsandbytes told of AVX-512-BF16"
+    assert plain["answers_that_differ"] == repacking["answers_that_differ"] == 0
+    assert plain["questions"] == json.loads((smoke / "evaluations/student-nf4/quality.json").read_text())["questions"]
+
+
+@pytest.mark.system
+def test_a_sweep_costs_what_its_points_cost(rows_of):
+    rows = rows_of("sweep")
+    assert [(row["targets"], row["stage"]) for row in rows] == [
+        (kind, stage) for kind in ("hidden", "online") for stage in ("cache-teacher-targets", "distill")
+    ]
+    assert rows[1]["validation_loss"] == rows[3]["validation_loss"]
+
+
+def test_the_picture_is_drawn_from_the_committed_figures(tmp_path, monkeypatch):
+    from benchmarks import picture
+
+    for path in (ROOT / "benchmarks").glob("*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(picture, "FOLDER", tmp_path)
+    picture.run()
+    assert (tmp_path / "distillation.png").read_bytes().startswith(b"\x89PNG")

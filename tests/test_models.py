@@ -165,10 +165,10 @@ def test_loading_says_nothing(smoke):
     """No bars, and no tables of layers, from the libraries."""
     lines = [
         "from pathlib import Path",
-        "from firstsight.models import checkpoint",
+        "from firstsight.acquisition import checks",
         "from firstsight.models.loading import load_model",
         f"folder = Path({str(smoke / 'models/student')!r})",
-        "checkpoint.check_weights(folder, 'it')",
+        "checks.check_weights(folder, 'it')",
         "[load_model(folder, precision, 'cpu') for precision in ('auto', 'int8', 'nf4')]",
     ]
     done = subprocess.run(

@@ -79,7 +79,8 @@ def one_student(loaded: params.Params, seed: int, alpha: float, device: str, que
         given = list(
             answers(student.eval(), processor, questions, loaded.evaluate.batch_size, loaded.evaluate.max_new_tokens)
         )
-    return summarise([record for _, record in questions], given, 100, 0)
+    groups = [sample.group for sample, _ in questions]
+    return summarise([record for _, record in questions], groups, given, 100, 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 
-DEFAULT = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+DEFAULT = YAML(typ="safe", pure=True).load(ROOT / "presets/smoke.yaml")
 
 
 @pytest.mark.parametrize(

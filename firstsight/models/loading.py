@@ -260,8 +260,8 @@ def keep_weights_as_stored(model: nn.Module) -> None:
 def align_weights(model: nn.Module) -> None:
     """Copy float weights and buffers on the CPU to addresses that are multiples of 64 bytes, where they are not.
 
-    Weights of a safetensors file are memory-mapped, so their addresses depend on the length of its header. Matrix
-    products of MKL may round differently by address (Intel's notes on conditional numerical reproducibility ask for 64
+    Weights of a safetensors file are used where they lie, at addresses that depend on the length of its header. Sums
+    and products may round differently by address (Intel's notes on conditional numerical reproducibility ask for 64
     bytes), and LLM.int8 turns such a difference of 1e-6 into one of 1e-2 where an activation then rounds to another of
     its 255 levels: a model and its saved copy would answer differently.
     """

@@ -180,7 +180,7 @@ EXPECTED = [
 
 @pytest.fixture(scope="module")
 def data():
-    """The default's scenes, which are the smoke preset's with fewer clips; params.yaml itself is the user's to change."""
+    """The default's scenes: those of the smoke preset with fewer clips. params.yaml itself is the user's to change."""
     smoke = params.load(ROOT / "presets/smoke.yaml").data
     return smoke.model_copy(update={"synthetic": smoke.synthetic.model_copy(update={"clip_fraction": 0.23})})
 

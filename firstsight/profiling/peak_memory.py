@@ -1,5 +1,6 @@
 """Measure peak memory: of torch's allocator on CUDA, of the whole process on the CPU, above an earlier level."""
 
+import ctypes
 import resource
 import sys
 from contextlib import suppress
@@ -11,9 +12,10 @@ import torch
 class PeakMemory:
     """Measure the peak memory in bytes above what was in use when the object was created.
 
-    On the CPU this is resident memory, including what libraries keep for reuse; the kernel's high-water mark is read
-    and reset (Linux, proc(5): VmHWM, clear_refs), so that no peak is missed between two readings. Where it cannot be
-    reset, a peak counts from the start of the process, or of the process that started it.
+    On the CPU this is resident memory. The kernel's high-water mark is read and reset (Linux, proc(5): VmHWM,
+    clear_refs), so that no peak is missed between two readings. Where it cannot be reset, a peak counts from the start
+    of the process, or of the process that started it. Memory that glibc keeps for reuse after tensors were freed is
+    first given back to the system: otherwise the next tensors would fill it, and their memory would not be seen.
     """
 
     def __init__(self, device: str):
@@ -26,6 +28,8 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
+            with suppress(AttributeError):  # other C libraries have no such function
+                ctypes.CDLL(None).malloc_trim(0)
             with suppress(OSError):  # a sandbox may forbid it
                 Path("/proc/self/clear_refs").write_text("5")
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from firstsight.acquisition.initialise import train_tokenizer
 from firstsight.core import params
+from firstsight.core.params import TEMPLATE_TYPES
 from firstsight.planning import preview
 from firstsight.readers.problems import Problems
 from firstsight.reporting.contact_sheet import contact_sheet
@@ -29,7 +30,7 @@ from firstsight.scenes.scene import (
     sample_scene,
 )
 from firstsight.scenes.synthetic import Rendered, read
-from firstsight.scenes.templates import QUESTION_TYPES, TEMPLATES, UNANSWERABLE, template_of
+from firstsight.scenes.templates import TEMPLATES, UNANSWERABLE, template_of
 
 
 def state(**things: str) -> State:
@@ -201,7 +202,7 @@ def test_answers_are_what_a_person_says(template, scene, question, answer):
 def test_every_template_has_an_answer_written_by_hand():
     assert {template for template, *_ in EXPECTED} == set(TEMPLATES)
     assert len(TEMPLATES) >= 40
-    assert {template.question_type for template in TEMPLATES.values()} == set(QUESTION_TYPES)
+    assert {template.question_type for template in TEMPLATES.values()} == set(TEMPLATE_TYPES)
 
 
 def test_no_question_has_two_answers_in_a_scene():
@@ -248,7 +249,7 @@ def test_types_templates_and_answers_come_evenly(asked):
     types, templates = Counter(one.question_type for one in asked), defaultdict(Counter)
     for one in asked:
         templates[template_of(one.id)][one.answer] += 1
-    assert set(types) == set(QUESTION_TYPES)
+    assert set(types) == set(TEMPLATE_TYPES)
     assert max(types.values()) < 1.1 * min(types.values())
     assert set(templates) == set(TEMPLATES)
     for name, answers in templates.items():

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from firstsight.assembly.splits import HELD_BACK, SplitName, split_of, stratified
+from firstsight.assembly.splits import HELD_BACK, SplitName, is_labelled, split_of, stratified
 from firstsight.core.params import Data
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
@@ -60,7 +60,7 @@ def assemble(
         group = groups[same_media[0].record.id]
         questions = _without_repetition([one.record for one in same_media], dropped)
         units.append(Unit(f"{name}:{key}", name, same_media[0].media, group, splits[name, group], questions))
-    return _limited(_without_overlap(units, dropped), data, dropped)
+    return _limited([_labelled(unit, data) for unit in _without_overlap(units, dropped)], data, dropped)
 
 
 def media_key(one: Asked) -> str:
@@ -177,6 +177,14 @@ def _without_overlap(units: list[Unit], dropped: Counter[str]) -> list[Unit]:
     if leaks:
         dropped["media of the benchmark"] += sum(leaks.values())
     return [unit for unit in units if unit.key not in leaks]
+
+
+def _labelled(unit: Unit, data: Data) -> Unit:
+    """Return the unit, without its answers where it is for training and `data.labelled_fraction` leaves it out."""
+    if unit.split != "train" or is_labelled(unit.group, data):
+        return unit
+    bare = [one.model_copy(update={"answer": None, "answers": ()}) for one in unit.questions]
+    return replace(unit, questions=tuple(bare))
 
 
 def _about(unit: Unit) -> set[tuple[str, str]]:

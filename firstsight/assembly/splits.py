@@ -20,6 +20,14 @@ def split_of(group: str, data: Data) -> SplitName:
     return "validation" if place < data.test_fraction + data.validation_fraction else "train"
 
 
+def is_labelled(group: str, data: Data) -> bool:
+    """Return whether the answers of a group of the training split are kept: the share `data.labelled_fraction` is.
+
+    It depends on the seed and the group's name alone, and a higher share keeps what a lower one kept.
+    """
+    return _place(f"{data.seed}:labelled:{group}") < data.labelled_fraction
+
+
 def stratified(type_of: Mapping[str, str], count: int, seed: int) -> set[str]:
     """Return `count` ids (all, if there are fewer), sampled in proportion to question types by largest remainder.
 

@@ -119,15 +119,34 @@ class Models(Section):
     student: Model
 
 
-class Synthetic(Section):
-    """Configure rendered scenes: how many there are, and how many questions each has besides its description.
+# The question types of rendered scenes: those with dense answers, and those of the templates.
+DENSE_TYPES = ("description", "inventory", "narration")
+TEMPLATE_TYPES = (
+    "held object",
+    "position",
+    "colour",
+    "count",
+    "comparison",
+    "presence",
+    "what changed",
+    "order of events",
+    "unanswerable",
+)
+SCENE_TYPES = DENSE_TYPES + TEMPLATE_TYPES
 
-    The share `clip_fraction` of the scenes are clips of 2 to `max_clip_frames` frames, the others are images. Of the
-    questions that can have options, the share `option_fraction` has them.
+
+class Synthetic(Section):
+    """Configure rendered scenes: how many there are, and what is asked about each.
+
+    `types` are the question types that are asked. All questions of the dense types (`DENSE_TYPES`), whose answers
+    describe a whole scene, are asked about each scene; of the other types, `questions_per_scene` questions. The share
+    `clip_fraction` of the scenes are clips of 2 to `max_clip_frames` frames, the others are images. Of the questions
+    that can have options, the share `option_fraction` has them.
     """
 
     scenes: Count
     questions_per_scene: Count
+    types: Annotated[list[Literal[SCENE_TYPES]], Field(min_length=1), AfterValidator(_distinct)]
     clip_fraction: Fraction
     max_clip_frames: Annotated[int, Field(ge=4, le=8)]
     option_fraction: Fraction
@@ -165,7 +184,8 @@ class Data(Section):
     read from `media_root` (null: the folder of the file) alone.
 
     A record that cannot be used ends the build (`on_error: stop`) or is counted and listed (`skip`). A question without
-    an answer counts as such a record (`unanswered: refuse`) or gets the teacher's answer (`teacher`).
+    an answer counts as such a record (`unanswered: refuse`) or gets the teacher's answer (`teacher`). Of the groups of
+    the training split, the share `labelled_fraction` keeps its answers; questions of the others count as unanswered.
 
     Splits are made by group. `train_samples`, `validation_samples` and `test_samples` limit a split to that many
     records, in the proportions of the question types; null takes all. Question types in `train_only_types` are left out
@@ -180,6 +200,7 @@ class Data(Section):
     synthetic: Synthetic
     on_error: Literal["stop", "skip"]
     unanswered: Literal["refuse", "teacher"]
+    labelled_fraction: Fraction
     seed: Seed
     validation_fraction: Fraction
     test_fraction: Fraction
@@ -198,6 +219,10 @@ class Data(Section):
             raise ValueError(
                 "expected validation_fraction + test_fraction below 1, found "
                 f"{self.validation_fraction + self.test_fraction:g}"
+            )
+        if self.labelled_fraction < 1 and self.unanswered == "refuse":
+            raise ValueError(
+                "expected unanswered: teacher, because labelled_fraction is below 1, found unanswered: refuse"
             )
         if self.source == "hub" and self.hub is None:
             raise ValueError("expected a data set under hub, because source is 'hub', found null")

@@ -56,15 +56,19 @@ class Rendered:
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
-    """Yield the questions of `data.synthetic.scenes` scenes: of each, those with dense answers, then templates'."""
+    """Yield the questions of `data.synthetic.scenes` scenes: of each, those with dense answers, then templates'.
+
+    Only questions of `data.synthetic.types` are asked; a scene of which none can be asked is left out.
+    """
     settings: Synthetic = data.synthetic
-    draw = Draw()
+    draw = Draw(settings.types)
     for number in range(settings.scenes):
         media = Rendered(number, data.seed, settings.clip_fraction, settings.max_clip_frames)
         scene, _ = media.draw()
         rng = random.Random(f"{data.seed}:{number}:questions")
         for name, kind, text, answer in _dense(scene):
-            yield _asked(media, name, question=text, answer=answer, question_type=kind)
+            if kind in settings.types:
+                yield _asked(media, name, question=text, answer=answer, question_type=kind)
         for one in draw.questions(scene, rng, settings.questions_per_scene, settings.option_fraction):
             yield _asked(
                 media,

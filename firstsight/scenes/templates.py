@@ -10,11 +10,12 @@ To add a template:
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from operator import attrgetter
 
+from firstsight.core.params import TEMPLATE_TYPES
 from firstsight.scenes.scene import (
     COLOURS,
     HANDS,
@@ -32,17 +33,7 @@ from firstsight.scenes.scene import (
     Thing,
 )
 
-HELD, POSITION, COLOUR, COUNT, COMPARISON, PRESENCE, CHANGE, ORDER, UNANSWERABLE = QUESTION_TYPES = (
-    "held object",
-    "position",
-    "colour",
-    "count",
-    "comparison",
-    "presence",
-    "what changed",
-    "order of events",
-    "unanswerable",
-)
+HELD, POSITION, COLOUR, COUNT, COMPARISON, PRESENCE, CHANGE, ORDER, UNANSWERABLE = TEMPLATE_TYPES
 IMAGE, CLIP = False, True
 CANNOT_TELL, NOTHING = "cannot tell", "nothing"
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
@@ -83,16 +74,20 @@ class Draw:
     The type, template and answer used least so far come first, as far as the scenes allow, so a scene's questions
     depend on the scenes before it. An answer that more than half of a template's questions have is not drawn, so that
     guessing the most frequent answer scores low; unanswerable questions have only one answer and are exempt.
+
+    Args:
+        types: the question types that are drawn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, types: Collection[str] = TEMPLATE_TYPES) -> None:
+        self._among = [template for template in TEMPLATES.values() if template.question_type in types]
         self._types: Counter[str] = Counter()
         self._templates: Counter[str] = Counter()
         self._answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def questions(self, scene: Scene, rng: random.Random, count: int, option_fraction: float) -> list[Drawn]:
         """Return up to `count` questions of different templates, multiple choice with probability `option_fraction`."""
-        waiting = [template for template in TEMPLATES.values() if template.clip == scene.clip]
+        waiting = [template for template in self._among if template.clip == scene.clip]
         rng.shuffle(waiting)
         drawn: list[Drawn] = []
         while waiting and len(drawn) < count:

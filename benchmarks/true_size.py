@@ -50,6 +50,7 @@ VIDEO = {"cpu": (4, 112), "cuda": (16, 448)}
 STAGES = (
     ("cache_teacher_targets", ()),
     ("distill", ()),
+    ("finetune_student", ()),
     ("quantize_student", ("int8",)),
     ("quantize_student", ("nf4",)),
     *(("evaluate", (variant,)) for variant in VARIANTS),

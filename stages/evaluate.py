@@ -101,7 +101,7 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
     if method and method not in settings.teacher_methods:
         return f"evaluate.teacher_methods is {settings.teacher_methods}, without {method}"
     note = VARIANTS[name].model / LEFT_OUT
-    return read_json(note, "quantize-student") if note.exists() else None
+    return read_json(note, "the stage that makes it") if note.exists() else None
 
 
 def answer(

@@ -48,12 +48,14 @@ STAGES = (
     ("finetune_teacher",),
     ("cache_teacher_targets",),
     ("distill",),
+    ("finetune_student",),
     ("quantize_student", "int8"),
     ("quantize_student", "nf4"),
     ("evaluate", "teacher"),
     ("evaluate", "teacher-int8"),
     ("evaluate", "teacher-nf4"),
     ("evaluate", "student"),
+    ("evaluate", "student-finetuned"),
     ("evaluate", "student-distilled"),
     ("evaluate", "student-int8"),
     ("evaluate", "student-nf4"),
@@ -70,6 +72,7 @@ ALL = EVALUATIONS | AFTER_DISTILL | {
     "finetune-teacher",
     "cache-teacher-targets",
     "distill",
+    "finetune-student",
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from firstsight.core.validation import mistakes
 
 PARAMS_FILE = Path("params.yaml")
 # Folders of models/ that stages write, and therefore replace or remove.
-MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", "student-distilled", "student-int8", "student-nf4")
+STUDENT_OUTPUTS = ("student-finetuned", "student-distilled", "student-int8", "student-nf4")
+MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", *STUDENT_OUTPUTS)
 
 # Keys that had another name in earlier versions, with the section that holds them, and their names now.
 RENAMED = {
@@ -300,6 +301,16 @@ class Train(Optimisation):
     early_stopping_epochs: Count
 
 
+class Control(Section):
+    """Say whether the student is also trained without a teacher, on which answers, to show what distilling adds.
+
+    `answers` are those of the data alone (`labels`), or also the teacher's to questions that have none (`teacher`).
+    """
+
+    enabled: bool
+    answers: Literal["labels", "teacher"]
+
+
 class Quantize(Section):
     """Configure quantization of the distilled student: each of `methods` makes a model, evaluated as a variant.
 
@@ -375,6 +386,7 @@ class Params(Section):
     finetune_teacher: FinetuneTeacher
     targets: Targets
     train: Train
+    control: Control
     quantize: Quantize
     evaluate: Evaluate
     report: Report

@@ -20,13 +20,16 @@ class Variant:
 METHODS: tuple[str, ...] = get_args(Method)
 TEACHER = "teacher"
 DISTILLED = "student-distilled"
-# The students that the pipeline makes, each a folder of models/, which can be published.
+# The student trained without a teacher, to which the distilled one is compared.
+CONTROL = "student-finetuned"
+# The distilled students that the pipeline makes, each a folder of models/, which can be published.
 STUDENTS = (DISTILLED, *(f"student-{method}" for method in METHODS))
 _TEACHER = Path("models/teacher-finetuned")
 VARIANTS = {
     TEACHER: Variant(_TEACHER),
     **{f"teacher-{method}": Variant(_TEACHER, method) for method in METHODS},
     "student": Variant(Path("models/student")),
+    CONTROL: Variant(Path("models") / CONTROL),
     **{student: Variant(Path("models") / student) for student in STUDENTS},
 }
 # The only file of a variant's folders where params.yaml does not ask for it: DVC requires every output to exist.

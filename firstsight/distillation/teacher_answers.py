@@ -1,5 +1,7 @@
 """Generate the teacher's answers to questions that have none in the data: sequence-level distillation."""
 
+from collections.abc import Iterator
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,16 +34,30 @@ def generate_answers(
         log.warning("%s is damaged; its answers are generated again", path)
         found = {}
     remaining = questions[len(found) :]
-    generated = answers(model, processor, remaining, settings.batch_size, settings.max_answer_tokens)
     label = "cache-teacher-targets: answers"
-    progress = tqdm(generated, desc=label, unit=" questions", total=len(remaining), disable=not remaining)
-    for number, (text, (_, record)) in enumerate(zip(progress, remaining, strict=True), start=1):
-        valid = not record.options or text in LETTERS[: len(record.options)]
-        found[record.id] = text if valid else ""
-        if number % settings.batch_size == 0:
+    with tqdm(desc=label, unit=" questions", total=len(remaining), disable=not remaining) as progress:
+        for batch in _batches(remaining, settings.batch_size):
+            given = answers(model, processor, batch, len(batch), settings.max_answer_tokens)
+            for text, (_, record) in zip(given, batch, strict=True):
+                valid = not record.options or text in LETTERS[: len(record.options)]
+                found[record.id] = text if valid else ""
             write_answers(folder, found)
+            progress.update(len(batch))
     write_answers(folder, found)
     if questions:
         usable = sum(map(bool, found.values()))
         log.info("the teacher answered %d of %d questions that have no answer", usable, len(questions))
+        if not usable:
+            raise UserError(
+                f"models/teacher-finetuned: expected answers to the {len(questions)} questions that have none in the "
+                "data, found no usable one; take a teacher that knows the task, or set finetune_teacher.enabled to "
+                "true, or data.unanswered to refuse"
+            )
     return found
+
+
+def _batches(questions: list[Question], samples: int) -> Iterator[list[Question]]:
+    """Yield the questions about so many samples at a time."""
+    by_sample = (list(group) for _, group in groupby(questions, key=lambda question: question[0].id))
+    while batch := list(chain.from_iterable(islice(by_sample, samples))):
+        yield batch

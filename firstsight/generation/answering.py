@@ -1,19 +1,119 @@
-"""Generate a model's answers: greedy decoding, one question per prompt, in batches padded on the left."""
+"""Answer questions by greedy decoding, in batches: all questions about an image or video behind one shared prefix."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from firstsight.core.stage import log
+from firstsight.packing.forward import branch_mask, last_hidden_states, position_ids
+from firstsight.packing.pack import collate, encode_questions, pack
 from firstsight.records.prompts import media_inputs, messages
 from firstsight.records.sample import Record, Sample
 
 Question = tuple[Sample, Record]
 
+# What a generation_config.json may say that changes which tokens are chosen, and what greedy decoding has instead.
+_GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": False, "min_length": 0}
 
-def model_inputs(processor: Any, questions: Sequence[Question], device: str | torch.device) -> dict[str, torch.Tensor]:
-    """Return the processor's tensors for a batch of questions, padded on the left, on `device`."""
+
+def answers(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> Iterator[str]:
+    """Yield the model's answers as text without special tokens, in the order of the questions.
+
+    Each is the answer to the question asked alone, but questions about the same image or video that follow each other
+    in a batch share one pass over it. Decoding is greedy, whatever the model's generation_config.json says. An answer
+    ends at one of the file's end tokens, at the tokenizer's, or after `max_new_tokens` tokens.
+
+    Raises:
+        UserError: several questions share an image or video, and the chat template has it after the question.
+    """
+    if ignored := _ignored(model):
+        log.info(
+            "%s: answers are decoded greedily, without its generation_config.json's %s", model.name_or_path, ignored
+        )
+    for start in range(0, len(questions), batch_size):
+        tokens = _decode(model, processor, questions[start : start + batch_size], max_new_tokens)
+        yield from (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def _decode(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
+) -> list[list[int]]:
+    """Return the answer tokens of each question, without the end token.
+
+    The questions about a sample are the branches of a packed sequence (`firstsight.packing.pack`). Each step appends
+    the next token of every branch to it, so that the keys and values of the shared prefix exist once.
+    """
+    by_sample = [list(group) for _, group in groupby(questions, key=lambda question: question[0].id)]
+    packed = [
+        pack(processor, group[0][0], encode_questions(processor, group[0][0], [record for _, record in group]))
+        for group in by_sample
+    ]
+    batch = {name: value.to(model.device) for name, value in collate(packed, processor.tokenizer.pad_token_id).items()}
+    segments = batch["segment_ids"]
+    most = max(map(len, by_sample))
+    numbers = torch.arange(1, most + 1, device=model.device)
+    # The number of each row's branches, and where each of them ends in the packed sequence: [B, most].
+    branches = torch.where(numbers <= segments.max(1).values[:, None], numbers, -1)
+    places = torch.arange(segments.shape[1], device=model.device)
+    ends = torch.where(segments[:, None] == branches[:, :, None], places, 0).max(2).values
+    rows = torch.arange(len(segments), device=model.device)[:, None]
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    hidden = last_hidden_states(model, batch, cache)
+    positions = position_ids(model, batch)[..., rows, ends]
+    head, stop = model.get_output_embeddings(), torch.tensor(sorted(_end_tokens(model, processor)), device=model.device)
+    token = head(hidden[rows, ends]).argmax(-1)
+    chosen = [token]
+    ended = torch.isin(token, stop) | (branches < 0)
+    while len(chosen) < max_new_tokens and not ended.all():
+        positions = positions + 1
+        segments = torch.cat([segments, branches], 1)
+        token = head(
+            model.model(
+                input_ids=token,
+                position_ids=positions,
+                attention_mask=branch_mask(branches, segments, model.dtype),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        ).argmax(-1)
+        chosen.append(token)
+        ended |= torch.isin(token, stop)
+    return [
+        _until_end(tokens, stop.tolist())
+        for group, row in zip(by_sample, torch.stack(chosen, -1).tolist(), strict=True)
+        for tokens in row[: len(group)]
+    ]
+
+
+def _until_end(tokens: list[int], stop: list[int]) -> list[int]:
+    return tokens[: next((place for place, token in enumerate(tokens) if token in stop), len(tokens))]
+
+
+def _end_tokens(model: PreTrainedModel, processor: Any) -> set[int]:
+    """Return the tokens that end an answer: the model's, and the tokenizer's end of turn."""
+    named = model.generation_config.eos_token_id
+    return {processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+
+
+def _ignored(model: PreTrainedModel) -> str:
+    """Return what the model's generation_config.json asks for and greedy decoding does not do, as text."""
+    asked = model.generation_config.to_dict()
+    return ", ".join(
+        f"{name} {asked[name]}" for name, greedy in _GREEDY.items() if asked.get(name) not in (None, greedy)
+    )
+
+
+def model_inputs(processor: Any, questions: Sequence[Question], device: str | torch.device) -> dict[str, Tensor]:
+    """Return the processor's tensors for a batch of questions, each asked alone, padded on the left, on `device`."""
     texts = [
         processor.apply_chat_template(messages(record, sample), add_generation_prompt=True, tokenize=False)
         for sample, record in questions
@@ -29,17 +129,22 @@ def model_inputs(processor: Any, questions: Sequence[Question], device: str | to
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **limits: int) -> torch.Tensor:
-    """Decode greedily and return the new tokens [B, n]; `limits` are max_new_tokens and min_new_tokens."""
-    sequences = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None, **limits)
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **limits: int) -> Tensor:
+    """Decode greedily with transformers, and return the new tokens [B, n], as an application would; for timing.
+
+    `limits` are max_new_tokens and min_new_tokens.
+    """
+    with _greedy(model):
+        sequences = model.generate(**inputs, **limits)
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
-def answers(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, max_new_tokens: int
-) -> Iterator[str]:
-    """Yield the model's answers as text without special tokens, in the order of the questions."""
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        tokens = generate(model, model_inputs(processor, batch, model.device), max_new_tokens=max_new_tokens)
-        yield from (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Set the model's generation settings aside: all but the end tokens would change which tokens are chosen."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own

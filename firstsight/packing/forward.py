@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from firstsight.packing.pack import IGNORE
 
@@ -17,11 +18,21 @@ def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     A token attends to itself and to earlier tokens of the prefix (segment 0) and of its own segment. Padding (-1)
     attends to padding, so that no row is empty (an empty softmax is NaN), and nothing attends to it.
     """
-    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    return branch_mask(segment_ids, segment_ids, dtype)
+
+
+def branch_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask [B, 1, Q, S] of the last Q tokens of S, from the segment ids of both, as above.
+
+    Args:
+        queries: [B, Q] segment ids of the tokens that attend.
+        keys: [B, S] segment ids of all tokens, which end with those of `queries`.
+    """
+    query, key = queries[:, :, None], keys[:, None, :]
+    earlier = keys.shape[1] - queries.shape[1]
+    causal = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).tril(earlier)
     allowed = causal & ((query == key) | ((key == 0) & (query > 0)))
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=segment_ids.device)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=keys.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
@@ -47,13 +58,17 @@ def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return positions - batch["branch_offsets"]
 
 
-def last_hidden_states(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Compute the final hidden states [B, S, H] (after the last norm) of a packed batch, without logits."""
+def last_hidden_states(model: nn.Module, batch: dict[str, Any], cache: Cache | None = None) -> Tensor:
+    """Compute the final hidden states [B, S, H] (after the last norm) of a packed batch, without logits.
+
+    Keys and values are put into `cache`, if there is one, for tokens that follow.
+    """
     inputs = {name: value for name, value in batch.items() if name not in PACKING_KEYS}
     outputs = model.model(
         **inputs,
         position_ids=position_ids(model, batch),
-        use_cache=False,
+        past_key_values=cache,
+        use_cache=cache is not None,
         attention_mask=attention_mask(batch["segment_ids"], model.dtype),
     )
     return outputs.last_hidden_state

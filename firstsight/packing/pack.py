@@ -41,16 +41,22 @@ class Encoded:
 
 def encode(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
     """Render and tokenize each of the sample's `records` alone: the prompt as at evaluation, then the answer."""
+    asked = encode_questions(processor, sample, records)
+    # Not rendered by the template: LLaVA-OneVision's has "assistant \n" in past turns, but "assistant\n" in prompts.
+    replies = [record.answer + processor.tokenizer.eos_token for record in records]
+    reply_ids = processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    branches = tuple((question, reply) for (question, _), reply in zip(asked.branches, reply_ids, strict=True))
+    return Encoded(asked.prompt, branches)
+
+
+def encode_questions(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
+    """Render and tokenize the prompt of each of the sample's `records`, with no answer tokens."""
     prompts = processor.apply_chat_template(
         [messages(record, sample) for record in records], add_generation_prompt=True, tokenize=False
     )
-    # Not rendered by the template: LLaVA-OneVision's has "assistant \n" in past turns, but "assistant\n" in prompts.
-    replies = [record.answer + processor.tokenizer.eos_token for record in records]
-    ids = processor.tokenizer([*prompts, *replies], add_special_tokens=False)["input_ids"]
-    prompt_ids, reply_ids = ids[: len(records)], ids[len(records) :]
-    shared = _common_prefix(prompt_ids)
-    branches = tuple((question[shared:], reply) for question, reply in zip(prompt_ids, reply_ids, strict=True))
-    return Encoded(prompts[0], branches)
+    ids = processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    shared = _common_prefix(ids)
+    return Encoded(prompts[0], tuple((question[shared:], []) for question in ids))
 
 
 def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:

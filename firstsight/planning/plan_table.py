@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from firstsight.core.params import Evaluate, Optimisation, Params
+from firstsight.core.variants import CONTROL, DISTILLED
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.egogpt import EgoGptConfig
 from firstsight.models.loading import TRAINING_PRECISIONS
@@ -40,16 +41,19 @@ def rows(params: Params, work: Workload) -> list[Row]:
     media = sum(work.samples.values())
     found.append(Row("build-egoqa-dataset", f"{_count(media)} media", disk=work.disk))
     if params.finetune_teacher.enabled:
-        found.append(_finetune_teacher(teacher, params.finetune_teacher, work))
+        found.append(_finetuning("finetune-teacher", teacher, params.finetune_teacher, work))
     if params.targets.kind != "online":
         found.append(_cache_teacher_targets(student, teacher, params, work))
     found.append(_distill(student, teacher, params, work))
+    if params.control.enabled:
+        found.append(_finetuning("finetune-student", student, params.train, work))
     found += [_quantize_student(student, method) for method in params.quantize.methods]
     variants = {
         "teacher": (teacher, params.evaluate.precision),
         **{f"teacher-{method}": (teacher, method) for method in params.evaluate.teacher_methods},
         "student": (student, params.evaluate.precision),
-        "student-distilled": (student, params.evaluate.precision),
+        **({CONTROL: (student, params.evaluate.precision)} if params.control.enabled else {}),
+        DISTILLED: (student, params.evaluate.precision),
         **{f"student-{method}": (student, method) for method in params.quantize.methods},
     }
     return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]
@@ -62,14 +66,14 @@ def _downloaded(shape: Shape) -> float:
     return shape.stored_bytes + shape.stored_bytes / shape.parameters * (shape.parameters + EGOGPT_SPEECH)
 
 
-def _finetune_teacher(teacher: Shape, settings: Optimisation, work: Workload) -> Row:
+def _finetuning(stage: str, shape: Shape, settings: Optimisation, work: Workload) -> Row:
     return Row(
-        "finetune-teacher",
-        _training(teacher, settings),
-        gpu_memory.finetuning(teacher, settings, work.largest),
-        disk=teacher.stored_bytes if settings.method == "full" else 4 * teacher.trained(settings),
-        scratch=_checkpoints(teacher, settings),
-        operations=arithmetic.finetuning(teacher, settings, work),
+        stage,
+        _training(shape, settings),
+        gpu_memory.finetuning(shape, settings, work.largest),
+        disk=shape.stored_bytes if settings.method == "full" else 4 * shape.trained(settings),
+        scratch=_checkpoints(shape, settings),
+        operations=arithmetic.finetuning(shape, settings, work),
     )
 
 

@@ -1,10 +1,11 @@
 """Read and write the parquet file of a split: each row is a sample with its records."""
 
 import bisect
-import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, replace
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Split(Sequence[Sample]):
             )
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        self._starts = [0, *itertools.accumulate(sizes)]
+        self._starts = [0, *accumulate(sizes)]
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
@@ -107,6 +108,10 @@ class Split(Sequence[Sample]):
         """Return the records without an answer, each with its sample."""
         found = [index for index, answers in enumerate(self._answers()) if "" in answers]
         return [(sample, one) for sample in map(self.__getitem__, found) for one in sample.records if not one.answer]
+
+    def has_answers(self) -> bool:
+        """Return whether any record has an answer."""
+        return any(any(answers) for answers in self._answers())
 
     def _answers(self) -> list[list[str]]:
         """Return the answers of each sample's records, without reading the frames."""
@@ -160,6 +165,13 @@ class AnsweredSplit(Sequence[Sample]):
 
     def record_counts(self) -> list[int]:
         return self._counts
+
+    def repeated_to(self, length: int) -> "AnsweredSplit":
+        """Return the samples in their order, again and again, until there are `length`."""
+        repeated = copy(self)
+        repeated._places = list(islice(cycle(self._places), length))
+        repeated._counts = list(islice(cycle(self._counts), length))
+        return repeated
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._split[self._places[index]]

@@ -21,11 +21,11 @@ from firstsight.reporting.summary import QUESTION_ONLY
 plt.rcParams["text.parse_math"] = False
 plt.rcParams["font.family"] = fonts.families()
 # The palette of Okabe and Ito, distinguishable with any colour vision.
-_PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#D55E00", "#009E73", "#E69F00")
+_PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#000000", "#D55E00", "#009E73", "#E69F00")
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
 # Most question types shown: more do not fit a page.
 _TYPES_SHOWN = 24
-_MARKERS = dict(zip(VARIANTS, "sPvXoD^", strict=True))
+_MARKERS = dict(zip(VARIANTS, "sPvXhoD^", strict=True))
 
 
 def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
@@ -157,7 +157,7 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
         # ...layers.{block}.{attention or mlp}.{kind}
         named = [(name.split(".layers.")[1].split("."), error) for name, error in layers.items()]
         kinds = list(dict.fromkeys(parts[-1] for parts, _ in named))
-        for kind, marker, colour in zip(kinds, "sPvXoD^", _PALETTE, strict=False):
+        for kind, marker, colour in zip(kinds, "sPvXhoD^", _PALETTE, strict=False):
             points = [(int(parts[0]), error) for parts, error in named if parts[-1] == kind]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.8, label=kind)
         axis.set(title=method, xlabel="block of the language model")

@@ -1,0 +1,98 @@
+"""Train the control: the student as in distill, for as many optimizer steps, but on answers alone, without a teacher.
+
+    accelerate launch -m stages.finetune_student
+
+What the distilled student answers better than this one is what distilling added. With `control.answers: labels` it
+learns from the answers that the data has; with `teacher` also from the answers that the teacher gave to the other
+questions, which tells the worth of the teacher's distributions from that of more data.
+
+reads  models/student, the train and validation splits, the teacher's answers in data/teacher-targets, `control` and
+       `train` in params.yaml without temperature, alpha and divergence
+writes models/student-finetuned: a complete model folder, adapters merged, and history.json; if the control is left
+       out, left-out.json with the reason instead
+"""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from firstsight.core import params
+from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
+from firstsight.core.processes import shared
+from firstsight.core.scratch import kept_folder
+from firstsight.core.stage import log, main
+from firstsight.core.variants import CONTROL, LEFT_OUT, VARIANTS
+from firstsight.distillation.targets import read_answers
+from firstsight.models.loading import load_processor, pick_device
+from firstsight.packing.dataset import PackedDataset
+from firstsight.records.parquet import Split
+from firstsight.training.adapters import TrainableModel
+from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.fit import total_steps, train
+
+STUDENT, TARGETS, OUTPUT = Path("models/student"), Path("data/teacher-targets"), VARIANTS[CONTROL].model
+SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
+# Of `train`, what matters to the loss of a distillation alone.
+DISTILLATION_ONLY = {"temperature", "alpha", "divergence", "jsd_beta"}
+
+
+def run() -> None:
+    loaded = params.load()
+    settings = loaded.train
+    splits = {name: Split(path) for name, path in SPLITS.items()}
+    if reason := left_out(loaded.control, splits):
+        with shared(whole_folder(OUTPUT)) as folder:
+            if PartialState().is_main_process:
+                write_json(folder / LEFT_OUT, reason)
+        log.info("%s is left out: %s", CONTROL, reason)
+        return
+    given = read_answers(TARGETS)
+    learnt_from = given if loaded.control.answers == "teacher" else {}
+    # As many samples an epoch as distill has, so that steps, learning rates and evaluations are the same.
+    samples = splits["train"].answered(learnt_from).repeated_to(len(splits["train"].answered(given)))
+    processor = load_processor(STUDENT)
+    train_set = PackedDataset(samples, processor)
+    validation_set = PackedDataset(splits["validation"].answered(learnt_from), processor)
+    device = pick_device(loaded.runtime.device)
+    trainable = TrainableModel(STUDENT, settings, device, total_steps(len(train_set), settings))
+    work = {
+        "settings": settings.model_dump(exclude=DISTILLATION_ONLY),
+        "student": fingerprint_folder(STUDENT),
+        "data": fingerprint_files(list(SPLITS.values())),
+        "answers": learnt_from,
+        "samples": len(train_set),
+        "device": device,
+        "processes": PartialState().num_processes,
+    }
+    with shared(kept_folder("finetune-student", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
+        history = train(
+            DistillationModel(trainable.model, regularisation=trainable.regularisation),
+            train_set,
+            validation_set,
+            settings,
+            scratch,
+            data_workers=loaded.runtime.data_workers,
+            device=device,
+            early_stopping_epochs=settings.early_stopping_epochs,
+            trainable=trainable,
+        )
+        if PartialState().is_main_process:
+            trainable.save_merged(folder)
+            processor.save_pretrained(folder)
+            write_json(folder / "history.json", history)
+    log.info("wrote %s", OUTPUT)
+
+
+def left_out(control: params.Control, splits: dict[str, Split]) -> str | None:
+    """Return the reason why the control is not trained, or None if it is."""
+    if not control.enabled:
+        return "control.enabled is false"
+    if control.answers == "labels":
+        for name, split in splits.items():
+            if not split.has_answers():
+                return f"the {name} split has no question with an answer; set control.answers to teacher"
+    return None
+
+
+if __name__ == "__main__":
+    main(run, ())

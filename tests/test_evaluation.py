@@ -1,16 +1,18 @@
 """Evaluation: batches answer as single questions do, what is measured, what is left out, and what is refused."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import change, make_sample, run_stage
+from transformers import GenerationConfig
 
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
 from firstsight.generation import answering
-from firstsight.generation.answering import answers
+from firstsight.generation.answering import answers, model_inputs
 from firstsight.profiling import cost
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.parquet import SplitWriter
@@ -24,12 +26,46 @@ SAMPLES = [
 ]
 
 
-def test_a_batch_padded_on_the_left_is_answered_as_its_questions_alone(model, processor):
+def generated(model, processor, question, tokens=6):
+    """The answer to one question alone, by transformers."""
+    found = answering.generate(model, model_inputs(processor, [question], "cpu"), max_new_tokens=tokens)
+    return processor.batch_decode(found, skip_special_tokens=True)[0].strip()
+
+
+def test_a_batch_of_questions_about_shared_media_is_answered_as_each_alone_by_transformers(model, processor):
     questions = [(sample, record) for sample in SAMPLES for record in sample.records]
-    alone = [answer for one in questions for answer in answers(model, processor, [one], 1, 6)]
+    alone = [generated(model, processor, question) for question in questions]
     assert len(set(alone)) > 3  # they do not all say the same
-    for size in (2, 5, len(questions)):
+    for size in (1, 2, 5, len(questions)):
         assert list(answers(model, processor, questions, size, 6)) == alone
+    # A sample's questions may also lie apart.
+    apart = [*range(0, len(questions), 2), *range(1, len(questions), 2)]
+    assert list(answers(model, processor, [questions[n] for n in apart], 5, 6)) == [alone[n] for n in apart]
+
+
+def test_an_answer_ends_where_the_model_says_so_or_the_tokenizer(model, processor, monkeypatch):
+    questions = [(sample, record) for sample in SAMPLES[:2] for record in sample.records]
+    whole = [answering._decode(model, processor, [question], 6)[0] for question in questions]
+    first, second = whole[0][1], whole[1][2]
+    ended = [
+        tokens[: min((tokens.index(end) for end in (first, second) if end in tokens), default=6)] for tokens in whole
+    ]
+    assert ended != whole
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [first])
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(second)
+    assert answering._decode(model, processor, questions, 6) == ended
+
+
+def test_decoding_is_greedy_whatever_a_model_asks_for(model, processor, monkeypatch):
+    questions = [(sample, record) for sample in SAMPLES for record in sample.records]
+    before = list(answers(model, processor, questions, 4, 12))
+    ends = model.generation_config.eos_token_id
+    asked = GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=3.0, num_beams=3, eos_token_id=ends)
+    monkeypatch.setattr(model, "generation_config", asked)
+    assert list(answers(model, processor, questions, 4, 12)) == before
+    assert [generated(model, processor, question, 12) for question in questions] == before
+    assert model.generation_config is asked
 
 
 def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, monkeypatch):
@@ -112,6 +148,7 @@ def test_a_method_that_is_not_asked_for_is_left_out_and_comes_when_it_is(smoke_c
         "teacher",
         "teacher-int8",
         "student",
+        "student-finetuned",
         "student-distilled",
         "student-int8",
         "student-nf4",

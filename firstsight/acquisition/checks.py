@@ -4,6 +4,7 @@ Only safetensors and text files are accepted: reading a pickle can run code, and
 code of its own model class.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -24,7 +25,7 @@ from firstsight.models.architecture import auto_class
 from firstsight.models.loading import ADAPTER, load_processor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SUMS = "tokenizer.json", "SHA256SUMS"
 # The text files that say how weights are used (`*.model` is SentencePiece's vocabulary).
 TEXT = ("*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
 _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
@@ -32,6 +33,21 @@ _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The suffixes of what bitsandbytes stores with a quantized weight.
 _SCALES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def check_sums(folder: Path) -> None:
+    """Raise UserError unless all files that the folder's SHA256SUMS lists are there and have their checksums."""
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            found = error.strerror
+        if found != expected:
+            raise UserError(
+                f"{folder / name}: expected the file of {folder / SUMS} ({expected[:12]}), found {found[:40]}; restore "
+                f"it (git restore {folder}), or delete {SUMS} if the change is yours"
+            )
 
 
 def check_texts(folder: Path, present: Collection[str], place: str) -> list[str]:

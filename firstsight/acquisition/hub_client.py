@@ -60,8 +60,11 @@ def copy(source: Path, folder: Path) -> None:
     files. Files in EgoGPT's own layout are linked, because the conversion replaces them.
 
     Raises:
-        UserError: the checkpoint cannot be used, or the disk is too small for a copy.
+        UserError: the checkpoint cannot be used, a file differs from its checksum in the folder's SHA256SUMS (as
+            sha256sum writes it), if there is one, or the disk is too small for a copy.
     """
+    if (source / checks.SUMS).is_file():
+        checks.check_sums(source)
     converted = egogpt_conversion.is_original(source / checks.CONFIG)
     _place(source, folder, str(source), link_file if converted else shutil.copyfile)
 

@@ -91,7 +91,8 @@ def _lines(record: Record) -> list[tuple[str, tuple[int, int, int]]]:
         options = dict(zip(LETTERS, record.options, strict=False))
         listed = " / ".join(f"{letter}. {option}" for letter, option in options.items())
         asked += [(line, _FAINT) for line in _wrapped(f"    {listed}")]
-        answer = f"{answer}. {options[answer]}"
+        if record.answer:
+            answer = f"{answer}. {options[answer]}"
     return [*asked, *((line, _ANSWER) for line in _wrapped(f"    {answer}"))]
 
 

@@ -1,0 +1,223 @@
+"""Measure when distilling pays: students of equally many steps that differ in what they learn from.
+
+    python -m benchmarks.pays [SEED ...]     after dvc repro, with its params.yaml; seeds 0 to 4 by default
+    python -m benchmarks.pays table          print benchmarks/pays.csv as a table and draw benchmarks/pays.png
+
+A seed draws its own scenes, test split, labelled scenes and order of samples; teacher and student are those of models/.
+For each share of labelled scenes, a student learns from the labels alone, one also from the teacher's answers to the
+other questions, and one from the teacher's distributions; at the share of params.yaml the latter at several
+temperatures and alphas. Where all scenes are labelled, students also learn from labels of which a share is wrong. Each
+row of benchmarks/pays.csv is a student: its exact match on the seed's test split. Rows that are there already are kept,
+so that an interrupted study continues.
+"""
+
+import csv
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.measuring import environment, write
+from firstsight.core import params, yaml12
+from firstsight.core.stage import log, main
+from firstsight.evaluation.metrics import score
+from firstsight.generation.answering import answers
+from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.records.parquet import Split, SplitWriter
+from firstsight.reporting import text_table
+from stages import build_egoqa_dataset, cache_teacher_targets, distill, finetune_student
+
+ROOT, RESULTS, PICTURE = Path.cwd(), Path(__file__).parent / "pays.csv", Path(__file__).parent / "pays.png"
+LINKED = ("presets", "data/example.jsonl", "models/student", "models/teacher-finetuned")
+SHARES, NOISES = (0.02, 0.05, 0.2, 1.0), (0.2, 0.4)
+TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0), (0.5, 0.9, 1.0)
+# The 0.975 quantile of Student's t distribution, by the number of seeds.
+QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LABELS, ANSWERS, DISTRIBUTIONS = "labels", "teacher's answers", "teacher's distributions"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Describe what a student learns from: `share` of the scenes labelled, `noise` of the labels wrong."""
+
+    share: float
+    noise: float
+    learns_from: str
+    temperature: float | None = None
+    alpha: float | None = None
+
+
+def arms(settings: params.Params) -> list[Arm]:
+    """Return all arms, those at the share, temperature and alpha of params.yaml first."""
+    own, (temperature, alpha) = settings.data.labelled_fraction, (settings.train.temperature, settings.train.alpha)
+    found = []
+    for share in (own, *(share for share in SHARES if share != own)):
+        found += [Arm(share, 0.0, LABELS), Arm(share, 0.0, DISTRIBUTIONS, temperature, alpha)]
+        if share < 1:
+            found.append(Arm(share, 0.0, ANSWERS))
+    for noise in NOISES:
+        found += [Arm(1.0, noise, LABELS), Arm(1.0, noise, DISTRIBUTIONS, temperature, alpha)]
+    grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS]
+    return list(dict.fromkeys(found + grid))
+
+
+def run() -> None:
+    if sys.argv[1:] == ["table"]:
+        show()
+        return
+    settings = params.load()
+    device = pick_device(settings.runtime.device)
+    rows = read() if RESULTS.exists() else []
+    done = {identity(row) for row in rows}
+    for seed in [int(seed) for seed in sys.argv[1:]] or range(5):
+        by_data = defaultdict(list)
+        for arm in arms(settings):
+            if identity(asdict(arm) | {"seed": seed}) not in done:
+                by_data[arm.share, arm.noise].append(arm)
+        for (share, noise), wanted in by_data.items():
+            for row in students(settings, seed, share, noise, wanted, device):
+                rows.append(row)
+                write(RESULTS.stem, rows)
+    show()
+
+
+def identity(row: dict) -> tuple[str, ...]:
+    """Return what tells a student from the others, as the CSV file has it."""
+    names = ("seed", "share", "noise", "learns_from", "temperature", "alpha")
+    return tuple("" if row[name] in (None, "") else f"{row[name]}" for name in names)
+
+
+def read() -> list[dict[str, str]]:
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def students(
+    settings: params.Params, seed: int, share: float, noise: float, wanted: list[Arm], device: str
+) -> Iterator[dict]:
+    """Build the data of a share of labels, then train and score the students that learn from them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for path in LINKED:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).symlink_to(ROOT / path)
+        values = settings.model_dump()
+        values["data"] |= {"seed": seed, "labelled_fraction": share}
+        values["train"]["seed"] = seed
+        values["control"]["enabled"] = True
+        with chdir(folder):
+            save(values)
+            build_egoqa_dataset.run()
+            if noise:
+                mislabel(Path("data/egoqa/train.parquet"), noise, seed)
+            cache_teacher_targets.run()
+            for arm in wanted:
+                started = time.perf_counter()
+                model = student(values, arm)
+                row = {
+                    "seed": seed,
+                    **asdict(arm),
+                    "exact_match": round(exact_match(model, settings.evaluate, device), 4),
+                    "steps": json.loads((model / "history.json").read_text(encoding="utf-8"))[-1]["step"],
+                    "seconds": round(time.perf_counter() - started),
+                    **environment(device),
+                }
+                log.info("seed %d, %s: exact match %.3f", seed, arm, row["exact_match"])
+                yield row
+
+
+def student(values: dict, arm: Arm) -> Path:
+    """Train the student of an arm in the current folder; return its model's folder."""
+    if arm.learns_from == DISTRIBUTIONS:
+        values["train"] |= {"temperature": arm.temperature, "alpha": arm.alpha}
+        save(values)
+        distill.run()
+        return distill.OUTPUT
+    values["control"]["answers"] = "labels" if arm.learns_from == LABELS else "teacher"
+    save(values)
+    finetune_student.run()
+    return finetune_student.OUTPUT
+
+
+def save(values: dict) -> None:
+    Path("params.yaml").write_text(yaml12.dump(values), encoding="utf-8")
+
+
+def mislabel(path: Path, noise: float, seed: int) -> None:
+    """Replace a share of a split's labels by another answer that the same question has elsewhere in the split."""
+    samples = list(Split(path))
+    given = defaultdict(set)
+    for sample in samples:
+        for record in sample.records:
+            given[record.question, record.options].add(record.answer)
+    rng = random.Random(seed)
+    with SplitWriter(path.with_suffix(".noisy")) as writer:
+        for sample in samples:
+            records = []
+            for record in sample.records:
+                others = sorted(given[record.question, record.options] - {record.answer})
+                if others and rng.random() < noise:
+                    wrong = rng.choice(others)
+                    record = replace(record, answer=wrong, answers=(wrong,))
+                records.append(record)
+            writer.write(replace(sample, records=tuple(records)))
+    path.with_suffix(".noisy").replace(path)
+
+
+def exact_match(folder: Path, settings: params.Evaluate, device: str) -> float:
+    """Return the share of the test questions that the model in `folder` answers exactly."""
+    questions = [(sample, record) for sample in Split(Path("data/egoqa/test.parquet")) for record in sample.records]
+    model, processor = load_model(folder, settings.precision, device), load_processor(folder)
+    given = answers(model, processor, questions, settings.batch_size, settings.max_new_tokens)
+    return float(np.mean([score(record, text).exact_match for (_, record), text in zip(questions, given, strict=True)]))
+
+
+def show() -> None:
+    """Print the mean over seeds of each arm with its 95% interval, and draw exact match over the share of labels."""
+    by_arm = defaultdict(list)
+    for row in read():
+        by_arm[tuple(row[name] for name in ("noise", "share", "learns_from", "temperature", "alpha"))].append(
+            float(row["exact_match"])
+        )
+    means = {arm: interval(found) for arm, found in by_arm.items()}
+    cells = [
+        (f"{float(arm[1]):.0%}", f"{float(arm[0]):.0%}", *arm[2:], f"{mean:.3f}", f"{low:.3f} to {high:.3f}", str(n))
+        for arm, (mean, low, high, n) in sorted(means.items())
+    ]
+    header = ("labelled", "wrong", "learns from", "T", "alpha", "exact match", "95% over seeds", "seeds")
+    print(text_table.render([header, *cells], left=3))
+    settings = params.load().train
+    own = {LABELS: ("", ""), ANSWERS: ("", ""), DISTRIBUTIONS: (str(settings.temperature), str(settings.alpha))}
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for (learns_from, point), colour in zip(own.items(), ("#888888", "#0072B2", "#D55E00"), strict=True):
+        line = sorted((float(a[1]), *means[a]) for a in means if float(a[0]) == 0 and a[2:] == (learns_from, *point))
+        if line:
+            shares, mean, low, high, _ = map(np.array, zip(*line, strict=True))
+            label = f"{learns_from}, T = {point[0]}, α = {point[1]}" if point[0] else learns_from
+            axis.errorbar(shares, mean, (mean - low, high - mean), color=colour, marker="o", capsize=3, label=label)
+    axis.set(xscale="log", xlabel="share of scenes that are labelled", ylabel="exact match of the student")
+    axis.set_xticks(SHARES, [f"{share:.0%}" for share in SHARES])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def interval(found: list[float]) -> tuple[float, float, float, int]:
+    """Return the mean over seeds, the ends of its 95% interval by Student's t, and the number of seeds."""
+    mean = float(np.mean(found))
+    half = QUANTILE[len(found)] * float(np.std(found, ddof=1)) / len(found) ** 0.5 if len(found) > 1 else math.nan
+    return mean, mean - half, mean + half, len(found)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,5 +1,7 @@
 """Answer metrics against hand-made cases and the properties they should have."""
 
+import itertools
+
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -14,6 +16,8 @@ from firstsight.evaluation.metrics import (
     parse_option,
     proportion_interval,
     score,
+    squad_exact_match,
+    squad_f1,
     token_f1,
 )
 from firstsight.evaluation.quality import summarise
@@ -33,15 +37,32 @@ def record(answer, *more, options=()):
         ("red", ["red cup"], 0, 2 / 3),
         ("red red", ["red cup"], 0, 1 / 2),
         ("blue", ["red cup"], 0, 0),
-        ("the", [""], 1, 1),  # nothing is left of either
         ("", ["red"], 0, 0),
         ("two", ["three", "two cups"], 0, 2 / 3),  # the best of several
         ("don't turn", ["Dont turn"], 1, 1),
     ],
 )
-def test_exact_match_and_f1_are_squads(predicted, accepted, match, f1):
-    assert exact_match(predicted, accepted) == match
-    assert token_f1(predicted, accepted) == pytest.approx(f1)
+def test_exact_match_and_f1_are_squads_where_words_are_compared(predicted, accepted, match, f1):
+    assert exact_match(predicted, accepted) == squad_exact_match(predicted, accepted) == match
+    assert token_f1(predicted, accepted) == squad_f1(predicted, accepted) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("truth", ["A", "the", "An", "a the", "+", "-", "?!", "...", "(A)", "'", "_"])
+def test_an_answer_of_articles_or_punctuation_is_itself_and_not_nothing(truth):
+    """SQuAD's normalisation leaves nothing of it, so that an empty answer would be right."""
+    for nothing in ("", " ", "\n\t"):
+        assert squad_exact_match(nothing, [truth]) == 1
+        assert exact_match(nothing, [truth]) == token_f1(nothing, [truth]) == 0
+        assert exact_match(truth, [nothing]) == token_f1(truth, [nothing]) == 0
+    assert exact_match(truth, [truth]) == token_f1(truth, [truth]) == 1
+    assert exact_match("B", [truth]) == 0
+    assert score(record(truth), "").exact_match == 0
+
+
+def test_no_two_of_these_are_the_same_answer():
+    for one, other in itertools.permutations(["", "A", "the", "An", "+", "-", "?", "!", "..."], 2):
+        assert exact_match(one, [other]) == token_f1(one, [other]) == 0, (one, other)
+    assert exact_match("", [""]) == token_f1("", [""]) == 0
 
 
 @pytest.mark.parametrize(
@@ -77,6 +98,13 @@ def test_an_unparsed_option_is_counted_and_wrong():
     assert summary["by_type"]["open"]["questions"] == 3
 
 
+def test_squads_figures_stand_beside_ours():
+    summary = summarise([record("A"), record("two")], ["a", "b"], ["", "two"], 100, 0)
+    assert (summary["exact_match"], summary["squad_exact_match"]) == (0.5, 1)
+    assert (summary["f1"], summary["squad_f1"]) == (0.5, 1)
+    assert summary["squad_exact_match_low"] < 1 == summary["squad_f1_low"]
+
+
 # What a model says, and what is accepted: in words, in other scripts, in signs, and not at all.
 CASES = [
     ("A red cup.", ["red cup"]),
@@ -92,12 +120,12 @@ CASES = [
 FOREIGN = [("红色的杯子", ["红色的杯子"]), ("Красная чашка", ["красная чашка"]), ("👍", ["👍"]), ("café", ["café"])]
 
 
-def test_exact_match_and_f1_are_those_of_the_squad_script():
+def test_squads_metrics_are_those_of_its_script():
     """torchmetrics' are a port of the official script."""
     for number, (predicted, accepted) in enumerate(CASES + FOREIGN):
         truth = {"id": str(number), "answers": {"answer_start": [0] * len(accepted), "text": accepted}}
         expected = squad([{"id": str(number), "prediction_text": predicted}], [truth])
-        found = exact_match(predicted, accepted), token_f1(predicted, accepted)
+        found = squad_exact_match(predicted, accepted), squad_f1(predicted, accepted)
         assert found == pytest.approx([float(expected[key]) / 100 for key in ("exact_match", "f1")]), predicted
 
 
@@ -107,7 +135,7 @@ def test_rouge_is_the_librarys_and_counts_other_scripts_too():
         expected = max(library.score(answer, predicted)["rougeL"].fmeasure for answer in accepted)
         assert score(record(*accepted), predicted).rouge_l == pytest.approx(expected), predicted
     for predicted, accepted in FOREIGN:
-        assert score(record(*accepted), predicted) == Scores(1, 1, 1, 0)
+        assert score(record(*accepted), predicted) == Scores(1, 1, 1, 1, 1, 0)
         assert score(record("👎"), predicted).rouge_l == 0
 
 

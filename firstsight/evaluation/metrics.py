@@ -1,6 +1,6 @@
-"""Answer metrics: exact match and token F1 as SQuAD defines them, ROUGE-L, BLEU, option accuracy, 95% intervals.
+"""Answer metrics: exact match and token F1, ours and SQuAD's, ROUGE-L, BLEU, option accuracy, 95% intervals.
 
-Exact match and F1 follow Rajpurkar et al., 2016 (arXiv:1606.05250). Of several accepted answers, the best match counts.
+SQuAD's are those of Rajpurkar et al., 2016 (arXiv:1606.05250). Of several accepted answers, the best match counts.
 
 To add a metric of single answers, add a field to `Scores` and compute it in `score`; for a corpus-level metric, add two
 functions like `bleu_statistics` and `bleu`. Then summarise it in quality.py, whose docstring says how it reaches the
@@ -24,13 +24,19 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(answer: str) -> str:
-    """Apply SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+    """Apply SQuAD's normalisation, but keep articles, then punctuation, that would leave nothing if they went."""
+    plain = answer.lower().translate(_PUNCTUATION)
+    left = (_ARTICLES.sub(" ", plain), plain, answer.lower())
+    return next((" ".join(text.split()) for text in left if text.strip()), "")
 
 
 def exact_match(predicted: str, accepted: Sequence[str]) -> float:
-    """Return 1.0 if the normalised prediction is one of the normalised accepted answers, else 0.0."""
-    return float(normalise(predicted) in map(normalise, accepted))
+    """Return 1.0 if the normalised prediction is one of the normalised accepted answers, else 0.0.
+
+    An empty prediction matches nothing, not even an empty answer.
+    """
+    found = normalise(predicted)
+    return float(found != "" and found in map(normalise, accepted))
 
 
 def token_f1(predicted: str, accepted: Sequence[str]) -> float:
@@ -38,9 +44,25 @@ def token_f1(predicted: str, accepted: Sequence[str]) -> float:
     return max(_f1(normalise(predicted).split(), normalise(answer).split()) for answer in accepted)
 
 
+def squad_normalise(answer: str) -> str:
+    """Apply SQuAD's normalisation: lower case, no ASCII punctuation, no English articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def squad_exact_match(predicted: str, accepted: Sequence[str]) -> float:
+    """Return SQuAD's exact match, 1.0 or 0.0: "3.5" is "35", "C++" is "C", and "" is "A"."""
+    return float(squad_normalise(predicted) in map(squad_normalise, accepted))
+
+
+def squad_f1(predicted: str, accepted: Sequence[str]) -> float:
+    """Return SQuAD's token F1, the best over `accepted`; two answers of no words are equal."""
+    pairs = [(squad_normalise(predicted).split(), squad_normalise(answer).split()) for answer in accepted]
+    return max(_f1(found, truth) if found or truth else 1.0 for found, truth in pairs)
+
+
 def _f1(predicted: list[str], truth: list[str]) -> float:
     if not predicted or not truth:
-        return float(predicted == truth)
+        return 0.0
     common = sum((Counter(predicted) & Counter(truth)).values())
     return 2 * common / (len(predicted) + len(truth))
 
@@ -71,6 +93,8 @@ class Scores:
     exact_match: float
     f1: float
     rouge_l: float
+    squad_exact_match: float
+    squad_f1: float
     unparsed: float
 
 
@@ -89,9 +113,16 @@ def score(record: Record, predicted: str) -> Scores:
     if record.options:
         letter = parse_option(predicted, record.options)
         right = float(letter in record.answers)
-        return Scores(right, right, right, float(letter is None))
-    rouge = max(_ROUGE.score(answer, predicted)["rougeL"].fmeasure for answer in record.answers)
-    return Scores(exact_match(predicted, record.answers), token_f1(predicted, record.answers), rouge, 0.0)
+        return Scores(right, right, right, right, right, float(letter is None))
+    accepted = record.answers
+    return Scores(
+        exact_match=exact_match(predicted, accepted),
+        f1=token_f1(predicted, accepted),
+        rouge_l=max(_ROUGE.score(answer, predicted)["rougeL"].fmeasure for answer in accepted),
+        squad_exact_match=squad_exact_match(predicted, accepted),
+        squad_f1=squad_f1(predicted, accepted),
+        unparsed=0.0,
+    )
 
 
 def agreement(record: Record, one: str, other: str) -> float:

@@ -32,10 +32,14 @@ def summarise(
     `groups` are resampled together.
     """
     scores = pd.DataFrame([score(record, answer) for record, answer in zip(records, predicted, strict=True)]).assign(
-        group=groups, type=[record.question_type for record in records], closed=[bool(one.options) for one in records]
+        option_accuracy=lambda rows: rows["exact_match"],
+        group=groups,
+        type=[record.question_type for record in records],
+        closed=[bool(one.options) for one in records],
     )
-    summary: dict[str, Any] = {"questions": len(records)} | _share("exact_match", scores)
-    for name in ("f1", "rouge_l"):
+    summary: dict[str, Any] = {"questions": len(records)}
+    summary |= _share("exact_match", scores) | _share("squad_exact_match", scores)
+    for name in ("f1", "rouge_l", "squad_f1"):
         values = scores[name].to_numpy()
         low, high = bootstrap_interval(values, scores["group"], bootstrap_samples, seed)
         summary |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
@@ -58,7 +62,7 @@ def summarise(
 
 
 def _share(name: str, scores: pd.DataFrame) -> dict[str, float]:
-    """Return the mean of `exact_match` as `name`, with the ends of its interval."""
-    right = scores["exact_match"].to_numpy()
+    """Return the mean of the zeros and ones in the column `name`, with the ends of its interval."""
+    right = scores[name].to_numpy()
     low, high = proportion_interval(right, scores["group"])
     return {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}

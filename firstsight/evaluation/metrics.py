@@ -17,21 +17,15 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+from firstsight.evaluation.words import normalise, spaced, words
 from firstsight.records.sample import LETTERS, Record
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalise(answer: str) -> str:
-    """Apply SQuAD's normalisation, but keep articles, then punctuation, that would leave nothing if they went."""
-    plain = answer.lower().translate(_PUNCTUATION)
-    left = (_ARTICLES.sub(" ", plain), plain, answer.lower())
-    return next((" ".join(text.split()) for text in left if text.strip()), "")
-
-
 def exact_match(predicted: str, accepted: Sequence[str]) -> float:
-    """Return 1.0 if the normalised prediction is one of the normalised accepted answers, else 0.0.
+    """Return 1.0 if the prediction is one of the accepted answers, all as `normalise` returns them, else 0.0.
 
     An empty prediction matches nothing, not even an empty answer.
     """
@@ -40,7 +34,7 @@ def exact_match(predicted: str, accepted: Sequence[str]) -> float:
 
 
 def token_f1(predicted: str, accepted: Sequence[str]) -> float:
-    """Return the harmonic mean of precision and recall over the normalised answers' words, the best over `accepted`."""
+    """Return the harmonic mean of precision and recall over the words of `normalise`, the best over `accepted`."""
     return max(_f1(normalise(predicted).split(), normalise(answer).split()) for answer in accepted)
 
 
@@ -99,10 +93,10 @@ class Scores:
 
 
 class _Tokenizer:
-    """Split text into words as rouge-score does for ASCII; keep the other characters, which rouge-score would drop."""
+    """Split text for rouge-score, whose own tokenizer knows ASCII letters and digits only."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+|[^\x00-\x7f]", text.lower())
+        return words(text)
 
 
 _ROUGE = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
@@ -137,13 +131,14 @@ def bleu_order(records: Sequence[Record]) -> int:
     Answers of one to three words have no 4-grams. The order must not depend on a model's answers, or models would be
     compared by different measures.
     """
-    words = sorted(len(record.answer.split()) for record in records)
-    return max(1, min(4, words[len(words) // 2]))
+    counts = sorted(len(spaced(record.answer).split()) for record in records)
+    return max(1, min(4, counts[len(counts) // 2]))
 
 
 def bleu_statistics(record: Record, predicted: str, order: int) -> list[int]:
     """Return an answer's statistics for corpus BLEU, [2 order + 2]: n-gram matches, n-gram totals, both lengths."""
-    found = BLEU(max_ngram_order=order, effective_order=True).sentence_score(predicted, list(record.answers))
+    scorer = BLEU(max_ngram_order=order, effective_order=True)
+    found = scorer.sentence_score(spaced(predicted), [spaced(answer) for answer in record.answers])
     return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
 

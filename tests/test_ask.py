@@ -125,6 +125,8 @@ def test_media_are_seen_as_in_a_data_set(media, settings):
         *read_video(media / "clip.mp4", settings.data, 0, None),
     )
     assert video.records[0].prompt() == "What?"
+    # As in a data set, in Unicode's composed form.
+    assert question_about(media / "link.jpg", "A cafe\u0301?", settings.data).records[0].prompt() == "A café?"
 
 
 def test_an_answer_is_the_one_that_evaluation_gets(smoke, settings):

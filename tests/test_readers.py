@@ -493,6 +493,25 @@ def test_letters_of_their_own_are_taken_off_options(options, expected):
     assert plain_options(options) == expected
 
 
+def test_texts_are_stored_in_one_normal_form(settings, tmp_path):
+    """Three of each word: composed, decomposed, and a letter with a nukta, which composing takes apart."""
+    for composed, other in (
+        ("café", "cafe\u0301"),
+        ("한글", "\u1112\u1161\u11ab\u1100\u1173\u11af"),
+        ("क़लम", "\u0958लम"),
+    ):
+        line = {"question": f"{other}?", "answer": other, "answers": [composed, other], "options": None}
+        (asked,) = read("jsonl", settings, tmp_path / "qa.jsonl", json.dumps(line))
+        assert (asked.record.question, asked.record.accepted()) == (f"{composed}?", (composed,))
+        for answer, options in ((composed, [other, "x"]), (other, [composed, "x"])):
+            line = {"question": "Which?", "answer": answer, "options": options}
+            (asked,) = read("jsonl", settings, tmp_path / "qa.jsonl", json.dumps(line))
+            assert (asked.record.options, asked.record.accepted()) == ((composed, "x"), ("A",))
+            assert chosen(f"A. {answer}", [f"A. {options[0]}", "B. x"]) == composed
+        line = {"question": "Which?", "answer": "A", "options": [composed, other]}
+        assert "expected two or more different options" in refused("jsonl", settings, tmp_path / "qa.jsonl", line)
+
+
 def test_videos_are_known_by_their_ids():
     names = [
         f"Ego4d_clip/{UID}-19.mp4",

@@ -12,7 +12,7 @@ from firstsight.models.loading import load_model, load_processor
 from firstsight.readers.media import files
 from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import special_token
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import Record, Sample, composed
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def question_about(path: Path, question: str, data: Data) -> Sample:
         pictures = media.load(data)
     except BadRecordError as error:
         raise UserError(str(error)) from None
-    record = Record("asked", question.strip(), "", (), "open")
+    record = Record("asked", composed(question.strip()), "", (), "open")
     return Sample("asked", "asked", "asked", media.kind, pictures.frames, pictures.fps, (record,))
 
 

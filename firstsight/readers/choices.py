@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from firstsight.readers.problems import BadRecordError
-from firstsight.records.sample import LETTERS
+from firstsight.records.sample import LETTERS, composed
 
 
 def plain_options(options: Sequence[Any]) -> list[Any]:
@@ -27,9 +27,11 @@ def chosen(answer: Any, options: Sequence[Any]) -> Any:
     Raises:
         BadRecordError: no option has that index.
     """
+    options = [composed(option) if isinstance(option, str) else option for option in options]
+    answer = composed(answer) if isinstance(answer, str) else answer
     plain = plain_options(options)
     if answer in options and not isinstance(answer, bool):
-        return plain[list(options).index(answer)]
+        return plain[options.index(answer)]
     index = answer
     if isinstance(answer, str) and re.fullmatch(r"\s*\d{1,2}\s*", answer) and answer.strip() not in plain:
         index = int(answer)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from firstsight.core.params import Data
 from firstsight.core.validation import describe
 from firstsight.readers.problems import BadRecordError
-from firstsight.records.sample import LETTERS, MediaKind, Record
+from firstsight.records.sample import LETTERS, MediaKind, Record, composed
 
 # A longer text is a sign of a broken file, and would exhaust memory in training.
 MAX_CHARACTERS = 20_000
@@ -70,6 +70,7 @@ class SourceRecord(BaseModel):
 
     If there are `options`, `answer` and `answers` are letters or texts of options. Without an `answer` the question is
     unanswered, see `data.unanswered`. `group` overrides the group of the media, and `split` the split chosen by hash.
+    Question, answers and options are in Unicode's composed form, see `composed`.
 
     Raises:
         ValidationError: a value is wrong; `source_record` turns it into a BadRecordError.
@@ -93,7 +94,9 @@ class SourceRecord(BaseModel):
         for text in (value,) if isinstance(value, str) else value or ():
             if token := special_token(text):
                 raise ValueError(f"expected plain text, found the special token {token!r}")
-        return value
+        if isinstance(value, tuple):
+            return tuple(map(composed, value))
+        return value and composed(value)
 
     @model_validator(mode="after")
     def _distinct_options(self) -> "SourceRecord":

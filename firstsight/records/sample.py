@@ -5,6 +5,7 @@ set is built, and stored as JPEG bytes) with the records that ask about it.
 """
 
 import io
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,15 @@ from PIL import Image
 SPLITS = ("train", "validation", "test")
 MediaKind = Literal["none", "image", "frames", "video"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def composed(text: str) -> str:
+    """Return the text in Unicode's composed form (NFC), in which all text is stored and asked.
+
+    Tokenizers such as Qwen2's compose it anyway, so that a model's answers are in this form; others do not, and would
+    take one word for two. NFKC, which changes meanings (10² becomes 102), is for comparing answers alone.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from firstsight.evaluation.metrics import (
     token_f1,
 )
 from firstsight.evaluation.quality import summarise
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import LETTERS, Record, Sample
 from firstsight.reporting.summary import baselines
 
 
@@ -81,10 +81,58 @@ def test_no_two_of_these_are_the_same_answer():
         ("neither", None),
         ("", None),
         ("b", None),
+        ("(b)", None),
+        ("B)", "B"),
+        ("“B”", "B"),
+        ("**B**", "B"),
+        ("（Ｂ）", "B"),
+        ("B。", "B"),
+        ("B、 a ball", "B"),
+        ("(B) a ball.", "B"),
+        ("B - a ball", "B"),
+        ("B. It is round.", "B"),
+        ("B. a cup", None),  # which?
+        ("A, B", None),
+        ("A) B)", None),
+        ("AB", None),
+        ("B+", None),
+        ("B-", None),
+        ("A.M.", None),
+        ("Answer: B", None),
+        ("The answer is B", None),
     ],
 )
 def test_options_are_parsed_strictly(answer, letter):
     assert parse_option(answer, ("a cup", "a ball", "nothing")) == letter
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        (
+            ("1.5", "15", "0.15"),
+            {"1.5": "A", "15": "B", "0.15": "C", ".15": "C", "1.5.": "A", "1,5": None},
+        ),
+        (("5", "-5", "1/2", "12"), {"5": "A", "−5": "B", "½": "C", "12": "D", "- 5": "A", "(-5)": "B"}),
+        (("10:30", "1030", "10.30"), {"10:30": "A", "1030": "B", "10.30": "C", "10：30": "A"}),
+        (("+", "times", "minus"), {"": None, " ": None, "+": "A", "+.": "A", "-": None, "Times": "B", "\u200b": None}),
+        (("+", "-", "×", "÷"), {"-": "B", "−": "B", "–": "B", "÷": "D", "*": None, "": None}),
+        (("E. coli", "C. elegans", "mouse"), {"C. elegans": "B", "C. Elegans.": "B", "C": "C", "C. mouse": "C"}),
+        (("C", "C++", "C#", ".NET"), {"C++": "B", "c#": "C", "(C++)": "B", ".net": "D", "NET": None}),
+        (("pH", "PH", "Ph"), {"pH": "A", "PH": "B", "ph": None, "B": "B"}),
+        (("Yes!", "Yes?", "yes"), {"Yes!": "A", "YES?": "B", "yes.": None, "Yes": "C"}),
+        (("red", "red cup", "a red"), {"red": "A", "Red cup.": "B", "A red": "C", "A. red": "A", "the red cup": "B"}),
+        (("cup", "the cup"), {"cup": "A", "the cup": "B", "The cup!": None, "A cup": "A"}),
+        (("caf\u00e9", "cafe"), {"cafe\u0301": "A", "CAFE": "B", "CAF\u00c9": "A"}),
+        (("猫", "狗"), {"猫。": "A", "B、狗": "B", "B.狗": "B", "Ｂ：狗": "B", "（Ａ）猫": "A", "A、狗": None}),
+        (("vitamin A", "vitamin B"), {"vitamin A": "A", "vitamin B.": "B", "vitamin": None}),
+        # The question asks for a letter, and the truth is one.
+        (("AB", "A", "B", "O"), {"B": "B", "(B)": "B", "C. B": None, "AB": "A", "O": "D"}),
+    ],
+)
+def test_an_option_s_text_comes_before_a_letter_in_it_and_nothing_from_nothing(options, chosen):
+    assert {answer: parse_option(answer, options) for answer in chosen} == chosen
+    assert [parse_option(letter, options) for letter in LETTERS[: len(options)]] == list(LETTERS[: len(options)])
 
 
 def test_an_unparsed_option_is_counted_and_wrong():

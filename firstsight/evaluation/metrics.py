@@ -9,16 +9,18 @@ report; tests/test_metrics.py compares metrics with reference implementations.
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from firstsight.evaluation.words import normalise, spaced, words
-from firstsight.records.sample import LETTERS, Record
+from firstsight.evaluation.words import fold, normalise, spaced, words
+from firstsight.records.sample import LETTERS, Record, composed
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -61,23 +63,40 @@ def _f1(predicted: list[str], truth: list[str]) -> float:
     return 2 * common / (len(predicted) + len(truth))
 
 
-def parse_option(predicted: str, options: Sequence[str]) -> str | None:
-    """Return the letter of the option that an answer chooses, or None.
+# "B. text", "(B) text", "B: text", "B、text". Without a space, a point may be that of an abbreviation.
+_MARKED = regex.compile(r"\p{Ps}?([A-Z])\s*(?:[.:。](?=\s|\P{ASCII})|、|\p{Pe})\s*(.+)", regex.DOTALL)
+_UNMARKED = regex.compile(r"([A-Z])(?=\W)(.+)", regex.DOTALL)
 
-    Accepted are a single letter, "(B)", "B.", "B: text", or an option's text. "A person walks" chooses nothing: its A
-    is an article, not a letter.
+
+def parse_option(predicted: str, options: Sequence[str]) -> str | None:
+    """Return the letter of the option that an answer chooses, or None; an empty answer chooses nothing.
+
+    The question asks for a letter, so a letter alone is one, whatever the options say. Next comes the text of one
+    option and no other, as it stands or as `normalise` returns it; then a letter with a mark ("B. text"), unless the
+    text is another option's; then a letter before its own option's text. "A person walks" chooses nothing: its A is an
+    article.
     """
-    answer = predicted.strip()
-    letters = LETTERS[: len(options)]
-    if match := re.fullmatch(r"\(?([A-Z])[).:]?(?:\s+(.*))?", answer, re.DOTALL):
-        letter, rest = match.groups()
-        marked = not answer[1:2].isspace()
-        if letter in letters and (
-            rest is None or marked or normalise(rest) == normalise(options[letters.index(letter)])
-        ):
-            return letter
-    chosen = [letter for letter, option in zip(letters, options, strict=True) if normalise(option) == normalise(answer)]
-    return chosen[0] if len(chosen) == 1 else None
+    letters, answer = LETTERS[: len(options)], unicodedata.normalize("NFKC", predicted).strip()
+    if len(answer) == 1 and answer in letters:
+        return answer
+    if letter := _with_text(predicted, options, lambda text: composed(text.strip())):
+        return letter
+    if len(lone := "".join(words(predicted)).upper()) == 1 and lone in letters and lone in answer:
+        return lone
+    if letter := _with_text(predicted, options, fold) or _with_text(predicted, options, normalise):
+        return letter
+    if (match := _MARKED.fullmatch(answer)) and match[1] in letters:
+        return match[1] if parse_option(match[2], options) in (None, match[1]) else None
+    if (match := _UNMARKED.fullmatch(answer)) and match[1] in letters:
+        return match[1] if exact_match(match[2], [options[letters.index(match[1])]]) else None
+    return None
+
+
+def _with_text(answer: str, options: Sequence[str], form: Callable[[str], str]) -> str | None:
+    """Return the letter of the only option whose text is the answer's in a `form`; None if none or several are."""
+    wanted = form(answer)
+    found = [letter for letter, option in zip(LETTERS, options, strict=False) if wanted and form(option) == wanted]
+    return found[0] if len(found) == 1 else None
 
 
 @dataclass(frozen=True)

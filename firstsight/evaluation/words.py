@@ -44,9 +44,9 @@ _SIGNS = str.maketrans(
 )
 # 10 - 20 is 10-20; a minus sign of another form is one where no letter precedes; 1,000 and 1'000 are 1000; .5 is 0.5.
 _SPACED_SIGN = _pattern(r"(?<=[0-9]) [ ] ([-−/:~]) [ ] (?=[0-9])")
-_MINUS = _pattern(
-    rf"(?<!{_IN_WORD}[ ]?) − [ ]? (?=[\p{{Sc}}.]?[0-9]) | (?<=[0-9]) − (?=[0-9]) | (?<={_IN_WORD}) − (?!{_IN_WORD})"
-)
+_MINUS = _pattern(rf"""
+    (?<!{_IN_WORD}[ ]?) − [ ]? (?=[\p{{Sc}}.]?[0-9]) | (?<=[0-9]) − (?=[0-9]) | (?<={_IN_WORD}) − (?!{_IN_WORD}) | ^−$
+""")
 _THOUSANDS = _pattern(r"(?<![0-9.,']) [1-9][0-9]{0,2} ([,']) (?:[0-9]{2,3}\1)* [0-9]{3} (?![0-9,'])")
 _BARE_POINT = _pattern(rf"(?<![.]|{_IN_WORD}) [.] (?=[0-9])")
 

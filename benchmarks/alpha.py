@@ -17,6 +17,7 @@ from firstsight.acquisition.initialise import initialise
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.distillation.targets import read_head, read_index
+from firstsight.evaluation.answer_limit import answer_limit
 from firstsight.evaluation.quality import summarise
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor, pick_device
@@ -76,11 +77,11 @@ def one_student(loaded: params.Params, seed: int, alpha: float, device: str, que
             early_stopping_epochs=settings.early_stopping_epochs,
             device=device,
         )
-        given = list(
-            answers(student.eval(), processor, questions, loaded.evaluate.batch_size, loaded.evaluate.max_new_tokens)
-        )
+        records = [record for _, record in questions]
+        limit = answer_limit(processor.tokenizer, records, loaded.evaluate.max_new_tokens)
+        given = list(answers(student.eval(), processor, questions, loaded.evaluate.batch_size, limit))
     groups = [sample.group for sample, _ in questions]
-    return summarise([record for _, record in questions], groups, given, 100, 0)
+    return summarise(records, groups, given, 100, 0)
 
 
 if __name__ == "__main__":

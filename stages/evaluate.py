@@ -20,6 +20,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT, VARIANTS
+from firstsight.evaluation.answer_limit import answer_limit
 from firstsight.evaluation.quality import summarise
 from firstsight.generation.answering import Question, answers
 from firstsight.models.footprint import weights_bytes
@@ -46,6 +47,8 @@ def run(name: str) -> None:
         device = pick_device(loaded.runtime.device)
 
         processor = load_processor(variant.model)
+        tokens = answer_limit(processor.tokenizer, [record for _, record in questions], settings.max_new_tokens)
+        settings = settings.model_copy(update={"max_new_tokens": tokens})
         stored = stored_method(variant.model)
         if stored or variant.quantized_on_loading:
             importlib.import_module("bitsandbytes")  # takes seconds that are not part of a model's load time

@@ -10,12 +10,15 @@ from conftest import change, make_sample, run_stage
 from transformers import GenerationConfig
 
 from firstsight.core.errors import UserError
+from firstsight.core.stage import log
 from firstsight.core.variants import LEFT_OUT
+from firstsight.evaluation.answer_limit import answer_limit
 from firstsight.generation import answering
 from firstsight.generation.answering import answers, model_inputs
 from firstsight.profiling import cost
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.parquet import SplitWriter
+from firstsight.records.sample import Record
 
 ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]
 SAMPLES = [
@@ -195,6 +198,53 @@ def test_answers_of_nothing_are_wrong_and_reported(smoke_copy, monkeypatch):
     assert quality["student-distilled"]["teacher_agreement"] == 1
     assert "retention" not in quality["student-distilled"]
     assert "(nothing)" in (smoke_copy / "metrics/report.html").read_text()
+
+
+@pytest.fixture
+def said(caplog):
+    """What the stages' own log says."""
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
+
+
+def test_true_answers_longer_than_the_limit_are_counted(processor, said):
+    def question(*answers, options=()):
+        return Record("r", "What?", answers[0], answers, "open", options)
+
+    def tokens(text):
+        return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    short, long, longer = "cup", "a red cup on the table", "红色的杯子 in my left hand 👍🏽"
+    records = [question(short), question(long), question(short, longer), question("B", options=(longer * 2, long))]
+    assert tokens(short) < tokens(long) < tokens(longer)
+    assert answer_limit(processor.tokenizer, records, tokens(longer)) == tokens(longer)
+    assert said.text == ""
+    assert answer_limit(processor.tokenizer, records, tokens(short)) == tokens(short)
+    assert (
+        f"2 of 4 questions with one of more than {tokens(short)} tokens, the longest of {tokens(longer)}" in said.text
+    )
+    # Room for an answer that is longer than all, which would else be cut to one of them.
+    assert answer_limit(processor.tokenizer, records[:1], None) == tokens(short) + 1
+    assert answer_limit(processor.tokenizer, records[:3], None) == tokens(longer) + 1
+    assert answer_limit(processor.tokenizer, records, None) == tokens(f"(A) {longer * 2}") + 1
+
+
+@pytest.mark.system
+def test_a_model_that_knows_all_is_right_where_the_data_set_the_limit(smoke_copy, monkeypatch, said):
+    def known(model, processor, questions, batch_size, tokens):
+        ids = [processor.tokenizer(record.answer, add_special_tokens=False)["input_ids"] for _, record in questions]
+        return iter(processor.batch_decode([one[:tokens] for one in ids]))
+
+    monkeypatch.setattr("stages.evaluate.answers", known)
+    found = {}
+    for limit in (1, None):
+        change(smoke_copy, "evaluate", max_new_tokens=limit)
+        run_stage(smoke_copy, "evaluate", "student")
+        found[limit] = json.loads((smoke_copy / "evaluations/student/quality.json").read_text())["exact_match"]
+        assert ("evaluate.max_new_tokens: expected room for every true answer" in said.text) == (limit == 1)
+        said.clear()
+    assert found[1] < found[None] == 1
 
 
 def test_an_empty_test_split_is_refused_before_a_model_is_loaded(smoke_copy, monkeypatch):

@@ -46,7 +46,7 @@ class AskedModel:
         """Answer the sample's question."""
         started = time.perf_counter()
         question = (sample, sample.records[0])
-        (text,) = answers(self._model, self._processor, [question], 1, self._settings.max_new_tokens)
+        (text,) = answers(self._model, self._processor, [question], 1, self._settings.asked_tokens())
         return Answer(text, time.perf_counter() - started)
 
 

@@ -325,8 +325,14 @@ class Quantize(Section):
     calibration_samples: Count
 
 
+ASKED_TOKENS = 128
+
+
 class Evaluate(Section):
     """Configure evaluation. Quality is measured on the whole test split, `batch_size` questions at a time.
+
+    Answers have at most `max_new_tokens` tokens; null: as many as the longest true answer needs, and `ASKED_TOKENS`
+    where a question has no true answer.
 
     95% intervals come from `bootstrap_samples` resamplings. The teacher is measured quantized, too, by each of
     `teacher_methods`. Speed is measured on `latency_runs` questions, each answered with exactly `latency_new_tokens`
@@ -336,12 +342,16 @@ class Evaluate(Section):
     precision: Precision
     teacher_methods: Methods
     batch_size: Batch
-    max_new_tokens: Count
+    max_new_tokens: Count | None
     bootstrap_samples: Annotated[int, Field(ge=100)]
     latency_runs: Count
     latency_new_tokens: Annotated[int, Field(ge=2)]
     throughput_batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]
     seed: Seed
+
+    def asked_tokens(self) -> int:
+        """Return the most tokens of an answer to a question that is not of the test split."""
+        return self.max_new_tokens or ASKED_TOKENS
 
 
 class Levels(Section):

@@ -139,9 +139,9 @@ def score(record: Record, predicted: str) -> Scores:
 
 
 def agreement(record: Record, one: str, other: str) -> float:
-    """Return 1.0 if two models give the same answer, right or wrong: the same option or normalised text; else 0.0."""
+    """Return 1.0 if two models say the same, right, wrong or nothing: the same option or normalised text; else 0.0."""
     chosen = [parse_option(answer, record.options) for answer in (one, other)] if record.options else [None]
-    return float(chosen[0] == chosen[1]) if all(chosen) else exact_match(one, [other])
+    return float(chosen[0] == chosen[1] if all(chosen) else normalise(one) == normalise(other))
 
 
 def bleu_order(records: Sequence[Record]) -> int:

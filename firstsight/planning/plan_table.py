@@ -1,5 +1,6 @@
 """Make the plan: a table with one row per stage, and whether it fits a GPU."""
 
+import math
 from dataclasses import dataclass
 
 from firstsight.core.params import Evaluate, Optimisation, Params
@@ -109,6 +110,7 @@ def _quantize_student(student: Shape, method: str) -> Row:
 
 
 def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, work: Workload) -> Row:
+    tokens = settings.max_new_tokens or math.ceil(work.largest.answer_tokens)
     return Row(
         f"evaluate {variant}",
         _loaded(shape, precision),
@@ -116,10 +118,10 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
             shape,
             precision,
             max(settings.batch_size, *settings.throughput_batch_sizes),
-            max(settings.max_new_tokens, settings.latency_new_tokens),
+            max(tokens, settings.latency_new_tokens),
             work.largest,
         ),
-        operations=arithmetic.answering(shape, work, settings.max_new_tokens),
+        operations=arithmetic.answering(shape, work, tokens),
     )
 
 

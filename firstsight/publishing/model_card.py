@@ -56,7 +56,7 @@ def model_card(variant: str, place: str) -> str:
         models={role: source | {"source": _name(source)} for role, source in models.items()},
         data=read_json(DATA, "build-egoqa-dataset"),
         sampling=loaded.data,
-        max_new_tokens=loaded.evaluate.max_new_tokens,
+        max_new_tokens=loaded.evaluate.asked_tokens(),
         settings=yaml12.dump(loaded.model_dump(include=set(SECTIONS))).strip(),
     )
 

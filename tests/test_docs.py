@@ -3,11 +3,15 @@
 import ast
 import json
 import re
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from dvc.utils.cli_parse import to_path_overrides
+from dvc.utils.hydra import apply_overrides
 
 from firstsight.core import params
 from firstsight.scenes.templates import TEMPLATES
@@ -110,6 +114,20 @@ def test_parameters_that_are_named_exist(page):
         for key in name.split("."):
             assert key in section, name
             section = section[key]
+
+
+def test_values_of_experiments_are_quoted_as_dvc_reads_them(page, tmp_path, monkeypatch):
+    """By the functions with which `dvc exp run` reads them; those of a queue are lists."""
+    monkeypatch.chdir(tmp_path)
+    paths = []
+    for line in re.findall(r"^dvc exp run -S .*", code(page.read_text(encoding="utf-8")), re.MULTILINE):
+        given = [word for word in shlex.split(line, comments=True)[3:] if word != "-S"]
+        shutil.copy(ROOT / "presets/smoke.yaml", "params.yaml")
+        for file, overrides in to_path_overrides(given).items():
+            apply_overrides(file, overrides)
+        paths.append(params.load().data.path)
+    if page.name in ("README.md", "data.md"):
+        assert "my data/數據, a=b.jsonl" in paths
 
 
 @pytest.mark.skipif(not CLI.exists(), reason="there is no firstsight/cli/app.py")

@@ -55,6 +55,19 @@ def test_another_evaluation_leaves_the_models_alone(project):
     assert stages_run(project, "exp", "run", "-S", "evaluate.max_new_tokens=9") == EVALUATIONS | {"report"}
 
 
+@pytest.mark.parametrize("name", ["數據, a=b.jsonl", 'it\'s "so" (1) #2.jsonl'])
+def test_a_file_of_any_name_is_read_if_it_is_quoted_for_dvc(project, name):
+    (project / "my data").mkdir()
+    file = project / "my data" / name
+    file.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}"}) + "\n" for n in range(40)))
+    quoted = f"my data/{name}".replace('"', '\\"')
+    given = ("-S", "data.source=jsonl", "-S", f'data.path="{quoted}"')
+    assert stages_run(project, "exp", "run", *given, "build-egoqa-dataset") == {"build-egoqa-dataset"}
+    assert json.loads((project / "data/egoqa/card.json").read_text())["source"] == "jsonl"
+    assert stages_run(project, "repro", "build-egoqa-dataset") == set()
+    shutil.rmtree(project / "my data")
+
+
 def test_runtime_settings_rerun_nothing(project):
     assert stages_run(project, "exp", "run", "-S", "runtime.device=cpu") == set()
 

@@ -73,7 +73,7 @@ def arms(settings: params.Params) -> list[Arm]:
 
 def run() -> None:
     if sys.argv[1:] == ["table"]:
-        show()
+        show(read())
         return
     settings = params.load()
     device = pick_device(settings.runtime.device)
@@ -88,7 +88,7 @@ def run() -> None:
             for row in students(settings, seed, share, noise, wanted, device):
                 rows.append(row)
                 write(RESULTS.stem, rows)
-    show()
+    show(rows)
 
 
 def identity(row: dict) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def students(
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).symlink_to(ROOT / path)
         values = settings.model_dump()
-        values["data"] |= {"seed": seed, "labelled_fraction": share}
+        values["data"] |= {"seed": seed, "labelled_fraction": share, "unanswered": "teacher"}
         values["train"]["seed"] = seed
         values["control"]["enabled"] = True
         with chdir(folder):
@@ -182,16 +182,14 @@ def exact_match(folder: Path, settings: params.Evaluate, device: str) -> float:
     return float(np.mean([score(record, text).exact_match for (_, record), text in zip(questions, given, strict=True)]))
 
 
-def show() -> None:
+def show(rows: list[dict]) -> None:
     """Print the mean over seeds of each arm with its 95% interval, and draw exact match over the share of labels."""
     by_arm = defaultdict(list)
-    for row in read():
-        by_arm[tuple(row[name] for name in ("noise", "share", "learns_from", "temperature", "alpha"))].append(
-            float(row["exact_match"])
-        )
+    for row in rows:
+        by_arm[identity(row | {"seed": ""})[1:]].append(float(row["exact_match"]))
     means = {arm: interval(found) for arm, found in by_arm.items()}
     cells = [
-        (f"{float(arm[1]):.0%}", f"{float(arm[0]):.0%}", *arm[2:], f"{mean:.3f}", f"{low:.3f} to {high:.3f}", str(n))
+        (f"{float(arm[0]):.0%}", f"{float(arm[1]):.0%}", *arm[2:], f"{mean:.3f}", f"{low:.3f} to {high:.3f}", str(n))
         for arm, (mean, low, high, n) in sorted(means.items())
     ]
     header = ("labelled", "wrong", "learns from", "T", "alpha", "exact match", "95% over seeds", "seeds")
@@ -200,7 +198,7 @@ def show() -> None:
     own = {LABELS: ("", ""), ANSWERS: ("", ""), DISTRIBUTIONS: (str(settings.temperature), str(settings.alpha))}
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for (learns_from, point), colour in zip(own.items(), ("#888888", "#0072B2", "#D55E00"), strict=True):
-        line = sorted((float(a[1]), *means[a]) for a in means if float(a[0]) == 0 and a[2:] == (learns_from, *point))
+        line = sorted((float(a[0]), *means[a]) for a in means if float(a[1]) == 0 and a[2:] == (learns_from, *point))
         if line:
             shares, mean, low, high, _ = map(np.array, zip(*line, strict=True))
             label = f"{learns_from}, T = {point[0]}, α = {point[1]}" if point[0] else learns_from

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from benchmarks import loss
+from benchmarks import loss, pays
+from firstsight.core import params
+from firstsight.records.parquet import Split
 
 # What a machine for benchmarks need not have: libraries of readers, reports, quantization and the pipeline.
 ABSENT = (
@@ -90,7 +93,11 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
 
 # By module: its arguments, how it is scaled down, and the rows that it writes.
 SMALL = {
-    "alpha": (["0"], "ALPHAS = (0.0, 0.7)", 2),
+    "pays": (
+        ["0"],
+        "SHARES, NOISES, TEMPERATURES, ALPHAS, show = (0.5, 1.0), (0.4,), (2.0,), (1.0,), lambda rows: None",
+        8,
+    ),
     "build": ([], "PICTURES = (4, 16)", 2),
     "processes": (["0.2"], "PROCESSES = (1, 2)", 2),
     "repeat": (["student-nf4"], "FIGURES = FIGURES[:2]", 3),
@@ -133,11 +140,49 @@ def rows_of(after_repro):
 
 
 @pytest.mark.system
-def test_alpha_0_trains_without_the_teacher(rows_of):
-    plain, distilled = rows_of("alpha")
-    assert (plain["alpha"], distilled["alpha"]) == (0.0, 0.7)
-    assert plain["seed"] == distilled["seed"] == 0
-    assert all(0 <= row[figure] <= 1 for row in (plain, distilled) for figure in ("exact_match", "f1"))
+def test_each_student_of_the_study_learns_from_what_its_row_says(rows_of):
+    rows = rows_of("pays")
+    learnt = [(row["share"], row["noise"], row["learns_from"], row["temperature"], row["alpha"]) for row in rows]
+    labels, answers, distributions = "labels", "teacher's answers", "teacher's distributions"
+    assert learnt == [
+        (1.0, 0.0, labels, None, None),
+        (1.0, 0.0, distributions, 3.0, 0.7),
+        (1.0, 0.0, distributions, 2.0, 1.0),
+        (0.5, 0.0, labels, None, None),
+        (0.5, 0.0, distributions, 3.0, 0.7),
+        (0.5, 0.0, answers, None, None),
+        (1.0, 0.4, labels, None, None),
+        (1.0, 0.4, distributions, 3.0, 0.7),
+    ]
+    assert all(row["steps"] > 0 for row in rows)
+    assert all(0 <= row["exact_match"] <= 1 for row in rows)
+
+
+def test_the_study_shows_means_and_intervals_over_seeds(monkeypatch, tmp_path, capsys):
+    settings = params.load(ROOT / "presets/smoke.yaml")
+    monkeypatch.setattr(pays, "PICTURE", tmp_path / "pays.png")
+    monkeypatch.setattr(pays.params, "load", lambda: settings)
+    arm = {"noise": 0.0, "learns_from": "labels", "temperature": None, "alpha": None}
+    found = {0.05: (0.5, 0.6, 0.7), 1.0: (0.9,)}
+    pays.show([arm | {"seed": n, "share": s, "exact_match": m} for s, ms in found.items() for n, m in enumerate(ms)])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    # 4.303 standard errors of 0.1 / sqrt(3); one seed has no interval.
+    assert shown[0] == ["5%", "0%", "labels", "0.600", "0.352", "to", "0.848", "3"]
+    assert shown[1] == ["100%", "0%", "labels", "0.900", "nan", "to", "nan", "1"]
+    assert (tmp_path / "pays.png").stat().st_size > 5000
+
+
+def test_labels_that_are_replaced_are_answers_of_the_same_question(smoke, tmp_path):
+    path = tmp_path / "train.parquet"
+    shutil.copy(smoke / "data/egoqa/train.parquet", path)
+    before = [record for sample in Split(path) for record in sample.records]
+    pays.mislabel(path, 1.0, 0)
+    after = [record for sample in Split(path) for record in sample.records]
+    given = {(record.question, record.options, record.answer) for record in before}
+    changed = sum(one.answer != other.answer for one, other in zip(before, after, strict=True))
+    assert 0 < changed < len(before)
+    assert all((record.question, record.options, record.answer) in given for record in after)
+    assert [record.id for record in after] == [record.id for record in before]
 
 
 @pytest.mark.system

@@ -11,6 +11,7 @@ from torchmetrics.functional.text import squad
 from firstsight.evaluation.metrics import (
     Scores,
     agreement,
+    bleu,
     bootstrap_interval,
     exact_match,
     parse_option,
@@ -212,6 +213,10 @@ def test_bleu_counts_all_models_by_the_same_n_grams():
     longer = bleu_of(records, ["a cup", "red", "on the table over there by the wall"])
     assert right == pytest.approx(1)
     assert 1 > longer > bleu_of(records, ["a cup", "blue", "no"]) > 0
+
+
+def test_bleu_of_the_truth_is_one_and_no_more():
+    assert bleu(np.array([8, 6, 4, 2, 8, 6, 4, 2, 8, 8])) == 1
 
 
 def bleu_of(records, predicted):

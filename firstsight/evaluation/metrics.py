@@ -168,7 +168,7 @@ def bleu(statistics: np.ndarray) -> float:
     found = BLEU.compute_bleu(
         list(matches), list(totals), int(length), int(true_length), smooth_method="exp", max_ngram_order=order
     )
-    return found.score / 100
+    return min(1.0, found.score / 100)  # sacrebleu rounds up to 100.00000000000004
 
 
 def proportion_interval(right: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:

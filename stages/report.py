@@ -4,7 +4,8 @@
 
 reads  evaluations/*, the training histories, the quantized layers' errors, where the models came from, the data card
        and the train and test splits, by `report` in params.yaml
-writes metrics/{models,quality,performance,training,quantization}.json, metrics/summary.txt, metrics/plots/ and
+writes metrics/metrics.json, the few figures that DVC compares; all others in
+       metrics/{models,quality,performance,training,quantization}.json; metrics/summary.txt, metrics/plots/ and
        metrics/report.html
 """
 
@@ -12,20 +13,22 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from pandas import DataFrame
+
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, METHODS, TEACHER, VARIANTS
+from firstsight.core.variants import CONTROL, LEFT_OUT, METHODS, TEACHER, VARIANTS
 from firstsight.evaluation.metrics import score
 from firstsight.records.parquet import Split
 from firstsight.records.sample import Record, Sample
-from firstsight.reporting import criteria, figures, report_page, summary, summary_text
+from firstsight.reporting import criteria, figures, headline, report_page, summary, summary_text
 from firstsight.reporting.contact_sheet import contact_sheet
 from firstsight.reporting.summary import Measured
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
-WRITTEN = {f"{name}.json" for name in ("models", "quality", "performance", "training", "quantization")}
+WRITTEN = {f"{name}.json" for name in ("metrics", "models", "quality", "performance", "training", "quantization")}
 WRITTEN |= {"summary.txt", "report.html", "plots"}
 # Samples and columns of the contact sheet.
 SAMPLES_SHOWN, COLUMNS = 12, 3
@@ -57,7 +60,15 @@ def run() -> None:
     performance = summary.performance_table(variants)
     models = summary.models_table(sources)
     quantization = summary.quantization_table(quantized)
+    training = {stage: summary.training_summary(rows) for stage, rows in histories.items()}
     verdicts = criteria.verdicts(settings.report.criteria, quality, performance)
+    unjudged = criteria.not_judged(settings.report.criteria, verdicts)
+    control = Path("evaluations") / CONTROL / LEFT_OUT
+    left_out = None if CONTROL in quality else read_json(control, f"evaluate@{CONTROL}")
+    opening = [
+        headline.subject(models, quality, performance),
+        headline.headline(quality, settings.control, left_out),
+    ]
     curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
     environments = {
         variant: {name: one.performance[name] for name in ("device", "torch", "transformers")}
@@ -66,17 +77,17 @@ def run() -> None:
 
     with whole_folder(OUTPUT) as folder:
         keep_others(folder)
+        write_json(folder / "metrics.json", summary.key_figures(quality, performance, training))
         write_json(folder / "models.json", models)
         write_json(folder / "quality.json", quality)
         write_json(folder / "performance.json", performance)
-        write_json(
-            folder / "training.json", {stage: summary.training_summary(rows) for stage, rows in histories.items()}
-        )
+        write_json(folder / "training.json", training)
         write_json(folder / "quantization.json", quantization)
-        summary_lines = summary_text.summary(quality, performance, verdicts, environments)
+        summary_lines = summary_text.summary(opening, quality, performance, verdicts, unjudged, environments)
         (folder / "summary.txt").write_text(summary_lines, encoding="utf-8")
         samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
-        pictures = draw(folder / "plots", variants, quality, performance, quantized, curves, samples)
+        sweep = summary.sweep_point(settings.train, quality)
+        pictures = draw(folder / "plots", variants, quality, performance, quantized, curves, sweep, samples)
         report_page.write(
             folder / "report.html",
             report_page.Shown(
@@ -84,7 +95,9 @@ def run() -> None:
                 performance=performance,
                 models=models,
                 quantization=quantization,
+                opening=opening,
                 verdicts=verdicts,
+                unjudged=unjudged,
                 environments=environments,
                 card=read_json(DATA / "card.json", "build-egoqa-dataset"),
                 samples=samples,
@@ -143,12 +156,13 @@ def draw(
     performance: dict,
     quantized: dict[str, dict],
     curves: dict[str, dict],
+    sweep: DataFrame,
     samples: Sequence[Sample],
 ) -> dict[str, Path]:
     """Write the data of DVC's plots, and the figures, into `plots`; return the page's figures by caption."""
     plots.mkdir()
     types = summary.by_type({variant: one.quality["by_type"] for variant, one in variants.items()})
-    tables = {"variants": summary.points(quality, performance), "by-type": types}
+    tables = {"variants": summary.points(quality, performance), "by-type": types, "sweep": sweep}
     for stage, splits in curves.items():
         (plots / stage).mkdir()
         tables |= {f"{stage}/{split}": losses for split, losses in splits.items()}
@@ -157,15 +171,21 @@ def draw(
 
     # Few colours, because the file is in git.
     contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
+    opening = {}
+    if CONTROL in quality:
+        figures.gain(quality, types, plots / "gain.png")
+        opening[
+            "What distilling added to exact match, with 95% intervals; right, student-finetuned → student-distilled"
+        ] = plots / "gain.png"
     figures.quality(quality, list(performance), plots / "quality.png")
     figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
     figures.by_type(types, plots / "by-type.png")
     figures.throughput(performance, plots / "throughput.png")
     figures.training(curves, plots / "training.png")
-    pictures = {
+    pictures = opening | {
         "Exact match on the test split": plots / "quality.png",
         "Quality against latency and memory: up and to the left is better": plots / "quality-against-cost.png",
-        "Exact match by question type": plots / "by-type.png",
+        "Exact match by question type (how many questions)": plots / "by-type.png",
         "Answers a second by batch size": plots / "throughput.png",
         "Training and validation loss": plots / "training.png",
     }

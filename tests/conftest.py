@@ -287,9 +287,9 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-def as_wide_as(browser, pixels: int) -> None:
+def as_wide_as(browser, pixels: int, height: int = 900) -> None:
     """A window cannot be narrower than 500 pixels; what a phone shows can."""
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
-        {"width": pixels, "height": 900, "deviceScaleFactor": 1, "mobile": pixels < 500},
+        {"width": pixels, "height": height, "deviceScaleFactor": 1, "mobile": pixels < 500},
     )

@@ -9,6 +9,7 @@ from conftest import ROOT, STAGES, YAML_SAFE, change, run_module, run_stage, wor
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
+from firstsight.core.variants import CONTROL
 
 TABLE = "firstsight", "table"
 PIPELINE = YAML_SAFE.load(ROOT / "dvc.yaml")["stages"]
@@ -25,7 +26,14 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "distill": ["train"],
         "quantize-student": ["quantize"],
         "evaluate": ["evaluate"],
-        "report": ["report", "evaluate.bootstrap_samples", "evaluate.seed"],
+        "report": [
+            "report",
+            "control",
+            "evaluate.bootstrap_samples",
+            "evaluate.seed",
+            "train.temperature",
+            "train.alpha",
+        ],
     }
 
 
@@ -33,7 +41,7 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     metrics = smoke / "metrics"
     quality = json.loads((metrics / "quality.json").read_text())
     baselines = {"majority-answer", "question-only"}
-    assert set(quality) == baselines | {"teacher", "student", "student-distilled", "student-nf4"}
+    assert set(quality) == baselines | {"teacher", "student", CONTROL, "student-distilled", "student-nf4"}
     assert 0 <= quality["majority-answer"]["exact_match"] < quality["question-only"]["exact_match"] < 0.6
     assert quality["teacher"]["teacher_agreement"] == 1
     models = json.loads((metrics / "models.json").read_text())
@@ -57,11 +65,11 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     curve = (metrics / "plots/distill/validation.csv").read_text().splitlines()
     assert curve[0] == "step,loss"
     assert len(curve) == 3  # an evaluation an epoch
-    assert (metrics / "plots/variants.csv").read_text().count("\n") == 1 + 4
-    assert (metrics / "plots/by-type.csv").read_text().count("\n") == 1 + 4 * len(
-        card["splits"]["test"]["question_types"]
-    )
-    assert len(list((metrics / "plots").glob("*.png"))) == 7
+    types = card["splits"]["test"]["question_types"]
+    assert (metrics / "plots/variants.csv").read_text().count("\n") == 1 + 5
+    assert (metrics / "plots/by-type.csv").read_text().count("\n") == 1 + 5 * len(types)
+    assert quality["student-nf4"]["gain_by_type"].keys() == types.keys()
+    assert len(list((metrics / "plots").glob("*.png"))) == 8
     predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())
     assert len(predictions) == quality["teacher"]["questions"]
 

@@ -3,7 +3,8 @@
 from conftest import ROOT
 
 from firstsight.core.files import read_json, write_json
-from firstsight.reporting.comparison import show_some, size
+from firstsight.reporting.comparison import show_some
+from firstsight.reporting.text_table import size
 
 
 def test_of_some_variants_it_has_the_weights_in_memory_and_no_empty_retention(tmp_path, monkeypatch, capsys):

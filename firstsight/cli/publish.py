@@ -32,7 +32,7 @@ def publish(
     from firstsight.publishing import checks
     from firstsight.publishing import push as hub
     from firstsight.publishing.model_card import model_card
-    from firstsight.reporting.comparison import size
+    from firstsight.reporting.text_table import size
 
     quiet_transformers()
     folder = Path("models") / variant

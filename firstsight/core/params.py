@@ -369,12 +369,13 @@ class Levels(Section):
 
 
 class Criteria(Section):
-    """Hold the levels for each student, compared with the teacher; see `firstsight.reporting.criteria`."""
+    """Hold the levels for each student made by distilling, see `firstsight.reporting.criteria`; null: not judged."""
 
-    compression: Levels
-    memory_saved: Levels
-    speed_up: Levels
+    gain: Levels
     retention: Levels
+    compression: Levels
+    weights_saved: Levels
+    speed_up: Levels | None
 
 
 class Report(Section):

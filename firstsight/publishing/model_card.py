@@ -13,7 +13,8 @@ from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import DISTILLED
-from firstsight.reporting.comparison import size
+from firstsight.reporting.headline import origin
+from firstsight.reporting.text_table import size
 
 METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
 # The hub's licence identifiers that base models commonly have; any other licence is "other" there, with its name.
@@ -53,7 +54,7 @@ def model_card(variant: str, place: str) -> str:
         questions=quality[variant]["questions"],
         parameters=performance[variant]["parameters"],
         device=read_json(Path("evaluations") / variant / "performance.json", f"evaluate@{variant}")["device"],
-        models={role: source | {"source": _name(source)} for role, source in models.items()},
+        models={role: source | {"source": origin(source)} for role, source in models.items()},
         data=read_json(DATA, "build-egoqa-dataset"),
         sampling=loaded.data,
         max_new_tokens=loaded.evaluate.asked_tokens(),
@@ -76,13 +77,6 @@ def _metadata(student: dict[str, Any]) -> str:
         **licences,
     )
     return f"---\n{data.to_yaml()}\n---"
-
-
-def _name(model: dict[str, Any]) -> str:
-    """Return a model's source: a hub repository, or a local folder's name without its path."""
-    if model["source"] == "init":
-        return "fresh weights"
-    return model["source"] if model["commit"] else Path(model["source"]).name
 
 
 def _rows(variant: str, quality: dict, performance: dict) -> list[tuple[str, str, str]]:

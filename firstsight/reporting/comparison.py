@@ -5,20 +5,40 @@ from pathlib import Path
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import LEFT_OUT, VARIANTS
-from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
-from firstsight.reporting.text_table import render
+from firstsight.reporting.summary import BASELINES
+from firstsight.reporting.text_table import render, size
 
 METRICS = Path("metrics")
-HEADER = ("variant", "exact match", "F1", "retention", "parameters", "on disk", "peak memory", "latency", "answers/s")
+HEADER = (
+    "variant",
+    "exact match",
+    "gain",
+    "F1",
+    "retention",
+    "parameters",
+    "on disk",
+    "peak memory",
+    "latency",
+    "answers/s",
+)
+
+# Of these, those that the report opens with, which a phone has room for.
+FIRST = ("variant", "exact match", "gain", "weights", "latency")
 
 
-def size(count: float, unit: str = "B") -> str:
-    """Return a count with a decimal prefix and at most three digits: 1234567 gives "1.23 MB"."""
-    for prefix in ("", "k", "M", "G"):
-        if abs(count) < 999.5 or prefix == "G":
-            return f"{count:.3g} {prefix}{unit}".rstrip()
-        count /= 1000
-    raise AssertionError
+def first_rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
+    """Return the cells of the table that the report opens with, in the order of `FIRST`; a row as in `rows`."""
+    table: list[tuple[str, ...]] = [
+        (
+            variant,
+            f"{quality[variant]['exact_match']:.1%}",
+            f"{100 * quality[variant]['gain']:+.1f}" if "gain" in quality[variant] else "",
+            size(fast["weights_bytes"]),
+            f"{fast['latency_ms_p50']:.1f} ms",
+        )
+        for variant, fast in performance.items()
+    ]
+    return table + [(_words(name), f"{quality[name]['exact_match']:.1%}", "", "", "") for name in BASELINES]
 
 
 def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
@@ -31,6 +51,7 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
             (
                 variant,
                 f"{good['exact_match']:.3f} ({good['exact_match_low']:.2f}-{good['exact_match_high']:.2f})",
+                f"{good['gain']:+.3f}" if "gain" in good else "-",
                 f"{good['f1']:.3f}",
                 f"{good['retention']:.1%}" if "retention" in good else "-",
                 size(fast["parameters"], ""),
@@ -40,11 +61,15 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
                 f"{max(together):.1f}" if together else "-",
             )
         )
-    for name in (QUESTION_ONLY, MAJORITY):
+    for name in BASELINES:
         if name in quality:
-            cells = (name.replace("-", " "), f"{quality[name]['exact_match']:.3f}")
+            cells = (_words(name), f"{quality[name]['exact_match']:.3f}")
             table.append(cells + ("",) * (len(HEADER) - len(cells)))
     return table
+
+
+def _words(baseline: str) -> str:
+    return baseline.replace("-", " ")
 
 
 def show_some(names: list[str]) -> None:
@@ -64,12 +89,12 @@ def show_some(names: list[str]) -> None:
         table: {name: read_json(Path("evaluations") / name / f"{table}.json", f"evaluate@{name}") for name in names}
         for table in ("quality", "performance")
     }
-    # Only the report computes retention, from all answers. The memory of weights is shown instead: it is what differs
-    # between copies of one model that are quantized on loading.
-    place = HEADER.index("retention")
+    # Only the report computes gain and retention, from all answers. The memory of weights is shown instead: it is what
+    # differs between copies of one model that are quantized on loading.
     weights = ["weights", *(size(row["weights_bytes"]) for row in found["performance"].values())]
     cells = [HEADER, *rows(found["quality"], found["performance"])]
-    print(render([(*row[:place], own, *row[place + 1 :]) for row, own in zip(cells, weights, strict=True)]))
+    shown = [dict(zip(HEADER, row, strict=True)) | {"retention": own} for row, own in zip(cells, weights, strict=True)]
+    print(render([[row[name] for name in HEADER if name != "gain"] for row in shown]))
 
 
 def show() -> None:
@@ -83,9 +108,14 @@ def show() -> None:
         print(render([HEADER, *rows(quality, performance)]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{METRICS}: expected figures of this version, found no {error}; run dvc repro") from None
+    try:
+        summary = (METRICS / "summary.txt").read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{METRICS}/summary.txt: expected a summary, found {error}; run dvc repro report") from None
+    opening, *_ = summary.split("\n\n")
     print(
-        "\nexact match with its 95% interval; without looking at the image, question only is the best guess,\n"
-        "majority answer the commonest answer to whatever is asked\n"
+        f"\n{opening}\n\nexact match with its 95% interval, gain over that of student-finetuned; without looking at\n"
+        "the image, question only is the best guess, majority answer the commonest answer to whatever is asked\n"
     )
     print(
         "report   metrics/report.html\nsummary  metrics/summary.txt\nplots    metrics/plots/*.png, or: dvc plots show\n"

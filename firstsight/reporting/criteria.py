@@ -1,58 +1,69 @@
-"""Compare four figures of each student with the levels that `report.criteria` of params.yaml sets."""
+"""Compare figures of each student made by distilling with the levels that `report.criteria` of params.yaml sets."""
 
 from dataclasses import dataclass
 
 from firstsight.core.params import Criteria, Levels
+from firstsight.core.variants import CONTROL, STUDENTS
 
-# The table that holds each figure; the others are in the quality table.
-_FIGURES = {"compression": "performance", "memory_saved": "performance", "speed_up": "performance"}
 MEANING = {
-    "compression": "teacher's weights on disk / its own",
-    "memory_saved": "of the teacher's peak memory",
-    "speed_up": "teacher's latency / its own",
-    "retention": "its exact match / teacher's",
+    "gain": f"its exact match - that of {CONTROL}",
+    "retention": "its exact match / the teacher's",
+    "compression": "the teacher's weights on disk / its own",
+    "weights_saved": "share of the teacher's weights in memory that it does not take",
+    "speed_up": "the teacher's latency / its own",
 }
+_NULL = (
+    "speed up is not judged, because report.criteria.speed_up is null: with models as small as the default's, what "
+    "PyTorch adds to each token, not the model, decides the latency"
+)
+_NO_CONTROL = f"gain is not judged, because {CONTROL} is left out"
+_NO_RETENTION = "retention is not judged, because the teacher has no right answer"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Hold a student's figure for one criterion, its 95% interval if there is one, and the highest level reached.
 
-    `figure` is None if it was not measured; `reached` is None if it was not measured or is below the minimum.
+    `reached` is None if the figure is below the minimum.
     """
 
     criterion: str
     variant: str
-    figure: float | None
+    figure: float
     interval: tuple[float, float] | None
     reached: str | None
     levels: Levels
 
     def said(self) -> str:
         """Return the figure and its interval as text."""
-        if self.figure is None:
-            return "-"
-        ends = f" ({self.interval[0]:.2f}-{self.interval[1]:.2f})" if self.interval else ""
+        ends = f" ({self.interval[0]:.2f} to {self.interval[1]:.2f})" if self.interval else ""
         return f"{self.figure:.3g}{ends}"
 
     def judged(self) -> str:
         """Return the verdict as text."""
-        return "no figure" if self.figure is None else self.reached or "not met"
+        return self.reached or "not met"
 
 
 def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdict]:
-    """Return a verdict per criterion and distilled student; `quality` and `performance` are as in metrics/."""
+    """Return a verdict per criterion and student for which it can be computed; the tables are as in metrics/."""
     found = []
     for criterion in Criteria.model_fields:
         levels = getattr(criteria, criterion)
-        for variant in performance:
-            if variant.startswith("student-"):
-                table = performance if criterion in _FIGURES else quality
-                row = table[variant]
-                figure = row.get(criterion)
-                ends = (row[f"{criterion}_low"], row[f"{criterion}_high"]) if f"{criterion}_low" in row else None
-                found.append(Verdict(criterion, variant, figure, ends, _reached(levels, figure), levels))
+        for variant in STUDENTS:
+            row = quality.get(variant, {}) | performance.get(variant, {})
+            if levels is None or criterion not in row:
+                continue
+            ends = (row[f"{criterion}_low"], row[f"{criterion}_high"]) if f"{criterion}_low" in row else None
+            found.append(Verdict(criterion, variant, row[criterion], ends, _reached(levels, row[criterion]), levels))
     return found
+
+
+def not_judged(criteria: Criteria, found: list[Verdict]) -> list[str]:
+    """Return a line per criterion that has no verdict among `found`: which, and why."""
+    judged = {one.criterion for one in found}
+    reasons = {"gain": _NO_CONTROL, "retention": _NO_RETENTION}
+    lines = [reason for criterion, reason in reasons.items() if criterion not in judged]
+    return lines if criteria.speed_up else [*lines, _NULL]
 
 
 def conclusions(found: list[Verdict]) -> list[str]:
@@ -66,7 +77,5 @@ def conclusions(found: list[Verdict]) -> list[str]:
     return lines
 
 
-def _reached(levels: Levels, figure: float | None) -> str | None:
-    if figure is None:
-        return None
+def _reached(levels: Levels, figure: float) -> str | None:
     return next((name for name in ("stretch", "target", "minimum") if figure >= getattr(levels, name)), None)

@@ -3,36 +3,40 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from firstsight.core.variants import VARIANTS
+from firstsight.core.variants import CONTROL, DISTILLED, VARIANTS
 from firstsight.reporting import fonts
 from firstsight.reporting.summary import QUESTION_ONLY
 
 # A dollar sign in a question type does not start a formula.
 plt.rcParams["text.parse_math"] = False
 plt.rcParams["font.family"] = fonts.families()
+# As wide as a phone shows a figure, two of them side by side on a desktop, in inches; panels are below each other.
+_WIDTH, plt.rcParams["font.size"] = 4.4, 9
 # The palette of Okabe and Ito, distinguishable with any colour vision.
 _PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#000000", "#D55E00", "#009E73", "#E69F00")
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
-# Most question types shown: more do not fit a page.
-_TYPES_SHOWN = 24
+# Most question types shown: more do not fit a page, or the first screen of it.
+_TYPES_SHOWN, _TYPES_FIRST = 24, 10
 _MARKERS = dict(zip(VARIANTS, "sPvXhoD^", strict=True))
 
 
 def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
     """Plot training and validation loss by step, one panel per training stage; a stage that did not train has none."""
     curves = {stage: splits for stage, splits in curves.items() if any(map(len, splits.values()))}
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, splits) in zip(axes[0], curves.items(), strict=True):
+    figure, axes = _panels(len(curves), 2.6)
+    for axis, (title, splits) in zip(axes, curves.items(), strict=True):
         for split, style in (
             ("train", {"alpha": 0.6, "color": "#0072B2"}),
             ("validation", {"marker": "o", "color": "#D55E00"}),
@@ -47,18 +51,58 @@ def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
     _save(figure, path)
 
 
+def gain(table: dict[str, dict[str, Any]], types: pd.DataFrame, path: Path) -> None:
+    """Plot what distilling added to the control's exact match, with 95% intervals: overall and by question type.
+
+    The commonest types are shown, and beside each the exact match of the control and of the distilled student.
+
+    Args:
+        table: metrics/quality.json, with the control.
+        types: as `summary.by_type` returns it.
+    """
+    gains = pd.DataFrame(table[DISTILLED]["gain_by_type"]).T.sort_values("questions", ascending=False, kind="stable")
+    gains = gains[:_TYPES_FIRST].sort_values("gain", ascending=False, kind="stable")
+    shares = types.pivot(index="type", columns="variant", values="exact_match")
+    shares.loc["all"] = {name: table[name]["exact_match"] for name in shares}
+    gains = pd.concat([pd.DataFrame([table[DISTILLED]], index=["all"])[gains.columns], gains])
+    figure, axis = plt.subplots(figsize=(_WIDTH, 0.23 * len(gains) + 0.75), layout="constrained")
+    for place, (kind, row) in enumerate(gains.iterrows()):
+        ends = [[max(0, row["gain"] - row["gain_low"])], [max(0, row["gain_high"] - row["gain"])]]
+        axis.errorbar(
+            100 * row["gain"],
+            place,
+            xerr=100 * np.array(ends),
+            color=_COLOURS[DISTILLED] if place else "black",
+            marker="o" if place else "D",
+            capsize=3,
+        )
+        before, after = shares.loc[kind, [CONTROL, DISTILLED]]
+        text = f"{100 * before:.0f} → {100 * after:.0f}%"
+        axis.text(1.02, place, text, va="center", transform=axis.get_yaxis_transform())
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.axhline(0.5, color="#dddddd", linewidth=0.8)
+    axis.set(
+        yticks=range(len(gains)),
+        yticklabels=[f"{_label(str(kind))} ({row['questions']:.0f})" for kind, row in gains.iterrows()],
+        xlabel=f"points of exact match over {CONTROL}",
+    )
+    axis.grid(axis="x", alpha=0.3)
+    axis.invert_yaxis()
+    _save(figure, path)
+
+
 def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: Path) -> None:
     """Plot exact match by variant with 95% intervals, and the question-only baseline as a line."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.45 * len(variants) + 1.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(_WIDTH, 0.3 * len(variants) + 1.1), layout="constrained")
     for place, variant in enumerate(variants):
         row = table[variant]
         axis.barh(place, row["exact_match"], xerr=_error(row), color=_COLOURS[variant], capsize=4, height=0.6)
-        axis.text(row["exact_match_high"] + 0.015, place, f"{row['exact_match']:.3f}", va="center")
+        axis.text(row["exact_match_high"] + 0.02, place, f"{row['exact_match']:.3f}", va="center")
     axis.axvline(table[QUESTION_ONLY]["exact_match"], color="black", linestyle="--", label="best guess without looking")
     axis.set(
         yticks=range(len(variants)),
         yticklabels=variants,
-        xlim=(0, 1.12),
+        xlim=(0, 1.2),
         xlabel="exact match on the test split, with 95% interval",
     )
     axis.invert_yaxis()
@@ -68,7 +112,7 @@ def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: P
 
 def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path) -> None:
     """Plot exact match with its interval against latency and against peak memory: up and to the left is better."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True, layout="constrained")
+    figure, axes = _panels(2, 2.4, legend=len(performance_rows))
     costs = (
         ("latency_ms_p50", 1, "milliseconds an answer (p50, batch 1)"),
         ("peak_bytes", 1e6, "megabytes of memory at most (batch 1)"),
@@ -86,11 +130,10 @@ def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path)
                 linestyle="none",
                 label=variant,
             )
-        axis.set(xlabel=label, ylim=(-0.03, 1.03))
-        axis.set_xlim(left=0)
+        axis.set(xlabel=label, ylabel="exact match", ylim=(-0.03, 1.03))
+        axis.set_xlim(0, 1.08 * max(row[cost] for row in performance_rows.values()) / unit)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("exact match")
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure, axes[0], 2)
     _save(figure, path)
 
 
@@ -102,7 +145,8 @@ def by_type(table: pd.DataFrame, path: Path) -> None:
     counts = table.drop_duplicates("type").set_index("type")["questions"]
     kinds = counts.sort_values(ascending=False, kind="stable")[:_TYPES_SHOWN].sort_index()
     variants = table["variant"].unique()
-    figure, axis = plt.subplots(figsize=(7.6, (0.16 * len(variants) + 0.2) * len(kinds) + 1.2), layout="constrained")
+    height = (0.11 * len(variants) + 0.1) * len(kinds) + 0.6
+    figure, (axis,) = _panels(1, height, legend=len(variants))
     for number, variant in enumerate(variants):
         own = table[table["variant"] == variant].set_index("type")
         for place, kind in enumerate(kinds.index):
@@ -115,7 +159,8 @@ def by_type(table: pd.DataFrame, path: Path) -> None:
                 xerr=[[max(0, right - low)], [max(0, high - right)]],
                 color=_COLOURS[variant],
                 marker=_MARKERS[variant],
-                capsize=2,
+                markersize=4,
+                capsize=1.5,
                 linestyle="none",
                 label=variant if place == 0 else None,
             )
@@ -125,17 +170,17 @@ def by_type(table: pd.DataFrame, path: Path) -> None:
         yticks=range(len(kinds)),
         yticklabels=[f"{_label(kind)} ({count})" for kind, count in kinds.items()],
         xlim=(-0.02, 1.02),
-        xlabel="exact match, with 95% interval (how many questions)",
+        xlabel="exact match, with 95% interval",
     )
     axis.grid(axis="x", alpha=0.3)
     axis.invert_yaxis()
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure, axis, 2)
     _save(figure, path)
 
 
 def throughput(performance_rows: dict, path: Path) -> None:
     """Plot answers per second by batch size."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    figure, (axis,) = _panels(1, 2.8, legend=len(performance_rows))
     for variant, row in performance_rows.items():
         points = [(1, 1000 / row["latency_ms_p50"])]
         points += [(int(batch), found["answers_per_second"]) for batch, found in row["throughput"].items()]
@@ -144,28 +189,37 @@ def throughput(performance_rows: dict, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure, axis, 2)
     _save(figure, path)
 
 
 def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
     """Plot the relative error of each quantized layer by its block and kind, one panel per method."""
-    figure, axes = plt.subplots(
-        1, len(errors), figsize=(4.2 * len(errors) + 1.4, 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (method, layers) in zip(axes[0], errors.items(), strict=True):
+    figure, axes = _panels(len(errors), 2.3, legend=4)
+    for axis, (method, layers) in zip(axes, errors.items(), strict=True):
         # ...layers.{block}.{attention or mlp}.{kind}
         named = [(name.split(".layers.")[1].split("."), error) for name, error in layers.items()]
         kinds = list(dict.fromkeys(parts[-1] for parts, _ in named))
         for kind, marker, colour in zip(kinds, "sPvXhoD^", _PALETTE, strict=False):
             points = [(int(parts[0]), error) for parts, error in named if parts[-1] == kind]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.8, label=kind)
-        axis.set(title=method, xlabel="block of the language model")
+        axis.set(title=method, xlabel="block of the language model", ylabel="error / layer's output", ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel="error relative to the layer's output", ylim=(0, None))
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure, axes[0], 4)
     _save(figure, path)
+
+
+def _panels(count: int, height: float, legend: int = 0) -> tuple[plt.Figure, Sequence[plt.Axes]]:
+    """Return a figure of `count` panels below each other, each `height` inches, with room for a legend's entries."""
+    size = _WIDTH, count * height + 0.12 * legend
+    figure, axes = plt.subplots(count, 1, figsize=size, squeeze=False, layout="constrained")
+    return figure, list(axes[:, 0])
+
+
+def _legend(figure: plt.Figure, axis: plt.Axes, columns: int) -> None:
+    """Put the legend of the axis below all panels, which then have the whole width."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def _label(kind: str) -> str:
@@ -183,7 +237,7 @@ def _error(row: dict[str, float]) -> list[list[float]]:
 def _save(figure: plt.Figure, path: Path) -> None:
     """Save as a PNG of 128 colours: no visible difference at half the size, because the files are in git."""
     with io.BytesIO() as drawn:
-        figure.savefig(drawn, format="png", dpi=130)
+        figure.savefig(drawn, format="png", dpi=200)
         picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     plt.close(figure)
     # Without software version and date, so that equal figures give equal bytes.

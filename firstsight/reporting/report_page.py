@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from firstsight.evaluation.metrics import score
 from firstsight.records.sample import Record, Sample
-from firstsight.reporting.comparison import HEADER, rows, size
+from firstsight.reporting.comparison import FIRST, HEADER, first_rows, rows
 from firstsight.reporting.contact_sheet import strip
 from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 
@@ -23,15 +23,18 @@ _GALLERY = 72
 class Shown:
     """Hold the content of the page; `quality`, `performance`, `models` and `quantization` are as in metrics/.
 
+    `opening` says what was compared and what distilling added; `unjudged` which criteria are not judged, and why.
     `environments` says where each variant was measured; `samples` are training samples; `pictures` are PNG files by
-    caption; `predictions` are the variants' answers in the order of `questions`.
+    caption, the first for the opening; `predictions` are the variants' answers in the order of `questions`.
     """
 
     quality: dict
     performance: dict
     models: dict
     quantization: dict
+    opening: Sequence[str]
     verdicts: Sequence[Verdict]
+    unjudged: Sequence[str]
     environments: dict[str, dict[str, str]]
     card: dict
     samples: Sequence[Sample]
@@ -49,9 +52,10 @@ def write(path: Path, shown: Shown) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["count"] = lambda number: size(number, "")
     page = templates.get_template("report.html.jinja").render(
         shown=shown,
+        first_header=FIRST,
+        first_rows=first_rows(shown.quality, shown.performance),
         header=HEADER,
         rows=rows(shown.quality, shown.performance),
         meanings=MEANING,
@@ -61,7 +65,10 @@ def write(path: Path, shown: Shown) -> None:
             name: list(_figures(name, table))
             for name, table in (("quality", shown.quality), ("performance", shown.performance))
         },
-        pictures={caption: _data_uri(file.read_bytes(), "png") for caption, file in shown.pictures.items()},
+        pictures=[
+            {"caption": caption, "source": _data_uri(file.read_bytes(), "png")}
+            for caption, file in shown.pictures.items()
+        ],
         samples=[{"picture": _thumbnail(sample, 620), "sample": sample} for sample in shown.samples],
         gallery=_gallery(shown.questions, shown.predictions),
     )
@@ -69,7 +76,7 @@ def write(path: Path, shown: Shown) -> None:
 
 
 def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, value) of every number in a metrics file, keys joined by dots as `dvc metrics show` does."""
+    """Yield (key, value) of every number in a metrics file, keys joined by dots."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _figures(f"{table}.{key}", value)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from firstsight.core.variants import TEACHER
+from firstsight.core.params import Train
+from firstsight.core.variants import CONTROL, DISTILLED, STUDENTS, TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, proportion_interval, score
 from firstsight.records.sample import Record, Sample
 
-QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
+BASELINES = QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
 # The figures of evaluations/*/performance.json that the report takes over.
 COSTS = (
     "parameters",
@@ -53,9 +54,10 @@ def unusable(quality: Any, performance: Any) -> str | None:
             return f"{value!r} for {name}"
     if missing := [name for name in ("device", "torch", "transformers", "throughput") if name not in performance]:
         return f"none for {missing[0]}"
-    if not isinstance(quality.get("by_type"), dict) or performance["disk_bytes"] == 0:
-        return "none by question type" if performance["disk_bytes"] else "0 for disk_bytes"
-    return None
+    if not isinstance(quality.get("by_type"), dict):
+        return "none by question type"
+    nothing = [name for name in ("disk_bytes", "weights_bytes", "latency_ms_p50") if performance[name] == 0]
+    return f"0 for {nothing[0]}" if nothing else None
 
 
 def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -94,34 +96,53 @@ def quality_table(
     guesses: dict[str, float],
     bootstrap_samples: int,
     seed: int,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Return the rows of metrics/quality.json.
 
     A variant's row has its figures, `teacher_agreement` (share of answers equal to the teacher's, right or wrong) and
-    `retention` (exact match over the teacher's), with 95% intervals; a row of the baselines in `guesses` has exact
-    match only.
+    `retention` (exact match over the teacher's), with 95% intervals. Where the control was measured, the row of a
+    student made by distilling also has `gain`, its exact match minus the control's on the same questions, overall and
+    `gain_by_type`. A row of the baselines in `guesses` has exact match only.
     """
 
-    def right(variant: Measured) -> np.ndarray:
-        pairs = zip(records, variant.predictions, strict=True)
-        return np.array([score(record, answer).exact_match for record, answer in pairs])
-
-    teacher = measured[TEACHER]
-    teachers = right(teacher)
-    table: dict[str, dict[str, float]] = {name: {"exact_match": share} for name, share in guesses.items()}
+    right = {
+        name: np.array([score(*asked).exact_match for asked in zip(records, variant.predictions, strict=True)])
+        for name, variant in measured.items()
+    }
+    table: dict[str, dict[str, Any]] = {name: {"exact_match": share} for name, share in guesses.items()}
     for name, variant in measured.items():
         row = {key: value for key, value in variant.quality.items() if key != "by_type"}
-        answered = zip(records, variant.predictions, teacher.predictions, strict=True)
+        answered = zip(records, variant.predictions, measured[TEACHER].predictions, strict=True)
         same = np.array([agreement(record, own, other) for record, own, other in answered])
         low, high = proportion_interval(same, groups)
         row |= {"teacher_agreement": float(same.mean()), "teacher_agreement_low": low, "teacher_agreement_high": high}
         # Retention is undefined if the teacher has no right answer.
-        if teachers.any():
-            both = np.stack([right(variant), teachers], axis=1)
+        if right[TEACHER].any():
+            both = np.stack([right[name], right[TEACHER]], axis=1)
             low, high = bootstrap_interval(both, groups, bootstrap_samples, seed, _ratio)
             row |= {"retention": _ratio(both), "retention_low": low, "retention_high": high}
+        if name in STUDENTS and CONTROL in measured:
+            row |= _gains(right[name] - right[CONTROL], records, groups, bootstrap_samples, seed)
         table[name] = row
     return table
+
+
+def _gains(
+    differences: np.ndarray, records: Sequence[Record], groups: Sequence[str], bootstrap_samples: int, seed: int
+) -> dict[str, Any]:
+    """Return the mean of the questions' differences [n] and of those of each question type, with intervals.
+
+    A resampling takes a question's two answers together, so that the interval is that of a paired comparison.
+    """
+    rows = pd.DataFrame({"gain": differences, "group": groups, "type": [record.question_type for record in records]})
+
+    def gain(some: pd.DataFrame) -> dict[str, float]:
+        values = some["gain"].to_numpy()
+        low, high = bootstrap_interval(values, some["group"], bootstrap_samples, seed)
+        return {"gain": float(values.mean()), "gain_low": low, "gain_high": high}
+
+    by_type = {str(kind): {"questions": len(some)} | gain(some) for kind, some in rows.groupby("type")}
+    return gain(rows) | {"gain_by_type": by_type}
 
 
 def _ratio(both: np.ndarray) -> float:
@@ -133,19 +154,51 @@ def _ratio(both: np.ndarray) -> float:
 def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
     """Return the `COSTS` of each variant, with three figures relative to the teacher.
 
-    `compression` is the teacher's bytes on disk over the variant's, `speed_up` the same of median latency, and
-    `memory_saved` the share of the teacher's peak memory that the variant does not take (none if that peak is 0).
+    `compression` is the teacher's bytes on disk over the variant's, `weights_saved` the share of the teacher's bytes of
+    weights in memory that the variant does not take, and `speed_up` the teacher's median latency over the variant's.
     """
     teacher, table = measured[TEACHER].performance, {}
     for name, variant in measured.items():
         row = {key: variant.performance[key] for key in COSTS}
         row["compression"] = teacher["disk_bytes"] / row["disk_bytes"]
+        row["weights_saved"] = 1 - row["weights_bytes"] / teacher["weights_bytes"]
         row["speed_up"] = teacher["latency_ms_p50"] / row["latency_ms_p50"]
-        # A peak of 0 means that the process had used more memory before than the model takes.
-        if teacher["peak_bytes"] > 0:
-            row["memory_saved"] = 1 - row["peak_bytes"] / teacher["peak_bytes"]
         table[name] = row
     return table
+
+
+def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, dict[str, float]]:
+    """Return metrics/metrics.json: of all figures the few that DVC compares, under short names; tables as in metrics/.
+
+    `megabytes` are those of the weights in memory, `loss` and `agreement` those of the best epoch of distilling.
+    """
+    table = {TEACHER: {"exact_match": quality[TEACHER]["exact_match"]}}
+    if CONTROL in quality:
+        table[_short(CONTROL)] = {"exact_match": quality[CONTROL]["exact_match"]}
+    for student in STUDENTS:
+        if student in performance:
+            good, fast = quality[student], performance[student]
+            row = {name: good[name] for name in ("exact_match", "gain", "retention") if name in good}
+            table[_short(student)] = row | {
+                "megabytes": fast["weights_bytes"] / 1e6,
+                "latency_ms": fast["latency_ms_p50"],
+            }
+    names = {"loss": "validation_objective", "agreement": "validation_agreement"}
+    found = {short: training["distill"][name] for short, name in names.items() if name in training["distill"]}
+    return table | {"training": found}
+
+
+def _short(student: str) -> str:
+    return student.removeprefix("student-")
+
+
+def sweep_point(train: Train, quality: dict) -> pd.DataFrame:
+    """Return one row: T, alpha, exact match of the distilled student with its interval, that of the control or none.
+
+    DVC draws the rows of several experiments together.
+    """
+    row = {"temperature": train.temperature, "alpha": train.alpha, **_exact_match(quality[DISTILLED])}
+    return pd.DataFrame([row | {"control": quality[CONTROL]["exact_match"] if CONTROL in quality else None}])
 
 
 def points(quality: dict, performance: dict) -> pd.DataFrame:

@@ -1,16 +1,23 @@
 """Write the results as plain text, metrics/summary.txt."""
 
-from firstsight.core.variants import TEACHER
-from firstsight.reporting.comparison import size
+from firstsight.core.variants import CONTROL, DISTILLED, STUDENTS, TEACHER
 from firstsight.reporting.criteria import MEANING, Verdict, conclusions
-from firstsight.reporting.summary import MAJORITY, QUESTION_ONLY
-from firstsight.reporting.text_table import render
+from firstsight.reporting.headline import in_points
+from firstsight.reporting.summary import BASELINES
+from firstsight.reporting.text_table import render, size
 
 ACCURACIES = ("exact_match", "f1", "rouge_l", "bleu", "option_accuracy")
 
 
-def summary(quality: dict, performance: dict, verdicts: list[Verdict], environments: dict[str, dict[str, str]]) -> str:
-    """Return size and compression, memory, speed, accuracy and success criteria by variant, as text."""
+def summary(
+    opening: list[str],
+    quality: dict,
+    performance: dict,
+    verdicts: list[Verdict],
+    unjudged: list[str],
+    environments: dict[str, dict[str, str]],
+) -> str:
+    """Return the lines of `opening` as the first paragraph, which `firstsight table` prints, and all tables as text."""
     places = sorted(
         {
             f"{where['device']}, torch {where['torch']}, transformers {where['transformers']}"
@@ -26,9 +33,9 @@ def summary(quality: dict, performance: dict, verdicts: list[Verdict], environme
             ),
         ],
         "Memory": [
-            ("", "weights", "peak, batch 1", "saved"),
+            ("", "weights", "of them saved", "peak, batch 1"),
             *(
-                (name, size(row["weights_bytes"]), size(row["peak_bytes"]), _percent(row.get("memory_saved")))
+                (name, size(row["weights_bytes"]), _percent(row["weights_saved"]), size(row["peak_bytes"]))
                 for name, row in performance.items()
             ),
         ],
@@ -50,7 +57,7 @@ def summary(quality: dict, performance: dict, verdicts: list[Verdict], environme
         f"Accuracy, {quality[TEACHER]['questions']} test questions, with 95% intervals": [
             ("", "exact match", "F1", "ROUGE-L", "BLEU", "options"),
             *((name, *(_interval(quality[name], key) for key in ACCURACIES)) for name in performance),
-            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in (QUESTION_ONLY, MAJORITY)),
+            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in BASELINES),
         ],
         "Against the teacher": [
             ("", "as the teacher", "retention"),
@@ -59,6 +66,7 @@ def summary(quality: dict, performance: dict, verdicts: list[Verdict], environme
                 for name in performance
             ),
         ],
+        **_gains(quality),
         "Success criteria": [
             ("", "of", "figure", "minimum", "target", "stretch", "reached"),
             *(
@@ -74,9 +82,29 @@ def summary(quality: dict, performance: dict, verdicts: list[Verdict], environme
         ],
     }
     meanings = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in MEANING.items())
-    opening = ["FirstSight", "Measured on " + "; and on ".join(places), "\n".join(conclusions(verdicts))]
+    judged = "\n".join([*conclusions(verdicts), *unjudged])
+    head = "\n\n".join(["\n".join(opening), judged, "Measured on " + "; and on ".join(places)])
     parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
-    return "\n\n\n".join(["\n\n".join(opening), *parts]) + f"\n\n{meanings}\n"
+    return "\n\n\n".join([head, *parts]) + f"\n\n{meanings}\n"
+
+
+def _gains(quality: dict) -> dict[str, list[tuple[str, ...]]]:
+    """Return the table of gains, by its title, where the control was measured."""
+    if CONTROL not in quality:
+        return {}
+    found = {student: quality[student] for student in STUDENTS if student in quality}
+    found |= {f"{DISTILLED}, {kind}": row for kind, row in quality[DISTILLED]["gain_by_type"].items()}
+    return {
+        f"Gain over {CONTROL}, in points of exact match": [
+            ("", "questions", "gain"),
+            *((name, str(row["questions"]), _points(row)) for name, row in found.items()),
+        ]
+    }
+
+
+def _points(row: dict) -> str:
+    gain, low, high = in_points(row)
+    return f"{gain} ({low} to {high})"
 
 
 def _interval(row: dict, key: str) -> str:

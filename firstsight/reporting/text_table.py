@@ -1,4 +1,4 @@
-"""Plain-text tables, for a terminal and for summary.txt."""
+"""Plain-text tables and sizes, for a terminal and for summary.txt."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,15 @@ import tabulate
 
 # By default a column is at least two characters wider than its header.
 tabulate.MIN_PADDING = 0
+
+
+def size(count: float, unit: str = "B") -> str:
+    """Return a count with a decimal prefix and at most three digits: 1234567 gives "1.23 MB"."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(count) < 999.5 or prefix == "G":
+            return f"{count:.3g} {prefix}{unit}".rstrip()
+        count /= 1000
+    raise AssertionError
 
 
 def render(cells: Sequence[Sequence[str]], left: int = 1) -> str:

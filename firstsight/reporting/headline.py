@@ -1,0 +1,49 @@
+"""Say what was compared, and what distilling added to fine-tuning the same student without a teacher."""
+
+from pathlib import Path
+from typing import Any
+
+from firstsight.core.params import Control
+from firstsight.core.variants import CONTROL, DISTILLED, TEACHER
+from firstsight.reporting.text_table import size
+
+
+def subject(models: dict[str, dict[str, Any]], quality: dict, performance: dict) -> str:
+    """Return a line that says which teacher, which student and how many test questions; tables as in metrics/."""
+    teacher, student = (
+        f"{size(performance[role]['parameters'], '')} parameters ({origin(models[role])})"
+        for role in ("teacher", "student")
+    )
+    return f"Teacher: {teacher}. Student: {student}. {quality[TEACHER]['questions']} test questions."
+
+
+def origin(model: dict[str, Any]) -> str:
+    """Return the source of a row of metrics/models.json: a hub repository or a folder, without the path to it."""
+    if model["source"] == "init":
+        return "fresh weights"
+    folder = Path(model["source"])
+    return folder.name if folder.is_absolute() else model["source"]
+
+
+def headline(quality: dict, control: Control, left_out: str | None) -> str:
+    """Return one sentence: what distilling added to exact match, with its 95% interval, or why that is not known.
+
+    `left_out` is the reason why the control is not among the rows of `quality`, which are as in metrics/.
+    """
+    alone = "the labels alone" if control.answers == "labels" else "the labels and the teacher's answers"
+    if CONTROL not in quality:
+        remedy = "" if control.enabled else "; control.enabled: true in params.yaml measures it"
+        return f"What distilling adds to fine-tuning on {alone} is not known, because {left_out}{remedy}."
+    own, other = quality[DISTILLED], quality[CONTROL]
+    gain, low, high = in_points(own)
+    chance = ", which cannot be told from chance" if own["gain_low"] <= 0 <= own["gain_high"] else ""
+    return (
+        f"Distilling answers {own['exact_match']:.1%} of {own['questions']} test questions exactly, fine-tuning on "
+        f"{alone} {other['exact_match']:.1%}: {gain} points (95% interval {low} to {high}){chance}."
+    )
+
+
+def in_points(row: dict[str, float]) -> tuple[str, str, str]:
+    """Return a row's gain and the ends of its interval in percentage points, as text with signs."""
+    gain, low, high = (f"{100 * row[key]:+.1f}" for key in ("gain", "gain_low", "gain_high"))
+    return gain, low, high

@@ -44,13 +44,9 @@ def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """
     base = model.base_model if not hasattr(model, "model") else model.model
     if hasattr(base, "get_rope_index"):
-        positions, _ = base.get_rope_index(
-            batch["input_ids"],
-            batch["mm_token_type_ids"],
-            image_grid_thw=batch.get("image_grid_thw"),
-            video_grid_thw=batch.get("video_grid_thw"),
-            attention_mask=(batch["segment_ids"] >= 0).long(),
-        )
+        # All inputs, as generate() passes them: which ones positions depend on differs by architecture, and one that is
+        # missing has a silent default (Qwen2.5-VL's second_per_grid_ts).
+        positions, _ = base.get_rope_index(**_inputs(batch), attention_mask=(batch["segment_ids"] >= 0).long())
     else:
         positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device).expand_as(
             batch["input_ids"]
@@ -63,15 +59,19 @@ def last_hidden_states(model: nn.Module, batch: dict[str, Any], cache: Cache | N
 
     Keys and values are put into `cache`, if there is one, for tokens that follow.
     """
-    inputs = {name: value for name, value in batch.items() if name not in PACKING_KEYS}
     outputs = model.model(
-        **inputs,
+        **_inputs(batch),
         position_ids=position_ids(model, batch),
         past_key_values=cache,
         use_cache=cache is not None,
         attention_mask=attention_mask(batch["segment_ids"], model.dtype),
     )
     return outputs.last_hidden_state
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model itself takes of a packed batch."""
+    return {name: value for name, value in batch.items() if name not in PACKING_KEYS}
 
 
 def answer_states(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

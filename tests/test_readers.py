@@ -98,7 +98,7 @@ def test_egoit_is_read(settings, egoit):
         },
         {"id": "7", "video": f"Ego4d_clip/{UID}-4.mp4", "conversations": QUESTION},
         {"id": 8, "image": IMAGES[0], "video": None, "conversations": QUESTION, "dimensions": ["896", "504"]},
-        {"image": IMAGES, "conversations": QUESTION},
+        {"image": IMAGES, "conversations": turns("<image>\n<image>\nWhat changed?", "Nothing.")},
         {"id": "9", "image": IMAGES[:1], "conversations": QUESTION},
         {"id": "10", "conversations": turns("Hello?", "Hello.")},
     ]
@@ -159,6 +159,27 @@ def test_llava_windows_are_counted_in_the_video_s_frames(settings, egoit, window
         ({"video": None, "audio": "x.mp3"}, "expected an image or a video, found audio alone"),
         ({"image": IMAGES[0]}, "expected an image or a video, found image and video"),
         ({"video": {"path": "x"}}, "video: expected a path"),
+        ({"video": 0}, "video: expected a path"),
+        (
+            {"image": IMAGES[0], "images": IMAGES[:1], "video": None},
+            "expected an image or a video, found image and images",
+        ),
+        # A place without a medium, and other numbers of both.
+        ({"video": None}, "found 1 of these and 0 media under image, images, video, videos"),
+        ({"video": ""}, "found 1 of these and 0 media under image, images, video, videos"),
+        ({"video": None, "images": []}, "found 1 of these and 0 media under image, images, video, videos"),
+        ({"video": None, "clip": f"Ego4d/{UID}.mp4"}, f"found 'Ego4d/{UID}.mp4' under 'clip'; rename the key"),
+        ({"video": None, "conversations": turns("Hello?", "Hi.", "And <video>?", "x")}, "found 1 of these and 0 media"),
+        ({"conversations": turns("<image><video> What?", "x")}, "found 2 of these and 1 media under video"),
+        ({"video": None, "image": IMAGES}, "found 1 of these and 2 media under image"),
+        (
+            {"video": None, "images": IMAGES[:1], "conversations": turns("<image><image>?", "x")},
+            "2 of these and 1 media",
+        ),
+        (
+            {"video": None, "image": IMAGES, "conversations": turns("<image>a?", "x", "<image><image>b?", "x")},
+            "found 3 of these and 2 media under image",
+        ),
         ({"video": "Ego4d/gone.mp4"}, "expected a media file, found no"),
         ({"video": "../../x.mp4"}, "expected media below"),
         ({"start_frame": 30, "end_frame": 30}, "expected start_frame before end_frame, found 30 and 30"),
@@ -172,6 +193,49 @@ def test_a_llava_record_is_refused_whole(settings, egoit, change, message):
     said = refused("llava", settings, egoit / "EgoIT.json", [record])
     assert said.startswith(f"{egoit / 'EgoIT.json'}: record 1: ")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"images": IMAGES[:1], "conversations": QUESTION}, [("image", 1)]),
+        ({"images": IMAGES[0], "conversations": QUESTION}, [("image", 1)]),
+        ({"videos": [f"Ego4d/{UID}.mp4"], "conversations": turns("<video>\nWhat?", "x")}, [("video", 1)]),
+        ({"images": [], "video": "", "image": None, "conversations": turns("Hello?", "Hi.")}, [None]),
+        ({"image": IMAGES, "conversations": turns("What changed?", "x")}, [("frames", 2)]),
+        ({"image": IMAGES, "conversations": turns("<video>\nWhat?", "x")}, [("frames", 2)]),
+        ({"video": IMAGES, "conversations": turns("<image>\nWhat?", "x", "Why?", "x")}, [("frames", 2)] * 2),
+        ({"image": IMAGES, "conversations": turns("<image><image>a?", "x", "b?", "x")}, [("frames", 2)] * 2),
+        # Of images that come turn by turn, a question knows those before it.
+        ({"image": IMAGES, "conversations": turns("<image>a?", "x", "b <image>?", "x")}, [("image", 1), ("frames", 2)]),
+        ({"image": IMAGES[0], "conversations": turns("<image>a?", "x", "<image>b?", "x")}, [("image", 1)] * 2),
+    ],
+)
+def test_media_of_llava_are_read_as_the_text_places_them(settings, egoit, record, expected):
+    found = read("llava", settings, egoit / "x.json", [record])
+    assert [one.media and (one.media.kind, len(one.media.names)) for one in found] == expected
+    assert all("<" not in one.record.question for one in found)
+
+
+CASES = ROOT.parent / "shared" / "cases" / "llava"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("images-key.json", None),
+        ("videos-key.json", "expected a media file, found no"),
+        ("no-key.json", "found 1 of these and 0 media under image, images, video, videos"),
+    ],
+)
+def test_records_of_newer_tools_are_read_or_refused(settings, name, message):
+    if not CASES.exists():
+        pytest.skip(f"{CASES} is not here")
+    problems = Problems("skip")
+    found = read("llava", settings, CASES / name, problems=problems)
+    assert (len(found), problems.count) == ((15, 0) if message is None else (14, 1))
+    assert message is None or "json: record 15: " in problems.first[0]
+    assert message is None or message in problems.first[0]
 
 
 def test_a_video_is_known_by_its_name_where_that_is_a_link(settings, egoit):
@@ -677,10 +741,16 @@ def test_numbers_of_the_hub_are_answers(settings, folder):
 
 
 def test_places_of_images_before_a_question_of_the_hub_are_taken_off(settings, folder):
-    rows = [{"q": "<image>\nWhat?"}, {"q": " <image> <image>\n<video>What\nnow?"}]
+    rows = [
+        {"q": "<image>\nWhat?", "f": ["a.jpg"]},
+        {"q": " <image> <image>\n<speech>What\nnow?", "f": ["a.jpg", "a.jpg"]},
+        {"q": "<video>\nAnd then?", "f": ["a.jpg", "a.jpg"]},
+        {"q": "Where?", "f": ["a.jpg"]},
+    ]
+    (folder / "a.jpg").write_bytes(picture(1))
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = from_hub(settings, folder, {"question": "q"})
-    assert [one.record.question for one in found] == ["What?", "What\nnow?"]
+    found = from_hub(settings, folder, {"question": "q", "images": "f"}, media_root=str(folder))
+    assert [one.record.question for one in found] == ["What?", "What\nnow?", "And then?", "Where?"]
 
 
 def test_an_image_in_train_and_test_stays_in_the_test(settings, folder):
@@ -720,6 +790,11 @@ def test_a_folder_of_images_is_a_data_set(settings, folder):
         ({"t": 1.0}, {"start": "t"}, "expected start and end with a video alone, found them with no media"),
         ({"t": 1.0, "f": "a.jpg"}, {"end": "t", "image": "f"}, "with a video alone, found them with image; leave them"),
         ({"q": "What is <image>?"}, {}, "expected plain text, found the special token '<image>'"),
+        # A column that is not mapped, a value that is absent, and another number.
+        ({"q": "<image>\nWhat?", "f": "a.jpg"}, {}, "found 1 of these and 0 media; map the column of the media"),
+        ({"q": "<video>What?", "v": None}, {"video": "v"}, "found 1 of these and 0 media; map the column"),
+        ({"q": "<image><image>What?", "f": "a.jpg"}, {"image": "f"}, "found 2 of these and 1 media; map the column"),
+        ({"q": "<image>What?", "f": ["a.jpg", "b.jpg"]}, {"images": "f"}, "found 1 of these and 2 media; map the"),
     ],
 )  # fmt: skip
 def test_a_row_of_the_hub_is_refused(settings, folder, values, fields, message):

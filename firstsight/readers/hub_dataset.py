@@ -26,7 +26,14 @@ from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.jsonl import window
 from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import PLACEHOLDER, Asked, DecodedMedia, Media, source_record
+from firstsight.readers.source_record import (
+    MEDIA_PLACEHOLDER,
+    PLACEHOLDER,
+    Asked,
+    DecodedMedia,
+    Media,
+    source_record,
+)
 from firstsight.readers.text_files import media_root
 from firstsight.records.sample import MediaKind
 
@@ -74,9 +81,8 @@ class Embedded:
 
     def load(self, data: Data) -> DecodedMedia:
         value = _open(self.source)[self.row].column(self.column)[0].as_py()
-        images = value if isinstance(value, list) else [value]
         name = f"{self.source.split}[{self.row}].{self.column}"
-        return DecodedMedia(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in images))
+        return DecodedMedia(tuple(read_image(BytesIO(one["bytes"]), data, name) for one in _listed(value)))
 
 
 def read(data: Data, problems: Problems) -> Iterator[Asked]:
@@ -162,6 +168,7 @@ def _split(source: Source, split: str | None, data: Data, problems: Problems) ->
 def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: str | None, data: Data) -> Asked:
     texts = {name: _text(values.get(name)) for name in TEXTS}
     if isinstance(texts["question"], str):
+        _check_placeholders(texts["question"], values)
         texts["question"] = _PLACEHOLDERS.sub("", texts["question"])
     options = values.get("options") or []
     if not isinstance(options, list):
@@ -175,6 +182,24 @@ def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: 
         answers=[_text(chosen(one, options)) for one in answers] if isinstance(answers, list) else answers,
     )
     return Asked(asked, _media(source, row, values, data))
+
+
+def _check_placeholders(question: str, values: dict[str, Any]) -> None:
+    """Raise BadRecordError if the placeholders that a question begins with are not as many as the row's media."""
+    begins = _PLACEHOLDERS.match(question)
+    found = re.findall(MEDIA_PLACEHOLDER, begins[0]) if begins else []
+    images = [one for name in ("image", "images") if (value := values.get(name)) for one in _listed(value)]
+    count = len(images) + bool(values.get("video"))
+    # One <video> may stand for several images, its frames.
+    if found and len(found) != count and not (images and found == ["<video>"]):
+        raise BadRecordError(
+            f"expected an image or video for each <image> and <video> of the question, found {len(found)} of these and "
+            f"{count} media; map the column of the media to one of {MEDIA} in data.hub.fields, or correct the row"
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _text(value: Any) -> Any:
@@ -195,7 +220,7 @@ def _media(source: Source, row: int, values: dict[str, Any], data: Data) -> Medi
     if len(given) > 1:
         raise BadRecordError(f"expected one of {MEDIA}, found {' and '.join(given)}; leave one out of data.hub.fields")
     name, value = given[0], values[given[0]]
-    parts = value if isinstance(value, list) else [value]
+    parts = _listed(value)
     if name != "video" and all(isinstance(one, dict) and one.get("bytes") for one in parts):
         digests = tuple(hashlib.sha256(one["bytes"]).hexdigest() for one in parts)
         kind = "frames" if isinstance(value, list) else "image"
@@ -205,7 +230,7 @@ def _media(source: Source, row: int, values: dict[str, Any], data: Data) -> Medi
 
 def _files(source: Source, name: str, value: Any, start: float | None, end: float | None, data: Data) -> Files:
     """Return the media that a row names by path, in the media root or in the folder where datasets stores its files."""
-    parts = value if isinstance(value, list) else [value]
+    parts = _listed(value)
     root = media_root(data)
     if all(isinstance(one, dict) and one.get("path") for one in parts):
         root = Path(source.id if source.commit is None else constants.HF_HUB_CACHE).absolute()

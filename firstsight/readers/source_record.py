@@ -16,6 +16,7 @@ MAX_CHARACTERS = 20_000
 
 # These mark where an image, video or sound goes in LLaVA's data; models of that family read them as such.
 PLACEHOLDER = r"<(?:image|video|speech|audio)>"
+MEDIA_PLACEHOLDER = r"<(?:image|video)>"
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 SplitName = Literal["train", "validation", "test"]

@@ -1,6 +1,6 @@
 """Distil: train the student on the teacher's targets and on the answers themselves.
 
-    accelerate launch -m stages.distill
+    python -m stages.distill
 
 reads  models/student, data/teacher-targets, the train and validation splits, `train` in params.yaml; for online targets
        also models/teacher-finetuned
@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
-from firstsight.core.processes import shared
+from firstsight.core.processes import shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
 from firstsight.distillation.targets import (
@@ -40,6 +40,7 @@ OUTPUT = Path("models/student-distilled")
 
 def run() -> None:
     loaded = params.load()
+    use_all_gpus(loaded.runtime.device)
     settings = loaded.train
     processor = load_processor(STUDENT)
     check_vocabulary(TARGETS, processor.tokenizer)

@@ -10,7 +10,6 @@ writes models/teacher or models/student, a plain Hugging Face folder (EgoGPT's o
 from pathlib import Path
 
 from firstsight.acquisition import checks, egogpt_conversion, hub_client
-from firstsight.acquisition.initialise import initialise
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
@@ -23,6 +22,9 @@ def run(role: str) -> None:
     with whole_folder(Path("models") / role) as folder:
         commit = None
         if model.source == "init":
+            # Imported here, because it imports Qwen2-VL and its processors, which other sources do not need.
+            from firstsight.acquisition.initialise import initialise
+
             initialise(model.init, folder)
         elif Path(model.source).is_dir():
             hub_client.copy(Path(model.source), folder)

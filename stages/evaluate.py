@@ -11,7 +11,7 @@ import importlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -20,75 +20,83 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT, VARIANTS
-from firstsight.evaluation.answer_limit import answer_limit
-from firstsight.evaluation.quality import summarise
-from firstsight.generation.answering import Question, answers
-from firstsight.models.footprint import weights_bytes
-from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
-from firstsight.profiling import cost
-from firstsight.profiling.peak_memory import PeakMemory
-from firstsight.records.parquet import Split
+
+if TYPE_CHECKING:
+    from firstsight.generation.answering import Question
 
 TEST = Path("data/egoqa/test.parquet")
 
 
 def run(name: str) -> None:
-    variant = VARIANTS[name]
     loaded = params.load()
-    settings = loaded.evaluate
     with whole_folder(Path("evaluations") / name) as folder:
-        if reason := left_out(name, settings):
+        if reason := left_out(name, loaded.evaluate):
             write_json(folder / LEFT_OUT, reason)
             log.info("%s is left out: %s", name, reason)
-            return
-        questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
-        if not questions:
-            raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-        device = pick_device(loaded.runtime.device)
+        else:
+            measure(name, loaded, folder)
 
-        processor = load_processor(variant.model)
-        tokens = answer_limit(processor.tokenizer, [record for _, record in questions], settings.max_new_tokens)
-        settings = settings.model_copy(update={"max_new_tokens": tokens})
-        stored = stored_method(variant.model)
-        if stored or variant.quantized_on_loading:
-            importlib.import_module("bitsandbytes")  # takes seconds that are not part of a model's load time
-        memory = PeakMemory(device)
-        started = time.perf_counter()
-        # A checkpoint that is stored quantized keeps its precision.
-        precision = "auto" if stored else settings.precision
-        model = load_model(variant.model, variant.quantized_on_loading or precision, device)
-        load_seconds = time.perf_counter() - started
-        weights = weights_bytes(model)  # before the first answer, when bitsandbytes moves scales out of reach
-        # Batch 1 first: memory that larger batches leave in the process would otherwise count.
-        memory.reset()
-        latency = cost.measure_latency(model, processor, questions, settings)
-        performance = {
-            "parameters": cost.parameter_count(model),
-            "disk_bytes": cost.folder_bytes(variant.model),
-            "weights_bytes": weights,
-            "peak_bytes": memory.peak(),
-            "load_seconds": load_seconds,
-            **latency,
-            "throughput": cost.measure_throughput(model, processor, questions, settings, memory),
-            **cost.environment(device),
-        }
-        work = {
-            "model": fingerprint_folder(variant.model),
-            "test": fingerprint_files([TEST]),
-            "settings": settings.model_dump(),
-            "device": device,
-        }
-        with scratch.kept_folder(f"evaluate-{name}", work) as kept:
-            predicted = answer(name, model, processor, questions, settings, kept)
-        records = [record for _, record in questions]
-        groups = [sample.group for sample, _ in questions]
-        quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
-        write_json(
-            folder / "predictions.json",
-            [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],
-        )
-        write_json(folder / "quality.json", quality)
-        write_json(folder / "performance.json", performance)
+
+def measure(name: str, loaded: params.Params, folder: Path) -> None:
+    """Measure a variant, and write its files into `folder`."""
+    # Imported here, because they take seconds, and a variant that is left out needs none of them.
+    from firstsight.evaluation.answer_limit import answer_limit
+    from firstsight.evaluation.quality import summarise
+    from firstsight.models.footprint import weights_bytes
+    from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
+    from firstsight.profiling import cost
+    from firstsight.profiling.peak_memory import PeakMemory
+    from firstsight.records.parquet import Split
+
+    variant, settings = VARIANTS[name], loaded.evaluate
+    questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
+    if not questions:
+        raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
+    device = pick_device(loaded.runtime.device)
+
+    processor = load_processor(variant.model)
+    tokens = answer_limit(processor.tokenizer, [record for _, record in questions], settings.max_new_tokens)
+    settings = settings.model_copy(update={"max_new_tokens": tokens})
+    stored = stored_method(variant.model)
+    if stored or variant.quantized_on_loading:
+        importlib.import_module("bitsandbytes")  # takes seconds that are not part of a model's load time
+    memory = PeakMemory(device)
+    started = time.perf_counter()
+    # A checkpoint that is stored quantized keeps its precision.
+    precision = "auto" if stored else settings.precision
+    model = load_model(variant.model, variant.quantized_on_loading or precision, device)
+    load_seconds = time.perf_counter() - started
+    weights = weights_bytes(model)  # before the first answer, when bitsandbytes moves scales out of reach
+    # Batch 1 first: memory that larger batches leave in the process would otherwise count.
+    memory.reset()
+    latency = cost.measure_latency(model, processor, questions, settings)
+    performance = {
+        "parameters": cost.parameter_count(model),
+        "disk_bytes": cost.folder_bytes(variant.model),
+        "weights_bytes": weights,
+        "peak_bytes": memory.peak(),
+        "load_seconds": load_seconds,
+        **latency,
+        "throughput": cost.measure_throughput(model, processor, questions, settings, memory),
+        **cost.environment(device),
+    }
+    work = {
+        "model": fingerprint_folder(variant.model),
+        "test": fingerprint_files([TEST]),
+        "settings": settings.model_dump(),
+        "device": device,
+    }
+    with scratch.kept_folder(f"evaluate-{name}", work) as kept:
+        predicted = answer(name, model, processor, questions, settings, kept)
+    records = [record for _, record in questions]
+    groups = [sample.group for sample, _ in questions]
+    quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
+    write_json(
+        folder / "predictions.json",
+        [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],
+    )
+    write_json(folder / "quality.json", quality)
+    write_json(folder / "performance.json", performance)
     log.info(
         "%s: exact match %.3f, F1 %.3f, %.1f ms an answer",
         name,
@@ -108,9 +116,11 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
 
 
 def answer(
-    name: str, model: Any, processor: Any, questions: list[Question], settings: params.Evaluate, kept: Path
+    name: str, model: Any, processor: Any, questions: list["Question"], settings: params.Evaluate, kept: Path
 ) -> list[str]:
     """Return the model's answers, continuing from those that an interrupted run has saved in the folder `kept`."""
+    from firstsight.generation.answering import answers  # as in `measure`
+
     path = kept / "answers.json"
     given: list[str] = []
     if path.exists():

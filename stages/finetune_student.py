@@ -1,6 +1,6 @@
 """Train the control: the student as in distill, for as many optimizer steps, but on answers alone, without a teacher.
 
-    accelerate launch -m stages.finetune_student
+    python -m stages.finetune_student
 
 What the distilled student answers better than this one is what distilling added. With `control.answers: labels` it
 learns from the answers that the data has; with `teacher` also from the answers that the teacher gave to the other
@@ -14,21 +14,13 @@ writes models/student-finetuned: a complete model folder, adapters merged, and h
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
-from firstsight.core.processes import shared
+from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
 from firstsight.core.variants import CONTROL, LEFT_OUT, VARIANTS
-from firstsight.distillation.targets import read_answers
-from firstsight.models.loading import load_processor, pick_device
-from firstsight.packing.dataset import PackedDataset
 from firstsight.records.parquet import Split
-from firstsight.training.adapters import TrainableModel
-from firstsight.training.distillation_model import DistillationModel
-from firstsight.training.fit import total_steps, train
 
 STUDENT, TARGETS, OUTPUT = Path("models/student"), Path("data/teacher-targets"), VARIANTS[CONTROL].model
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
@@ -38,14 +30,32 @@ DISTILLATION_ONLY = {"temperature", "alpha", "divergence", "jsd_beta"}
 
 def run() -> None:
     loaded = params.load()
-    settings = loaded.train
     splits = {name: Split(path) for name, path in SPLITS.items()}
-    if reason := left_out(loaded.control, splits):
-        with shared(whole_folder(OUTPUT)) as folder:
-            if PartialState().is_main_process:
-                write_json(folder / LEFT_OUT, reason)
-        log.info("%s is left out: %s", CONTROL, reason)
+    reason = left_out(loaded.control, splits)
+    if reason is None:
+        train_control(loaded, splits)
+        log.info("wrote %s", OUTPUT)
         return
+    if is_main_process():
+        with whole_folder(OUTPUT) as folder:
+            write_json(folder / LEFT_OUT, reason)
+    log.info("%s is left out: %s", CONTROL, reason)
+
+
+def train_control(loaded: params.Params, splits: dict[str, Split]) -> None:
+    """Train the control and write it, with its history."""
+    use_all_gpus(loaded.runtime.device)
+    # Imported here, because they take seconds, and a control that is left out needs none of them.
+    from accelerate import PartialState
+
+    from firstsight.distillation.targets import read_answers
+    from firstsight.models.loading import load_processor, pick_device
+    from firstsight.packing.dataset import PackedDataset
+    from firstsight.training.adapters import TrainableModel
+    from firstsight.training.distillation_model import DistillationModel
+    from firstsight.training.fit import total_steps, train
+
+    settings = loaded.train
     given = read_answers(TARGETS)
     learnt_from = given if loaded.control.answers == "teacher" else {}
     # As many samples an epoch as distill has, so that steps, learning rates and evaluations are the same.
@@ -80,7 +90,6 @@ def run() -> None:
             trainable.save_merged(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
-    log.info("wrote %s", OUTPUT)
 
 
 def left_out(control: params.Control, splits: dict[str, Split]) -> str | None:

@@ -1,6 +1,6 @@
 """Fine-tune the teacher on the train split, or link it unchanged if `finetune_teacher.enabled` is false.
 
-    accelerate launch -m stages.finetune_teacher
+    python -m stages.finetune_teacher
 
 reads  models/teacher, the train and validation splits, `finetune_teacher` in params.yaml
 writes models/teacher-finetuned: a complete model folder, or for adapter methods models/teacher's files and the adapter
@@ -9,19 +9,11 @@ writes models/teacher-finetuned: a complete model folder, or for adapter methods
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder, write_json
-from firstsight.core.processes import shared
+from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.models.loading import load_processor, pick_device
-from firstsight.packing.dataset import PackedDataset
-from firstsight.records.parquet import Split
-from firstsight.training.adapters import TrainableModel
-from firstsight.training.distillation_model import DistillationModel
-from firstsight.training.fit import total_steps, train
 
 TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
@@ -29,14 +21,30 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 
 def run() -> None:
     loaded = params.load()
-    settings, runtime = loaded.finetune_teacher, loaded.runtime
-    if not settings.enabled:
-        with shared(whole_folder(OUTPUT)) as folder:
-            if PartialState().is_main_process:
-                link_folder(TEACHER, folder)
-                write_json(folder / "history.json", [])
-        log.info("finetune_teacher.enabled is false: %s is %s unchanged", OUTPUT, TEACHER)
+    if loaded.finetune_teacher.enabled:
+        train_teacher(loaded.finetune_teacher, loaded.runtime)
+        log.info("wrote %s", OUTPUT)
         return
+    if is_main_process():
+        with whole_folder(OUTPUT) as folder:
+            link_folder(TEACHER, folder)
+            write_json(folder / "history.json", [])
+    log.info("finetune_teacher.enabled is false: %s is %s unchanged", OUTPUT, TEACHER)
+
+
+def train_teacher(settings: params.FinetuneTeacher, runtime: params.Runtime) -> None:
+    """Train the teacher and write it, with its history."""
+    use_all_gpus(runtime.device)
+    # Imported here, because they take seconds, and a teacher that stays as it is needs none of them.
+    from accelerate import PartialState
+
+    from firstsight.models.loading import load_processor, pick_device
+    from firstsight.packing.dataset import PackedDataset
+    from firstsight.records.parquet import Split
+    from firstsight.training.adapters import TrainableModel
+    from firstsight.training.distillation_model import DistillationModel
+    from firstsight.training.fit import total_steps, train
+
     device = pick_device(runtime.device)
     processor = load_processor(TEACHER)
     train_set, validation_set = (PackedDataset(Split(path).answered({}), processor) for path in SPLITS.values())
@@ -63,7 +71,6 @@ def run() -> None:
             trainable.save(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
-    log.info("wrote %s", OUTPUT)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ from firstsight.core import params
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT, METHODS, VARIANTS
-from firstsight.models.loading import pick_device
-from firstsight.quantization.quantize import quantize_folder
-from firstsight.records.parquet import Split
 
 SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
 MEASUREMENTS = "quantization.json"
@@ -31,6 +28,11 @@ def run(method: str) -> None:
             write_json(folder / MEASUREMENTS, None)
             log.info("%s is left out: quantize.methods is %s", method, settings.methods)
             return
+        # Imported here, because they take seconds, and a method that is left out needs none of them.
+        from firstsight.models.loading import pick_device
+        from firstsight.quantization.quantize import quantize_folder
+        from firstsight.records.parquet import Split
+
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
         calibration = [(sample, sample.records[0]) for sample in samples]

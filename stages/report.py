@@ -20,7 +20,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import CONTROL, LEFT_OUT, METHODS, TEACHER, VARIANTS
-from firstsight.evaluation.metrics import score
+from firstsight.evaluation.metrics import is_right
 from firstsight.records.parquet import Split
 from firstsight.records.sample import Record, Sample
 from firstsight.reporting import criteria, figures, headline, report_page, summary, summary_text
@@ -140,7 +140,7 @@ def measured(variant: str, records: Sequence[Record]) -> Measured | None:
             f"found {len(ids)} to others; run dvc repro {stage}"
         )
     answers = [entry["answer"] for entry in predictions]
-    right = sum(score(record, answer).exact_match for record, answer in zip(records, answers, strict=True))
+    right = sum(is_right(record, answer) for record, answer in zip(records, answers, strict=True))
     if round(quality["exact_match"] * len(records), 6) != right:
         raise UserError(
             f"{folder}/quality.json: expected the figures of predictions.json, {right:g} of {len(records)} answers "

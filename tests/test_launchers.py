@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from firstsight.core.processes import launcher
+
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(sys.platform != "linux", reason="watches through /proc and pidfd"),
@@ -160,3 +162,43 @@ def test_a_stage_whose_launcher_died_before_it_began_ends(project):
     stage = int(launcher.stdout.readline())  # it may end before it has said so itself
     assert launcher.wait() == 0
     wait_until(lambda: not alive(stage), 20)
+
+
+# A stage that says whether it was launched, and as which process.
+LAUNCHED = """
+import os
+from firstsight.core.processes import use_all_gpus
+
+use_all_gpus("cpu")
+print(os.environ.get("RANK", "alone"), "ACCELERATE_MIXED_PRECISION" in os.environ, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "printed"),
+    [(None, "alone False\n"), ("{distributed_type: 'NO', num_processes: 1}", "alone True\n")],
+    ids=["one process", "accelerate config"],
+)
+def test_a_stage_is_launched_where_accelerate_is_configured(tmp_path, config, printed):
+    home = tmp_path / "home/accelerate"
+    home.mkdir(parents=True)
+    if config:
+        (home / "default_config.yaml").write_text(config)
+    assert probe(tmp_path, [sys.executable]) == printed
+
+
+def test_a_process_for_each_gpu_is_started_without_a_warning(tmp_path):
+    """accelerate starts them whether there are GPUs or not; each is then a stage that was launched."""
+    assert sorted(probe(tmp_path, launcher(2)).splitlines()) == ["0 True", "1 True"]
+
+
+def probe(folder: Path, launched_by: list[str]) -> str:
+    """What a stage prints; nothing else is said."""
+    (folder / "stages").mkdir()
+    (folder / "stages/probe.py").write_text(LAUNCHED)
+    words = [*launched_by, "-m", "stages.probe"]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment |= {"PYTHONPATH": f"{folder}:{ROOT}", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout

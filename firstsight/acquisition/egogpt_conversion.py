@@ -22,14 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionVideoProcessor,
-    Qwen2Tokenizer,
-    WhisperConfig,
-)
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import GenerationConfig, Qwen2Tokenizer, WhisperConfig
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import write_json
@@ -91,6 +84,9 @@ class Speech(nn.Module):
     """Hold Whisper's encoder and EgoGPT's projector, which maps every `rate` states to one speech feature of size H."""
 
     def __init__(self, encoder: WhisperConfig, rate: int, width: int, hidden_size: int):
+        # Imported here, as in `_processor`, because few checkpoints are EgoGPT's.
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
         super().__init__()
         self.encoder = WhisperEncoder(encoder)
         self.projector = nn.ModuleDict(
@@ -287,6 +283,8 @@ def _pinpoints(settings: dict[str, Any], name: str) -> list[list[int]]:
 
 def _processor(tokenizer: Qwen2Tokenizer, settings: dict[str, Any], shapes: Shapes, name: str) -> EgoGptProcessor:
     """Return the processor: SigLIP's normalisation and size, and the layout of the settings."""
+    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionVideoProcessor
+
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": IMAGE_SIDE, "width": IMAGE_SIDE}}
     return EgoGptProcessor(
         image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=_pinpoints(settings, name), **half),

@@ -12,6 +12,7 @@ from pathlib import Path
 from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.faults import in_words
 from firstsight.core.launchers import end_with_launchers
+from firstsight.core.processes import is_main_process
 
 # With a handler of its own, because libraries set the root logger as they please.
 log = logging.getLogger("firstsight")
@@ -33,7 +34,7 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
             arguments to `run`.
     """
     if choices is not None and {"-h", "--help"} & set(sys.argv[1:]):
-        if os.environ.get("RANK", "0") == "0":  # one of several processes
+        if is_main_process():
             print(sys.modules[run.__module__].__doc__, end="")
         return
     _in_utf8()

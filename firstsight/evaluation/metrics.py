@@ -13,11 +13,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import regex
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
 
 from firstsight.evaluation.words import fold, normalise, spaced, words
 from firstsight.records.sample import LETTERS, Record, composed
@@ -118,20 +118,30 @@ class _Tokenizer:
         return words(text)
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # imported here: it imports all of nltk, and a report needs none
+
+    return RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+
+
+def is_right(record: Record, predicted: str) -> float:
+    """Return 1.0 for a right answer, else 0.0: an exact match, or the right option if the question has options."""
+    if record.options:
+        return float(parse_option(predicted, record.options) in record.answers)
+    return exact_match(predicted, record.answers)
 
 
 def score(record: Record, predicted: str) -> Scores:
     """Score one answer. If the question has options, the chosen option is compared, and choosing none is wrong."""
     if record.options:
-        letter = parse_option(predicted, record.options)
-        right = float(letter in record.answers)
-        return Scores(right, right, right, right, right, float(letter is None))
+        right, unparsed = is_right(record, predicted), parse_option(predicted, record.options) is None
+        return Scores(right, right, right, right, right, float(unparsed))
     accepted = record.answers
     return Scores(
         exact_match=exact_match(predicted, accepted),
         f1=token_f1(predicted, accepted),
-        rouge_l=max(_ROUGE.score(answer, predicted)["rougeL"].fmeasure for answer in accepted),
+        rouge_l=max(_rouge().score(answer, predicted)["rougeL"].fmeasure for answer in accepted),
         squad_exact_match=squad_exact_match(predicted, accepted),
         squad_f1=squad_f1(predicted, accepted),
         unparsed=0.0,
@@ -156,6 +166,8 @@ def bleu_order(records: Sequence[Record]) -> int:
 
 def bleu_statistics(record: Record, predicted: str, order: int) -> list[int]:
     """Return an answer's statistics for corpus BLEU, [2 order + 2]: n-gram matches, n-gram totals, both lengths."""
+    from sacrebleu.metrics import BLEU  # imported here: a report needs none
+
     scorer = BLEU(max_ngram_order=order, effective_order=True)
     found = scorer.sentence_score(spaced(predicted), [spaced(answer) for answer in record.answers])
     return [*found.counts, *found.totals, found.sys_len, found.ref_len]
@@ -163,6 +175,8 @@ def bleu_statistics(record: Record, predicted: str, order: int) -> list[int]:
 
 def bleu(statistics: np.ndarray) -> float:
     """Return corpus BLEU (sacrebleu) in [0, 1] from the sum of `bleu_statistics`, [2 order + 2]."""
+    from sacrebleu.metrics import BLEU  # as above
+
     order = (len(statistics) - 2) // 2
     matches, totals, (length, true_length) = np.split(statistics.astype(int), [order, 2 * order])
     found = BLEU.compute_bleu(

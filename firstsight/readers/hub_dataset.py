@@ -16,8 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import constants
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data, Hub
@@ -116,6 +115,8 @@ def commit(hub: Hub) -> str | None:
 
 @functools.cache
 def _commit(repository: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi  # imported here, as below: no other source needs the hub's client
+
     with _one_line(repository):
         return HfApi().resolve_revision(repository, repo_type="dataset", revision=revision).resolved
 
@@ -133,6 +134,8 @@ def _open(source: Source) -> Any:
 @contextmanager
 def _one_line(repository: str) -> Iterator[None]:
     """Turn any error of the hub's client or `datasets` into a UserError of one line with the remedy."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     try:
         yield
     except GatedRepoError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from firstsight.evaluation.metrics import score
+from firstsight.evaluation.metrics import is_right
 from firstsight.records.sample import Record, Sample
 from firstsight.reporting.comparison import FIRST, HEADER, first_rows, rows
 from firstsight.reporting.contact_sheet import strip
@@ -87,7 +87,7 @@ def _figures(table: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _gallery(questions: Sequence[tuple[Sample, Record]], predictions: dict[str, list[str]]) -> list[dict[str, Any]]:
     """Choose test questions of every question type and every combination of right variants, with all answers."""
     right = [
-        [variant for variant, given in predictions.items() if score(record, given[number]).exact_match == 1]
+        [variant for variant, given in predictions.items() if is_right(record, given[number])]
         for number, (_, record) in enumerate(questions)
     ]
     groups: dict[tuple, list[int]] = {}

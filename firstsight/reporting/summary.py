@@ -11,7 +11,7 @@ import pandas as pd
 
 from firstsight.core.params import Train
 from firstsight.core.variants import CONTROL, DISTILLED, STUDENTS, TEACHER
-from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, proportion_interval, score
+from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, is_right, proportion_interval
 from firstsight.records.sample import Record, Sample
 
 BASELINES = QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
@@ -106,7 +106,7 @@ def quality_table(
     """
 
     right = {
-        name: np.array([score(*asked).exact_match for asked in zip(records, variant.predictions, strict=True)])
+        name: np.array([is_right(*asked) for asked in zip(records, variant.predictions, strict=True)])
         for name, variant in measured.items()
     }
     table: dict[str, dict[str, Any]] = {name: {"exact_match": share} for name, share in guesses.items()}

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder
+from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
 from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
@@ -105,7 +105,7 @@ def build(
         remaining = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
         loader = DataLoader(remaining, settings.batch_size, collate_fn=dataset.collate, num_workers=workers)
         label = f"cache-teacher-targets: {split}"
-        for batch in tqdm(loader, desc=label, unit=" batches", initial=writer.batches, total=batches[split]):
+        for batch in progress(loader, desc=label, unit="batches", total=batches[split], initial=writer.batches):
             writer.write(*builder.targets(to(batch, device)))
         error_sums.update(writer.close())
     error = {temperature: sums / total for temperature, sums in error_sums.items()}

@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
+from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT, VARIANTS
 
@@ -131,7 +130,7 @@ def answer(
     if given:
         log.info("%s: resuming at question %d of %d, from %s", name, len(given), len(questions), kept)
     asked = answers(model, processor, questions[len(given) :], settings.batch_size, settings.max_new_tokens)
-    for text in tqdm(asked, f"evaluate {name}", len(questions), initial=len(given), unit=" questions"):
+    for text in progress(asked, desc=f"evaluate {name}", unit="questions", total=len(questions), initial=len(given)):
         given.append(text)
         if len(given) % settings.batch_size == 0:
             write_json(path, given)

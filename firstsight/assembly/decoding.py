@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm import tqdm
 
 from firstsight.assembly.assemble import Unit
 from firstsight.core.cores import cores
@@ -28,6 +27,7 @@ from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint
 from firstsight.core.launchers import end_with
 from firstsight.core.params import Data
+from firstsight.core.progress import progress
 from firstsight.core.stage import log
 from firstsight.readers.problems import BadRecordError, Problems
 from firstsight.readers.source_record import DecodedMedia, Media
@@ -86,7 +86,7 @@ class Decoder:
         """
         kept = []
         total = sum(map(len, self._chunks))
-        with tqdm(total=total, desc="build-egoqa-dataset: media", unit=" media") as progress:
+        with progress(desc="build-egoqa-dataset: media", unit="media", total=total) as shown:
             for chunk, path in zip(self._chunks, self._written(), strict=True):
                 table = pq.read_table(path, columns=["digest", "look", "size", "problem"]).to_pylist()
                 for unit, row in zip(chunk, table, strict=True):
@@ -96,7 +96,7 @@ class Decoder:
                     else:
                         look = np.frombuffer(row["look"], np.uint8).reshape(3, LOOK, LOOK, 3)
                         kept.append((unit, Decoded(row["digest"], look, tuple(row["size"]))))
-                progress.update(len(chunk))
+                shown.update(len(chunk))
         return kept
 
     def media(self) -> Iterator[tuple[str, DecodedMedia]]:

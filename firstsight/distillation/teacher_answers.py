@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Targets
+from firstsight.core.progress import progress
 from firstsight.core.stage import log
 from firstsight.distillation.targets import read_answers, write_answers
 from firstsight.generation.answering import Question, answers
@@ -35,14 +35,14 @@ def generate_answers(
         found = {}
     remaining = questions[len(found) :]
     label = "cache-teacher-targets: answers"
-    with tqdm(desc=label, unit=" questions", total=len(remaining), disable=not remaining) as progress:
+    with progress(desc=label, unit="questions", total=len(remaining)) as shown:
         for batch in _batches(remaining, settings.batch_size):
             given = answers(model, processor, batch, len(batch), settings.max_answer_tokens)
             for text, (_, record) in zip(given, batch, strict=True):
                 valid = not record.options or text in LETTERS[: len(record.options)]
                 found[record.id] = text if valid else ""
             write_answers(folder, found)
-            progress.update(len(batch))
+            shown.update(len(batch))
     write_answers(folder, found)
     if questions:
         usable = sum(map(bool, found.values()))

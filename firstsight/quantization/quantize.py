@@ -4,23 +4,23 @@ To add a method, list it in `Method` of firstsight/core/params.py, return its se
 firstsight/models/loading.py, and add the class of its layers to `layer_errors`; CONTRIBUTING.md names the other places.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from firstsight.core.params import Quantize
+from firstsight.core.progress import progress
 from firstsight.generation.answering import Question, model_inputs
 from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import check_quantized, load_model, load_processor
 
 
 def quantize_folder(
-    source: Path, target: Path, method: str, settings: Quantize, device: str, calibration: Iterable[Question]
+    source: Path, target: Path, method: str, settings: Quantize, device: str, calibration: Sequence[Question]
 ) -> dict[str, Any]:
     """Quantize the model in `source` by "int8" or "nf4", save it with its processor in `target`, and measure it.
 
@@ -39,7 +39,7 @@ def quantize_folder(
 
 @torch.inference_mode()
 def layer_errors(
-    original: PreTrainedModel, quantized: PreTrainedModel, processor: ProcessorMixin, questions: Iterable[Question]
+    original: PreTrainedModel, quantized: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question]
 ) -> dict[str, float]:
     """Return the relative error |quantized(x) - original(x)| / |original(x)| of each quantized layer, by name.
 
@@ -60,7 +60,7 @@ def layer_errors(
 
     layers = dict(original.named_modules())
     hooks = [layers[name].register_forward_hook(compare(name)) for name in counterparts]
-    for question in tqdm(questions, desc="quantize-student: errors", unit=" questions"):
+    for question in progress(questions, desc="quantize-student: errors", unit="questions", total=len(questions)):
         original(**model_inputs(processor, [question], original.device))
     for hook in hooks:
         hook.remove()

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data, Hub
+from firstsight.core.progress import on_terminal
 from firstsight.core.stage import log
 from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.jsonl import window
@@ -126,6 +127,8 @@ def _open(source: Source) -> Any:
     """Return the split as a `datasets.Dataset` whose rows are Arrow tables, so that images stay encoded as stored."""
     import datasets  # imported here: it takes a second or two, and no other source needs it
 
+    if not on_terminal():
+        datasets.disable_progress_bars()
     with _one_line(source.id):
         found = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.commit)
     return found.with_format("arrow")

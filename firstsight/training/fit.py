@@ -23,7 +23,7 @@ from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.checkpoints import CheckpointCallback, signal_handler
 from firstsight.training.distillation_model import DistillationModel
-from firstsight.training.trainer import DistillationTrainer, ProgressBar
+from firstsight.training.trainer import DistillationTrainer, ShowProgress
 
 # Optimizer steps between two logged losses.
 _LOGGING_STEPS = 10
@@ -198,7 +198,7 @@ def _restored(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> tor
 
 def _train_or_resume(trainer: DistillationTrainer, scratch: Path) -> None:
     """Train to the end, from the last usable checkpoint if there is one."""
-    checkpointing, progress = CheckpointCallback(), ProgressBar()
+    checkpointing, progress = CheckpointCallback(), ShowProgress()
     trainer.add_callback(checkpointing)
     trainer.add_callback(progress)
     latest = checkpoints.latest_usable(scratch) if PartialState().is_main_process else None

@@ -16,6 +16,8 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import write_json
+from firstsight.core.progress import on_terminal, progress
+from firstsight.core.stage import log
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
@@ -191,15 +193,30 @@ class SetEpoch(TrainerCallback):
         self._shuffle.set_epoch(state.global_step // self._steps_per_epoch)
 
 
-class ProgressBar(ProgressCallback):
-    """Show a progress bar and a line per evaluation, instead of a line per logged step."""
+class ShowProgress(ProgressCallback):
+    """Show the progress of the training, on a terminal also of each evaluation, and a line per evaluation."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = progress(
+                desc="training", unit="steps", total=state.max_steps, initial=state.global_step
+            )
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if on_terminal():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
         if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in logs:
             parts = ("objective", "ce", "divergence", "agreement")
             figures = [f"{name} {logs[f'eval_{name}']:.4f}" for name in parts if f"eval_{name}" in logs]
-            self.training_bar.write(f"epoch {logs['epoch']:g}: validation {', '.join(figures)}")
+            line = f"epoch {logs['epoch']:g}: validation {', '.join(figures)}"
+            if on_terminal():
+                self.training_bar.write(line)  # which keeps it off the bar
+            else:
+                log.info(line)
 
     def close(self) -> None:
         """Close the bars, so that messages after an interruption start on a new line."""

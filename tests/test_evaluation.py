@@ -176,10 +176,12 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypat
                 raise KeyboardInterrupt
             yield answer
 
-    monkeypatch.setattr("stages.evaluate.answers", ended)
+    monkeypatch.setattr("firstsight.generation.answering.answers", ended)
     with pytest.raises(KeyboardInterrupt):
         run_stage(smoke_copy, "evaluate", "teacher")
-    monkeypatch.setattr("stages.evaluate.answers", lambda *given: (asked.append(len(given[2])), answers(*given))[1])
+    monkeypatch.setattr(
+        "firstsight.generation.answering.answers", lambda *given: (asked.append(len(given[2])), answers(*given))[1]
+    )
     run_stage(smoke_copy, "evaluate", "teacher")
     questions = json.loads((smoke_copy / "metrics/quality.json").read_text())["teacher"]["questions"]
     assert asked == [20, questions - 16]  # two batches of eight were kept
@@ -189,7 +191,9 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypat
 
 @pytest.mark.system
 def test_answers_of_nothing_are_wrong_and_reported(smoke_copy, monkeypatch):
-    monkeypatch.setattr("stages.evaluate.answers", lambda model, processor, questions, *_: ("" for _ in questions))
+    monkeypatch.setattr(
+        "firstsight.generation.answering.answers", lambda model, processor, questions, *_: ("" for _ in questions)
+    )
     for variant in ("teacher", "student-distilled"):
         run_stage(smoke_copy, "evaluate", variant)
     run_stage(smoke_copy, "report")
@@ -236,7 +240,7 @@ def test_a_model_that_knows_all_is_right_where_the_data_set_the_limit(smoke_copy
         ids = [processor.tokenizer(record.answer, add_special_tokens=False)["input_ids"] for _, record in questions]
         return iter(processor.batch_decode([one[:tokens] for one in ids]))
 
-    monkeypatch.setattr("stages.evaluate.answers", known)
+    monkeypatch.setattr("firstsight.generation.answering.answers", known)
     found = {}
     for limit in (1, None):
         change(smoke_copy, "evaluate", max_new_tokens=limit)
@@ -250,7 +254,7 @@ def test_a_model_that_knows_all_is_right_where_the_data_set_the_limit(smoke_copy
 def test_an_empty_test_split_is_refused_before_a_model_is_loaded(smoke_copy, monkeypatch):
     with SplitWriter(smoke_copy / "data/egoqa/test.parquet"):
         pass
-    monkeypatch.setattr("stages.evaluate.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("firstsight.models.loading.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"test\.parquet: expected questions, found none; raise data\.test_fraction"):
         run_stage(smoke_copy, "evaluate", "student")
 

@@ -55,7 +55,7 @@ def test_a_control_that_is_left_out_reads_the_splits_alone(smoke_copy):
     ("stage", "needed"),
     [
         (("download_models", "teacher"), MODELS),
-        (("build_egoqa_dataset",), {"pyarrow", "av"}),
+        (("build_egoqa_dataset",), {"pyarrow", "av", "torch", "torchvision"}),
         (("finetune_teacher",), MODELS | TRAINER | {"pyarrow"}),
         (("cache_teacher_targets",), MODELS | {"pyarrow"}),
         (("distill",), MODELS | TRAINER | {"pyarrow"}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STAGES, YAML_SAFE, change, run_module, run_stage, workspace, write_params
 
+from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files
 from firstsight.core.variants import CONTROL
@@ -24,6 +25,15 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "finetune-teacher": ["finetune_teacher"],
         "cache-teacher-targets": ["targets"],
         "distill": ["train"],
+        # All of `train` but temperature, alpha and divergence.
+        "finetune-student": [
+            "control",
+            *(
+                f"train.{name}"
+                for name in params.Train.model_fields
+                if name not in ("temperature", "alpha", "divergence", "jsd_beta")
+            ),
+        ],
         "quantize-student": ["quantize"],
         "evaluate": ["evaluate"],
         "report": [

@@ -343,24 +343,3 @@ def test_media_is_resized_within_the_budget_to_whole_visual_tokens(tmp_path, set
     assert width % 28 == height % 28 == 0
     assert width * height <= 12544
     assert width > height
-
-
-@pytest.mark.parametrize("size", [(640, 360), (30, 200), (84, 84), (20, 21), (1000, 101), (57, 1400), (126, 70)])
-def test_media_is_resized_as_by_qwen2_vl(tmp_path, settings, size):
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # takes seconds to import
-
-    Image.new("RGB", size).save(tmp_path / "image.png")
-    resized = Image.open(io.BytesIO(read_image(tmp_path / "image.png", settings.data))).size
-    assert resized == smart_resize(*size[::-1], 28, 4 * 28 * 28, settings.data.max_pixels)[::-1]
-
-
-def test_an_image_too_long_for_its_width_is_refused(tmp_path, settings):
-    Image.new("RGB", (4020, 20)).save(tmp_path / "line.png")
-    with pytest.raises(BadRecordError, match=r"4020 x 20 pixels, where one side may be 200 times the other at most"):
-        read_image(tmp_path / "line.png", settings.data)
-
-
-def test_what_is_transparent_is_white(tmp_path, settings):
-    Image.new("RGBA", (84, 84), (0, 0, 0, 0)).save(tmp_path / "nothing.png")
-    shown = Image.open(io.BytesIO(read_image(tmp_path / "nothing.png", settings.data)))
-    assert np.asarray(shown).min() == 255

@@ -5,7 +5,7 @@ checks the whole file at once, so that a mistake under `evaluate` is reported be
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -120,9 +120,9 @@ class Models(Section):
     student: Model
 
 
-# The question types of rendered scenes: those with dense answers, and those of the templates.
-DENSE_TYPES = ("description", "inventory", "narration")
-TEMPLATE_TYPES = (
+# The question types of rendered scenes: those with dense answers, which describe a whole scene, then the templates'.
+DenseType = Literal["description", "inventory", "narration"]
+TemplateType = Literal[
     "held object",
     "position",
     "colour",
@@ -132,22 +132,22 @@ TEMPLATE_TYPES = (
     "what changed",
     "order of events",
     "unanswerable",
-)
-SCENE_TYPES = DENSE_TYPES + TEMPLATE_TYPES
+]
+TEMPLATE_TYPES: tuple[str, ...] = get_args(TemplateType)
 
 
 class Synthetic(Section):
     """Configure rendered scenes: how many there are, and what is asked about each.
 
-    `types` are the question types that are asked. All questions of the dense types (`DENSE_TYPES`), whose answers
-    describe a whole scene, are asked about each scene; of the other types, `questions_per_scene` questions. The share
+    `types` are the question types that are asked. Of the dense types (`DenseType`), all questions are asked about each
+    scene; of the other types, `questions_per_scene` questions. The share
     `clip_fraction` of the scenes are clips of 2 to `max_clip_frames` frames, the others are images. Of the questions
     that can have options, the share `option_fraction` has them.
     """
 
     scenes: Count
     questions_per_scene: Count
-    types: Annotated[list[Literal[SCENE_TYPES]], Field(min_length=1), AfterValidator(_distinct)]
+    types: Annotated[list[DenseType | TemplateType], Field(min_length=1), AfterValidator(_distinct)]
     clip_fraction: Fraction
     max_clip_frames: Annotated[int, Field(ge=4, le=8)]
     option_fraction: Fraction

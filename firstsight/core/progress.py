@@ -34,7 +34,7 @@ class _Lines(tqdm):
     def __init__(self, *arguments: Any, **named: Any):
         # After every step it is asked for the time, and for the mean rate since the start.
         regular = {"mininterval": _INTERVAL, "delay": _INTERVAL, "miniters": 1, "smoothing": 0}
-        super().__init__(*arguments, **named, **regular, bar_format=_LINE)
+        super().__init__(*arguments, **(named | regular | {"bar_format": _LINE}))
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         print(self, file=sys.stderr, flush=True)

@@ -2,16 +2,16 @@
 
 import io
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from qwen_vl_utils import fetch_image
 
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError
@@ -23,8 +23,6 @@ VIDEO_SUFFIXES = frozenset(
 )
 _VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-# Of Qwen2-VL: the side of a visual token in pixels, the fewest pixels of an image, and the largest ratio of its sides.
-_TOKEN_SIDE, _LEAST_PIXELS, _LARGEST_RATIO = 28, 4 * 28 * 28, 200
 
 
 @dataclass(frozen=True)
@@ -125,39 +123,11 @@ def first_there(root: Path, names: Sequence[str]) -> str:
 
 
 def encode(image: Image.Image, data: Data) -> bytes:
-    """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token).
-
-    Raises ValueError when one side is too long for the other.
-    """
+    """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token)."""
     buffer = io.BytesIO()
-    _rgb(image).resize(_size(*image.size, data.max_pixels)).save(buffer, "JPEG", quality=data.jpeg_quality)
+    described: dict[str, Any] = {"image": image, "max_pixels": data.max_pixels}
+    fetch_image(described).save(buffer, "JPEG", quality=data.jpeg_quality)
     return buffer.getvalue()
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, its transparent parts over white."""
-    if image.mode != "RGBA":
-        return image.convert("RGB")
-    background = Image.new("RGB", image.size, "white")
-    background.paste(image, mask=image.getchannel("A"))
-    return background
-
-
-def _size(width: int, height: int, most: int) -> tuple[int, int]:
-    """Return the size that Qwen2-VL's own preprocessing gives an image, from 3,136 to at most `most` pixels.
-
-    Its authors' function (qwen-vl-utils) and that of transformers import torch and torchvision, which takes seconds.
-    """
-    if max(width, height) > _LARGEST_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels, where one side may be {_LARGEST_RATIO} times the other at most")
-    sides = [max(_TOKEN_SIDE, round(side / _TOKEN_SIDE) * _TOKEN_SIDE) for side in (width, height)]
-    if math.prod(sides) > most:
-        shrinking = math.sqrt(width * height / most)
-        sides = [math.floor(side / shrinking / _TOKEN_SIDE) * _TOKEN_SIDE for side in (width, height)]
-    elif math.prod(sides) < _LEAST_PIXELS:
-        growth = math.sqrt(_LEAST_PIXELS / (width * height))
-        sides = [math.ceil(side * growth / _TOKEN_SIDE) * _TOKEN_SIDE for side in (width, height)]
-    return sides[0], sides[1]
 
 
 def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:

@@ -45,6 +45,8 @@ from firstsight.training.distillation_model import DistillationModel
 
 # Divisor of widths and vocabulary, and the side of an image in pixels (28 per visual token).
 SCALE = {"cpu": (8, 224), "cuda": (1, 448)}
+# Its tokenizer, scenes and training settings are used.
+PRESET = Path(__file__).parents[1] / "presets/from-scratch.yaml"
 # Size of the shared vocabulary, at true size.
 SHARED = 151_657
 SAMPLES, STEPS = 4, {"cpu": 3, "cuda": 10}
@@ -103,7 +105,7 @@ def scenes(data: params.Data, side: int) -> list[Sample]:
 def measure(case: str, method: str, device: str) -> dict[str, float]:
     """Return the median seconds of a step, the peak bytes, the tokens of a batch and the student's parameters."""
     divisor, side = SCALE[device]
-    loaded = params.load()
+    loaded = params.load(PRESET)
     corpus = Path(loaded.models.student.init.corpus).read_text(encoding="utf-8").splitlines()
     tokenizer = train_tokenizer(corpus, loaded.models.student.init.vocabulary_size)
     processor = build_processor(tokenizer, side * side)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 _MADE = (".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache")
 _OUTPUTS = ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics")
 # Files that hold timings, and the figures and pages made from them.
-_TIMED = re.compile(r"performance\.json|variants\.csv|report\.html|summary\.txt|.*\.png")
+_TIMED = re.compile(r"(performance|metrics)\.json|variants\.csv|report\.html|summary\.txt|.*\.png")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM
 VICTIMS = {"the stage": _KILL, "everything": _KILL, "DVC alone": _KILL, "DVC alone, told to end": _TERM}
 _WEIGHTS = (5, 2, 1, 1)

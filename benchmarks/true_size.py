@@ -73,7 +73,7 @@ def prepare(folder: Path, preset: Path, device: str) -> None:
         values["models"][role] = {"source": f"checkpoints/{role}", "revision": None, "init": None}
     (folder / "params.yaml").write_text(yaml12.dump(values))
 
-    init = params.load(ROOT / "params.yaml").models.student.init
+    init = params.load(ROOT / "presets/from-scratch.yaml").models.student.init
     corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
     processor = build_processor(padded_tokenizer(corpus, init.vocabulary_size, SHARED // divisor), side**2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -74,7 +74,7 @@ def test_the_losses_side_by_side_agree(monkeypatch):
     [
         (LOSS, "implementation", {"plain PyTorch", "FirstSight"}),
         (DISTILL_STEP, "teacher", {"cached", "online, float32"}),
-        (TRUE_SIZE, "stage", {"cache-teacher-targets", "distill"}),
+        (TRUE_SIZE, "stage", {"cache-teacher-targets", "distill", "finetune-student"}),
     ],
     ids=["loss", "distill_step", "true_size"],
 )

@@ -14,7 +14,7 @@ LARGE = {
 }
 MODELS = {"torch", "transformers", "accelerate", "torchvision", "huggingface_hub"}
 # The Trainer imports these, whether they are used or not; so does no other part of transformers.
-TRAINER = {"peft", "datasets", "pandas"}
+TRAINER = {"peft", "datasets", "pandas", "bitsandbytes"}
 SCORES = {"pandas", "nltk", "sacrebleu"}
 
 
@@ -55,7 +55,7 @@ def test_a_control_that_is_left_out_reads_the_splits_alone(smoke_copy):
     ("stage", "needed"),
     [
         (("download_models", "teacher"), MODELS),
-        (("build_egoqa_dataset",), {"pyarrow", "av", "torch", "torchvision"}),
+        (("build_egoqa_dataset",), {"pyarrow", "av", "torch", "torchvision", "huggingface_hub", "pandas"}),
         (("finetune_teacher",), MODELS | TRAINER | {"pyarrow"}),
         (("cache_teacher_targets",), MODELS | {"pyarrow"}),
         (("distill",), MODELS | TRAINER | {"pyarrow"}),

@@ -170,7 +170,8 @@ import os
 from firstsight.core.processes import use_all_gpus
 
 use_all_gpus("cpu")
-print(os.environ.get("RANK", "alone"), "ACCELERATE_MIXED_PRECISION" in os.environ, flush=True)
+rank, launched = os.environ.get("RANK", "alone"), "ACCELERATE_MIXED_PRECISION" in os.environ
+os.write(1, f"{rank} {launched}\\n".encode())  # at once, so that lines of several processes do not mix
 """
 
 

@@ -155,7 +155,7 @@ def test_a_sweep_runs_a_job_a_point_and_its_experiments_arrive_here(slurm, commi
     for doubly in ("true", "false"):
         row = rows[f"evaluate.seed-0_quantize.double_quantization-{doubly}"]
         assert row["quantize.double_quantization"].lower() == doubly
-        assert float(row["student-nf4.exact_match"]) >= 0
+        assert float(row["nf4.exact_match"]) >= 0
     command(project, "dvc", "exp", "apply", "evaluate.seed-0_quantize.double_quantization-false")
     assert stages_run(project, "repro") == set()
     config = json.loads((project / "models/student-nf4/config.json").read_text())

@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 from conftest import ROOT, change, run_stage, workspace
 
+from firstsight.acquisition.checks import check_sums
 from firstsight.acquisition.initialise import initialise
 from firstsight.assembly.assemble import assemble
 from firstsight.core import params
@@ -97,6 +98,12 @@ def test_the_first_steps_of_its_preset_have_the_losses_of_its_history(role, tmp_
         )
     recorded = json.loads((EMBEDDED / role / "history.json").read_text())
     assert losses == pytest.approx([row["loss"] for row in islice(recorded, 2)], rel=1e-3)
+
+
+def test_checksums_may_be_of_files_read_as_binary(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(b'{}').hexdigest()} *config.json\n")
+    check_sums(tmp_path)
 
 
 def missing_weights(folder):

@@ -66,7 +66,13 @@ def test_decoding_is_greedy_whatever_a_model_asks_for(model, processor, monkeypa
     ends = model.generation_config.eos_token_id
     asked = GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=3.0, num_beams=3, eos_token_id=ends)
     monkeypatch.setattr(model, "generation_config", asked)
+    said = []
+    monkeypatch.setattr(answering.log, "info", lambda text, *values: said.append(text % values))
+    answering._say_ignored.cache_clear()
     assert list(answers(model, processor, questions, 4, 12)) == before
+    assert list(answers(model, processor, questions[:1], 1, 12)) == before[:1]
+    (line,) = said
+    assert line.endswith("generation_config.json's num_beams 3, repetition_penalty 3.0, do_sample True")
     assert [generated(model, processor, question, 12) for question in questions] == before
     assert model.generation_config is asked
 

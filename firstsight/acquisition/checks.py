@@ -38,9 +38,11 @@ _SCALES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", 
 def check_sums(folder: Path) -> None:
     """Raise UserError unless all files that the folder's SHA256SUMS lists are there and have their checksums."""
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
+        expected, name = line.split(maxsplit=1)
+        name = name.removeprefix("*")  # before files that sha256sum --binary has read
         try:
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             found = error.strerror
         if found != expected:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -34,9 +35,7 @@ def answers(
         UserError: several questions share an image or video, and the chat template has it after the question.
     """
     if ignored := _ignored(model):
-        log.info(
-            "%s: answers are decoded greedily, without its generation_config.json's %s", model.name_or_path, ignored
-        )
+        _say_ignored(model.name_or_path, ignored)
     for start in range(0, len(questions), batch_size):
         tokens = _decode(model, processor, questions[start : start + batch_size], max_new_tokens)
         yield from (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))
@@ -110,6 +109,12 @@ def _ignored(model: PreTrainedModel) -> str:
     return ", ".join(
         f"{name} {asked[name]}" for name, greedy in _GREEDY.items() if asked.get(name) not in (None, greedy)
     )
+
+
+@cache
+def _say_ignored(model: str, ignored: str) -> None:
+    """Log what is ignored, once for each model, for the teacher's answers are asked batch by batch."""
+    log.info("%s: answers are decoded greedily, without its generation_config.json's %s", model, ignored)
 
 
 def model_inputs(processor: Any, questions: Sequence[Question], device: str | torch.device) -> dict[str, Tensor]:

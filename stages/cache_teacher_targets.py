@@ -2,30 +2,30 @@
 
     python -m stages.cache_teacher_targets
 
-The teacher first answers the questions that have no answer. With `targets.kind: online` no targets are stored, and
-distill runs the teacher itself.
+The teacher first answers the questions that have no answer; what it computes for an answer are its targets. It then
+runs over the samples whose answers are in the data. With `targets.kind: online` no targets are stored, and distill runs
+the teacher itself.
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, `targets` in params.yaml
 writes data/teacher-targets (its files: `firstsight.distillation.targets`)
 """
 
-import math
-import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
-from firstsight.core.files import fingerprint_files, fingerprint_folder, link_folder, whole_folder
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder
 from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
 from firstsight.distillation.builder import TargetBuilder
-from firstsight.distillation.targets import Index, SplitTargetsWriter, write_index
-from firstsight.distillation.teacher_answers import generate_answers
+from firstsight.distillation.targets import Index, SplitTargetsWriter, write_answers, write_index
+from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.packing.dataset import PackedDataset
@@ -60,8 +60,9 @@ def run() -> None:
         needs_teacher = settings.kind != "online" or unanswered
         model = load_model(TEACHER, settings.precision, device) if needs_teacher else None
         answers = generate_answers(model, processor, unanswered, settings, scratch_folder)
-        splits = {split: PackedDataset(one.answered(answers), processor) for split, one in data.items()}
-        tokens = {split: dataset.answer_tokens() for split, dataset in splits.items()}
+        splits = {split: PackedDataset(one.answered(answers.texts), processor) for split, one in data.items()}
+        encoded = {split: [dataset.answers(one) for one in range(len(dataset))] for split, dataset in splits.items()}
+        tokens = {split: count(one) for split, one in encoded.items()}
         built = {"bytes_per_token": 0, "topk_error": {}}
         head = None
         if settings.kind == "online":
@@ -69,9 +70,13 @@ def run() -> None:
         else:
             builder = TargetBuilder(model, settings, shared)
             head = builder.head
-            built = build(builder, splits, tokens, settings, scratch_folder, loaded.runtime.data_workers, device)
+            built = build(
+                builder, splits, encoded, answers, settings, scratch_folder, loaded.runtime.data_workers, device
+            )
         with whole_folder(OUTPUT) as folder:
-            link_folder(scratch_folder, folder)
+            for shard in sorted(scratch_folder.glob("*.safetensors")):
+                link_file(shard, folder / shard.name)
+            write_answers(folder, answers.texts)
             write_index(folder, Index(**made_from, answer_tokens=tokens, **built), head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
@@ -82,46 +87,62 @@ def run() -> None:
 def build(
     builder: TargetBuilder,
     splits: dict[str, PackedDataset],
-    tokens: dict[str, int],
+    encoded: dict[str, list[list[list[int]]]],
+    answers: TeacherAnswers,
     settings: params.Targets,
     scratch_folder: Path,
     workers: int,
     device: str,
 ) -> dict[str, Any]:
-    """Write the shards that are not yet in `scratch_folder`; return what the index records of them."""
-    total = sum(tokens.values())
-    batches = {split: math.ceil(len(dataset) / settings.batch_size) for split, dataset in splits.items()}
+    """Write the shards that are not yet in `scratch_folder`; return what the index records of them.
+
+    `encoded` has the answer tokens of each record of each sample of a split.
+    """
+    total = sum(map(count, encoded.values()))
     size = total * builder.bytes_per_token + builder.head_bytes
     log.info("writing about %.1f MB of targets", size / 1e6)
     for place in (OUTPUT, scratch.root()):
         # A twentieth more, for the headers and checksums of shards.
         check_disk_space(place, size * 20 // 19, "free some space, or set targets.kind to topk or online")
-    estimate_time(builder, splits["train"], settings.batch_size, sum(batches.values()), device)
     error_sums: Counter[str] = Counter()
     for split, dataset in splits.items():
         writer = SplitTargetsWriter(scratch_folder, split)
+        everything = range(len(dataset))
+        batches = [everything[start : start + settings.batch_size] for start in everything[:: settings.batch_size]]
         if writer.batches:
-            log.info("%s: resuming after batch %d of %d", split, writer.batches, batches[split])
-        remaining = Subset(dataset, range(writer.batches * settings.batch_size, len(dataset)))
-        loader = DataLoader(remaining, settings.batch_size, collate_fn=dataset.collate, num_workers=workers)
+            log.info("%s: resuming after batch %d of %d", split, writer.batches, len(batches))
+        remaining = batches[writer.batches :]
+        # The teacher runs over these samples of each batch alone: for the others, it has computed all that is needed.
+        to_run = [
+            [one for one in batch if not answers.generated(dataset.split[one].records, encoded[split][one])]
+            for batch in remaining
+        ]
+        loader = iter(
+            DataLoader(
+                dataset, batch_sampler=list(filter(None, to_run)), collate_fn=dataset.collate, num_workers=workers
+            )
+        )
         label = f"cache-teacher-targets: {split}"
-        for batch in progress(loader, desc=label, unit="batches", total=batches[split], initial=writer.batches):
-            writer.write(*builder.targets(to(batch, device)))
+        shown = progress(desc=label, unit="batches", total=len(batches), initial=writer.batches)
+        for batch, run_over in zip(remaining, to_run, strict=True):
+            computed = iter(builder.states(to(next(loader), device)) if run_over else ())
+            states = [
+                next(computed) if one in run_over else answers.states(dataset.split[one].records).to(device)
+                for one in batch
+            ]
+            targets, errors = builder.targets(torch.cat(states))
+            tokens = [answer for one in batch for answer in encoded[split][one]]
+            writer.write({"answers": torch.tensor(list(chain(*tokens))), **targets}, list(map(len, tokens)), errors)
+            shown.update()
+        shown.close()
         error_sums.update(writer.close())
     error = {temperature: sums / total for temperature, sums in error_sums.items()}
     return {"bytes_per_token": builder.bytes_per_token, "topk_error": error}
 
 
-def estimate_time(builder: TargetBuilder, dataset: PackedDataset, batch_size: int, batches: int, device: str) -> None:
-    """Log the time that all batches will take, measured on one batch after a warm-up."""
-    batch = to(dataset.collate([dataset[index % len(dataset)] for index in range(batch_size)]), device)
-    for _ in range(2):
-        started = time.perf_counter()
-        builder.targets(batch)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    minutes = (time.perf_counter() - started) * batches / 60
-    log.info("%d batches, about %.1f minutes", batches, minutes)
+def count(encoded: list[list[list[int]]]) -> int:
+    """Count the answer tokens of a split."""
+    return sum(len(answer) for sample in encoded for answer in sample)
 
 
 def to(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:

@@ -8,17 +8,19 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import ROOT, change, make_sample, picture, run_stage
+from conftest import ROOT, change, picture, run_stage
 from safetensors.torch import load_file, save_file
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.core.params import Precision
 from firstsight.distillation import targets
+from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, read_index, write_index
 from firstsight.distillation.teacher_answers import generate_answers
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
+from firstsight.packing.pack import collate, encode, encode_answers, pack
 from firstsight.records.parquet import Split, SplitWriter
 
 INDEX = Index(
@@ -133,12 +135,53 @@ def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monke
     assert (smoke_copy / "data/teacher-targets" / first.name).stat().st_ino == kept
 
 
-def test_damaged_answers_of_an_interrupted_cache_are_asked_for_again(smoke_copy, settings, model, processor, tmp_path):
-    unanswered = replace(Split(smoke_copy / "data/egoqa/train.parquet")[0].records[0], answer="", answers=())
-    questions = [(make_sample("one", "none", 0, []), unanswered)]
-    expected = generate_answers(model, processor, questions, settings.targets, tmp_path)
-    (tmp_path / "answers.json").write_text('{"cut')
-    assert generate_answers(model, processor, questions, settings.targets, tmp_path) == expected
+def unanswered_questions(path, samples):
+    """The first questions of a split, without their answers."""
+    return [
+        (sample, replace(record, answer="", answers=()))
+        for sample in (Split(path)[number] for number in range(samples))
+        for record in sample.records
+    ]
+
+
+def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_copy, settings, tmp_path):
+    teacher = smoke_copy / "models/teacher-finetuned"
+    model, processor = load_model(teacher, "auto", "cpu"), load_processor(teacher)
+    questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 8)
+    given = generate_answers(model, processor, questions, settings.targets, tmp_path)
+    builder = TargetBuilder(model, settings.targets, 500)
+    compared = []
+    for sample, record in questions:
+        answered = replace(record, answer=given.texts[record.id])
+        tokens = encode_answers(processor, [answered])
+        if not given.generated([answered], tokens):
+            continue
+        packed = pack(processor, sample, encode(processor, sample, [answered]))
+        with torch.inference_mode():
+            (expected,) = builder.states(collate([packed], processor.tokenizer.pad_token_id))
+        torch.testing.assert_close(given.states([answered]), expected, rtol=1e-4, atol=1e-5)
+        assert not given.generated([answered], [[*tokens[0], 1]])  # encoded otherwise than it was generated
+        assert not given.generated([replace(answered, id="another")], tokens)  # answered in the data
+        compared.append(answered)
+    assert len(compared) > len(questions) / 2
+    both = torch.cat([given.states([one]) for one in compared[:2]])
+    assert torch.equal(given.states(compared[:2]), both)
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])])
+def test_answers_of_an_interrupted_cache_are_kept_unless_they_are_damaged(
+    smoke_copy, settings, model, processor, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setattr(targets, "_SHARD_RECORDS", 1)
+    questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 4)
+    settings = settings.targets.model_copy(update={"batch_size": 1})
+    expected = generate_answers(model, processor, questions, settings, tmp_path)
+    first, second, *later = sorted(tmp_path.rglob("*.safetensors"))
+    content, written = [one.read_bytes() for one in (first, second, *later)], first.stat().st_mtime_ns
+    second.write_bytes(damage(second.read_bytes()))
+    assert generate_answers(model, processor, questions, settings, tmp_path).texts == expected.texts
+    assert [one.read_bytes() for one in (first, second, *later)] == content
+    assert first.stat().st_mtime_ns == written
 
 
 @pytest.mark.system

@@ -47,13 +47,16 @@ class TargetBuilder:
         """Return the bytes of `head`; 0 if it is None."""
         return self._head.nbytes if self._kind == "hidden" else 0
 
-    def targets(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int], dict[str, float]]:
-        """Run the teacher over a packed batch; return the arguments of `SplitTargetsWriter.write`, in record order."""
+    def states(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Run the teacher over a packed batch; return the states [n, H] that predict each row's n answer tokens."""
         labels = batch["labels"]
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        hidden, answers = answer_states(self._teacher, inputs, labels)
-        tensors, errors = ({"hidden": hidden}, {}) if self._kind == "hidden" else self._top_k(hidden)
-        return {"answers": answers, **tensors}, answer_lengths(batch["segment_ids"], labels), errors
+        hidden, _ = answer_states(self._teacher, inputs, labels)
+        return list(hidden.split((labels[:, 1:] != IGNORE).sum(1).tolist()))
+
+    def targets(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return the targets of hidden states [n, H], by name, and the sums of errors by temperature (top-k only)."""
+        return ({"hidden": hidden}, {}) if self._kind == "hidden" else self._top_k(hidden)
 
     def _top_k(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the fields of a `TopKTeacher` for hidden states [n, H], and its KL from the exact logits.
@@ -71,12 +74,3 @@ class TargetBuilder:
             parts.append(approximate)
         names = ("ids", "best", "logsumexp")
         return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}, errors
-
-
-def answer_lengths(segment_ids: Tensor, labels: Tensor) -> list[int]:
-    """Count the answer tokens of each record of a packed batch [B, S], in order."""
-    answered = labels[:, 1:] != IGNORE
-    # A record is one segment of one row; give each a number of its own.
-    rows = torch.arange(len(labels), device=labels.device)[:, None] * (segment_ids.max() + 1)
-    owners = (rows + segment_ids[:, 1:])[answered]
-    return torch.unique_consecutive(owners, return_counts=True)[1].tolist()

@@ -227,6 +227,49 @@ def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+class Shards:
+    """Read the shards that a `SplitTargetsWriter` wrote, memory-mapped, on access.
+
+    Raises:
+        OSError, SafetensorError: a file is broken.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        paths = sorted(folder.glob(f"{split}-*.safetensors"))
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        answers = [file.get_tensor("answers") for file in self._files]
+        lengths = [file.get_tensor("lengths") for file in self._files]
+        # Where each shard begins and, below, where each record does, in answer tokens.
+        self._starts = [0, *accumulate(map(len, answers))]
+        self._answers = torch.cat(answers) if answers else torch.empty(0, dtype=torch.int32)
+        self._offsets = [0, *torch.cat(lengths).cumsum(0).tolist()] if lengths else [0]
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._offsets) - 1
+
+    @property
+    def answer_tokens(self) -> int:
+        """Return the number of answer tokens of all records."""
+        return self._starts[-1]
+
+    def tokens(self, record: int) -> list[int]:
+        """Return the answer tokens of a record."""
+        return self._answers[self._offsets[record] : self._offsets[record + 1]].tolist()
+
+    def rows(self, records: range) -> dict[str, Tensor]:
+        """Read the other tensors' rows of consecutive records, one for each answer token."""
+        start, end = self._offsets[records.start], self._offsets[records.stop]
+        first = bisect.bisect_right(self._starts, start) - 1
+        last = max(first + 1, bisect.bisect_left(self._starts, end))
+        names = sorted(set(self._files[first].keys()) - {"answers", "lengths"})
+        parts = [
+            {name: file.get_slice(name)[max(start - base, 0) : end - base] for name in names}
+            for file, base in zip(self._files[first:last], self._starts[first:last], strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
 class SplitTargets:
     """Provide one split's targets to a dataset (a `TeacherSource`) from memory-mapped shards, read on access.
 
@@ -245,26 +288,18 @@ class SplitTargets:
                 f"found targets made from {str(index.data.get(split))[:12]}; run {STAGE} again"
             )
         self._folder, self._split = folder, split
-        self._shards, self._starts, answers, lengths = [], [0], [], []
         try:
-            for path in sorted(folder.glob(f"{split}-*.safetensors")):
-                shard = safe_open(path, framework="pt")
-                self._shards.append(shard)
-                answers.append(shard.get_tensor("answers"))
-                lengths.append(shard.get_tensor("lengths"))
-                self._starts.append(self._starts[-1] + len(answers[-1]))
+            self._shards = Shards(folder, split)
         except (OSError, SafetensorError) as error:
             raise self._error(error) from None
-        if self._starts[-1] != (expected := index.answer_tokens.get(split)):
-            raise self._error(f"{self._starts[-1]} of {expected} answer tokens")
-        self._answers = torch.cat(answers)
-        self._offsets = [0, *torch.cat(lengths).cumsum(0).tolist()]
+        if (found := self._shards.answer_tokens) != (expected := index.answer_tokens.get(split)):
+            raise self._error(f"{found} of {expected} answer tokens")
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._shards)
 
     def answers(self, _sample: Sample, records: range) -> list[list[int]]:
-        return [self._answers[self._offsets[one] : self._offsets[one + 1]].tolist() for one in records]
+        return [self._shards.tokens(one) for one in records]
 
     def features(self, _sample: Sample, records: range) -> dict[str, Tensor]:
         """Read the targets of the records: tensors with a row per answer token, in record order.
@@ -272,11 +307,10 @@ class SplitTargets:
         Raises:
             UserError: a value is not finite, as in a damaged file.
         """
-        parts = [self._rows(one) for one in records]
-        for one, part in zip(records, parts, strict=True):
-            if not all(tensor.isfinite().all() for tensor in part.values()):
-                raise self._error(f"values that are not finite, at record {one}")
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        rows = self._shards.rows(records)
+        if not all(tensor.isfinite().all() for tensor in rows.values()):
+            raise self._error(f"values that are not finite, at record {self._first_not_finite(records)}")
+        return rows
 
     def without_answers(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor[:0] for name, tensor in features.items()}
@@ -284,12 +318,12 @@ class SplitTargets:
     def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([feature[name] for feature in features]) for name in features[0]}
 
-    def _rows(self, record: int) -> dict[str, Tensor]:
-        start, end = self._offsets[record], self._offsets[record + 1]
-        number = bisect.bisect_right(self._starts, start) - 1
-        base, shard = self._starts[number], self._shards[number]
-        names = set(shard.keys()) - {"answers", "lengths"}
-        return {name: shard.get_slice(name)[start - base : end - base] for name in sorted(names)}
+    def _first_not_finite(self, records: range) -> int:
+        return next(
+            one
+            for one in records
+            if not all(tensor.isfinite().all() for tensor in self._shards.rows(range(one, one + 1)).values())
+        )
 
     def _error(self, found: object) -> UserError:
         return UserError(f"{self._folder}: expected the {self._split} targets, found {found}; run {STAGE} again")

@@ -1,18 +1,55 @@
-"""Generate the teacher's answers to questions that have none in the data: sequence-level distillation."""
+"""Generate the teacher's answers to questions that have none in the data: sequence-level distillation.
 
-from collections.abc import Iterator
+(Kim and Rush, 2016, arXiv:1606.07947.)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Targets
 from firstsight.core.progress import progress
 from firstsight.core.stage import log
-from firstsight.distillation.targets import read_answers, write_answers
-from firstsight.generation.answering import Question, answers
-from firstsight.records.sample import LETTERS
+from firstsight.distillation.targets import Shards, SplitTargetsWriter
+from firstsight.generation.answering import Question, answer_texts, generated_answers
+from firstsight.records.sample import LETTERS, Record
+
+# Name and folder of the shards, as if the answers were those of a split.
+_ANSWERS = "answers"
+
+
+@dataclass(frozen=True)
+class TeacherAnswers:
+    """Hold the teacher's answers, by record id, and read what the teacher computed for them.
+
+    `texts` are the answers; "" replaces one that is no letter of the question's options.
+    """
+
+    texts: dict[str, str]
+    _numbers: dict[str, int]
+    _shards: Shards
+
+    def generated(self, records: Sequence[Record], tokens: list[list[int]]) -> bool:
+        """Return whether the teacher generated these answer `tokens` for the records.
+
+        If not, the records were answered already, or an answer was cut or is encoded otherwise than it was generated.
+        """
+        numbers = [self._numbers.get(record.id) for record in records]
+        return all(
+            number is not None and self._shards.tokens(number) == answer
+            for number, answer in zip(numbers, tokens, strict=True)
+        )
+
+    def states(self, records: Sequence[Record]) -> Tensor:
+        """Return the final hidden states [n, H] that predicted the n tokens generated for the records."""
+        numbers = [self._numbers[record.id] for record in records]
+        return torch.cat([self._shards.rows(range(number, number + 1))["hidden"] for number in numbers])
 
 
 def generate_answers(
@@ -21,31 +58,36 @@ def generate_answers(
     questions: list[Question],
     settings: Targets,
     folder: Path,
-) -> dict[str, str]:
-    """Answer the questions with the teacher; return its answers by record id (Kim and Rush, 2016, arXiv:1606.07947).
+) -> TeacherAnswers:
+    """Answer the questions with the teacher.
 
-    To a question with options, an answer that is not one of their letters is replaced by "". Answers are written to
-    `folder` after each batch; those already there are not generated again, and `model` may be None if all are.
+    What it computes is written to `folder` as it goes, and what is there already is not computed again. `model` may be
+    None if there are no questions.
+
+    Raises:
+        UserError: none of the answers is usable.
     """
-    path = folder / "answers.json"
-    try:
-        found = read_answers(folder) if path.exists() else {}
-    except UserError:
-        log.warning("%s is damaged; its answers are generated again", path)
-        found = {}
-    remaining = questions[len(found) :]
-    label = "cache-teacher-targets: answers"
-    with progress(desc=label, unit="questions", total=len(remaining)) as shown:
-        for batch in _batches(remaining, settings.batch_size):
-            given = answers(model, processor, batch, len(batch), settings.max_answer_tokens)
-            for text, (_, record) in zip(given, batch, strict=True):
-                valid = not record.options or text in LETTERS[: len(record.options)]
-                found[record.id] = text if valid else ""
-            write_answers(folder, found)
+    (folder / _ANSWERS).mkdir(exist_ok=True)
+    writer = SplitTargetsWriter(folder / _ANSWERS, _ANSWERS)
+    batches = list(_batches(questions, settings.batch_size))
+    done = sum(map(len, batches[: writer.batches]))
+    with progress(desc="cache-teacher-targets: answers", unit="questions", total=len(questions), initial=done) as shown:
+        for batch in batches[writer.batches :]:
+            given = list(generated_answers(model, processor, batch, len(batch), settings.max_answer_tokens))
+            tensors = {"answers": torch.tensor([token for answer in given for token in answer.tokens])}
+            if settings.kind != "online":
+                tensors["hidden"] = torch.cat([answer.states for answer in given])
+            writer.write(tensors, [len(answer.tokens) for answer in given], {})
             shown.update(len(batch))
-    write_answers(folder, found)
+    writer.close()
+    shards = Shards(folder / _ANSWERS, _ANSWERS)
+    tokens = [shards.tokens(number) for number in range(len(shards))]
+    texts = {
+        record.id: text if not record.options or text in LETTERS[: len(record.options)] else ""
+        for text, (_, record) in zip(answer_texts(model, processor, tokens) if tokens else [], questions, strict=True)
+    }
     if questions:
-        usable = sum(map(bool, found.values()))
+        usable = sum(map(bool, texts.values()))
         log.info("the teacher answered %d of %d questions that have no answer", usable, len(questions))
         if not usable:
             raise UserError(
@@ -53,7 +95,7 @@ def generate_answers(
                 "data, found no usable one; take a teacher that knows the task, or set finetune_teacher.enabled to "
                 "true, or data.unanswered to refuse"
             )
-    return found
+    return TeacherAnswers(texts, {record.id: number for number, (_, record) in enumerate(questions)}, shards)
 
 
 def _batches(questions: list[Question], samples: int) -> Iterator[list[Question]]:

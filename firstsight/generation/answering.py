@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -22,10 +23,31 @@ Question = tuple[Sample, Record]
 _GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": False, "min_length": 0}
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Hold an answer as text without special tokens, and what the model computed for it.
+
+    `tokens` are the n tokens of the answer, with the end token unless the answer was cut; `states` [n, H] are the final
+    hidden states that predicted them, in the model's dtype.
+    """
+
+    text: str
+    tokens: list[int]
+    states: Tensor
+
+
 def answers(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, max_new_tokens: int
 ) -> Iterator[str]:
-    """Yield the model's answers as text without special tokens, in the order of the questions.
+    """Yield the texts of what `generated_answers` yields."""
+    for answer in generated_answers(model, processor, questions, batch_size, max_new_tokens):
+        yield answer.text
+
+
+def generated_answers(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> Iterator[Answer]:
+    """Yield the model's answers, in the order of the questions.
 
     Each is the answer to the question asked alone, but questions about the same image or video that follow each other
     in a batch share one pass over it. Decoding is greedy, whatever the model's generation_config.json says. An answer
@@ -37,15 +59,23 @@ def answers(
     if ignored := _ignored(model):
         _say_ignored(model.name_or_path, ignored)
     for start in range(0, len(questions), batch_size):
-        tokens = _decode(model, processor, questions[start : start + batch_size], max_new_tokens)
-        yield from (text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True))
+        tokens, states = _decode(model, processor, questions[start : start + batch_size], max_new_tokens)
+        for text, one, state in zip(answer_texts(model, processor, tokens), tokens, states, strict=True):
+            yield Answer(text, one, state)
+
+
+def answer_texts(model: PreTrainedModel, processor: Any, tokens: Sequence[list[int]]) -> list[str]:
+    """Return the answers whose tokens are given, with or without an end token, as text without special tokens."""
+    stop = _end_tokens(model, processor)
+    contents = [answer[:-1] if answer and answer[-1] in stop else answer for answer in tokens]
+    return [text.strip() for text in processor.batch_decode(contents, skip_special_tokens=True)]
 
 
 @torch.inference_mode()
 def _decode(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
-) -> list[list[int]]:
-    """Return the answer tokens of each question, without the end token.
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Return the `tokens` and the `states` of each question's `Answer`.
 
     The questions about a sample are the branches of a packed sequence (`firstsight.packing.pack`). Each step appends
     the next token of every branch to it, so that the keys and values of the shared prefix exist once.
@@ -69,13 +99,14 @@ def _decode(
     hidden = last_hidden_states(model, batch, cache)
     positions = position_ids(model, batch)[..., rows, ends]
     head, stop = model.get_output_embeddings(), torch.tensor(sorted(_end_tokens(model, processor)), device=model.device)
-    token = head(hidden[rows, ends]).argmax(-1)
+    states = [hidden[rows, ends]]
+    token = head(states[0]).argmax(-1)
     chosen = [token]
     ended = torch.isin(token, stop) | (branches < 0)
     while len(chosen) < max_new_tokens and not ended.all():
         positions = positions + 1
         segments = torch.cat([segments, branches], 1)
-        token = head(
+        states.append(
             model.model(
                 input_ids=token,
                 position_ids=positions,
@@ -83,18 +114,24 @@ def _decode(
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        ).argmax(-1)
+        )
+        token = head(states[-1]).argmax(-1)
         chosen.append(token)
         ended |= torch.isin(token, stop)
-    return [
-        _until_end(tokens, stop.tolist())
+    tokens = [
+        _to_end(tokens, stop.tolist())
         for group, row in zip(by_sample, torch.stack(chosen, -1).tolist(), strict=True)
         for tokens in row[: len(group)]
     ]
+    # A row's branches [most, steps, H], of which only its own questions count.
+    by_row = torch.stack(states, 2)
+    of_question = [state for group, row in zip(by_sample, by_row, strict=True) for state in row[: len(group)]]
+    return tokens, [state[: len(one)] for state, one in zip(of_question, tokens, strict=True)]
 
 
-def _until_end(tokens: list[int], stop: list[int]) -> list[int]:
-    return tokens[: next((place for place, token in enumerate(tokens) if token in stop), len(tokens))]
+def _to_end(tokens: list[int], stop: list[int]) -> list[int]:
+    """Return the tokens up to the first that is in `stop`, which is kept."""
+    return tokens[: next((place for place, token in enumerate(tokens, 1) if token in stop), len(tokens))]
 
 
 def _end_tokens(model: PreTrainedModel, processor: Any) -> set[int]:

@@ -25,8 +25,9 @@ from firstsight.loss.divergences import DIVERGENCES, FORWARD_KL, Divergence
 from firstsight.loss.products import CHUNK
 from firstsight.loss.teachers import Teacher
 
-# Rows per softmax: few on a CPU, so that temporaries stay in its cache; more on a GPU, for fewer and larger kernels.
-BLOCK = {"cpu": 8, "cuda": 64}
+# Bytes of logits in float32 per softmax: few on a CPU, so that temporaries stay in its cache; more on a GPU, for fewer
+# and larger kernels. At a vocabulary of 152,000, that is 8 tokens and 64.
+_BLOCK_BYTES = {"cpu": 5_000_000, "cuda": 40_000_000}
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _sums_and_gradients(
     # Accumulated over the chunks in this precision, even if the head is narrower.
     head_grad = torch.empty_like(head, dtype=precision) if needs_head else None
     sums = hidden.new_zeros(3, dtype=precision)
-    block = BLOCK[hidden.device.type]
+    block = block_rows(hidden.device.type, len(head))
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
         chunk = hidden[rows].to(precision)
@@ -146,6 +147,11 @@ def _sums_and_gradients(
     if needs_head and not len(hidden):
         head_grad.zero_()
     return sums, hidden_grad, head_grad.to(head.dtype) if needs_head else None
+
+
+def block_rows(device: str, vocabulary: int) -> int:
+    """Return the number of answer tokens whose softmax is computed at once, on "cpu" or "cuda"."""
+    return max(1, _BLOCK_BYTES[device] // (4 * vocabulary))
 
 
 def _differentiate(logits: Tensor, answers: Tensor, teacher_logits: Tensor | None, objective: _Objective) -> Tensor:

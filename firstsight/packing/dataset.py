@@ -7,12 +7,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from firstsight.core.errors import UserError
-from firstsight.packing.pack import IGNORE, Encoded, collate, encode, pack
+from firstsight.packing.pack import IGNORE, Encoded, collate, encode, encode_answers, pack
 from firstsight.records.parquet import AnsweredSplit, Split
 from firstsight.records.sample import Sample
+
+# Packed samples that are kept in memory, for a later epoch, or where samples are repeated.
+_KEPT_BYTES = 1 << 30
 
 
 class TeacherSource(Protocol):
@@ -42,7 +45,7 @@ class OnlineTeacher:
         self._encoded: dict[int, Encoded] = {}
 
     def answers(self, sample: Sample, records: range) -> list[list[int]]:
-        return self._encode(sample, records).answers()
+        return encode_answers(self.processor, sample.records)
 
     def features(self, sample: Sample, records: range) -> dict[str, Tensor]:
         return pack(self.processor, sample, self._encode(sample, records))
@@ -68,8 +71,9 @@ class PackedDataset(Dataset):
     def __init__(self, split: Split | AnsweredSplit, processor: Any, teacher: TeacherSource | None = None):
         self.split, self.processor, self.teacher = split, processor, teacher
         self._length = len(split)
-        # Text is encoded once; frames, which are large, are processed at each access.
-        self._encoded: dict[int, Encoded] = {}
+        # By place in the split's file, so that a sample that is repeated is packed once.
+        self._packed: dict[int, dict[str, Tensor]] = {}
+        self._kept_bytes = 0
         # The number, in the split, of each sample's first record.
         self._first_record = [0, *accumulate(split.record_counts())]
 
@@ -79,10 +83,9 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= len(self.split):
             return self._without_answers(self[index % len(self.split)])
-        sample = self.split[index]
-        features: dict[str, Any] = pack(self.processor, sample, self._encode(index))
+        features: dict[str, Any] = dict(self._pack(index))
         if self.teacher is not None:
-            features["teacher"] = self.teacher.features(sample, self._records(index))
+            features["teacher"] = self.teacher.features(self.split[index], self.records(index))
         return features
 
     def padded_to_multiple(self, of: int) -> "PackedDataset":
@@ -91,16 +94,20 @@ class PackedDataset(Dataset):
         padded._length += -len(self.split) % of
         return padded
 
-    def answer_tokens(self) -> int:
-        """Count the answer tokens of the split."""
-        return sum(len(answer) for index in range(len(self.split)) for answer in self._encode(index).answers())
+    def answers(self, index: int) -> list[list[int]]:
+        """Return the answer tokens of each record of a sample, end of turn included."""
+        return encode_answers(self.processor, self.split[index].records)
+
+    def records(self, index: int) -> range:
+        """Return the numbers, in the split, of a sample's records."""
+        return range(self._first_record[index], self._first_record[index + 1])
 
     def check_answers(self) -> None:
         """Raise UserError, naming the first difference, unless both tokenizers encode every answer alike."""
         for index in range(len(self.split)):
             sample = self.split[index]
-            teacher_answers = self.teacher.answers(sample, self._records(index))
-            student_answers = self._encode(index).answers()
+            teacher_answers = self.teacher.answers(sample, self.records(index))
+            student_answers = encode_answers(self.processor, sample.records)
             for record, teacher, student in zip(sample.records, teacher_answers, student_answers, strict=True):
                 for position, (expected, found) in enumerate(zip_longest(teacher, student)):
                     if expected != found:
@@ -119,14 +126,18 @@ class PackedDataset(Dataset):
             batch["teacher"] = self.teacher.collate([feature["teacher"] for feature in features])
         return batch
 
-    def _encode(self, index: int) -> Encoded:
-        if index not in self._encoded:
-            sample = self.split[index]
-            self._encoded[index] = encode(self.processor, sample, sample.records)
-        return self._encoded[index]
-
-    def _records(self, index: int) -> range:
-        return range(self._first_record[index], self._first_record[index + 1])
+    def _pack(self, index: int) -> dict[str, Tensor]:
+        place = self.split.place(index)
+        if place in self._packed:
+            return self._packed[place]
+        sample = self.split[index]
+        packed = pack(self.processor, sample, encode(self.processor, sample, sample.records))
+        size = sum(tensor.nbytes for tensor in packed.values())
+        # Not in the worker processes of a data loader, each of which would keep its own, until the epoch ends.
+        if self._kept_bytes + size <= _KEPT_BYTES and get_worker_info() is None:
+            self._packed[place] = packed
+            self._kept_bytes += size
+        return packed
 
     def _without_answers(self, features: dict[str, Any]) -> dict[str, Any]:
         masked = features | {"labels": torch.full_like(features["labels"], IGNORE)}

@@ -34,19 +34,19 @@ class Encoded:
     prompt: str
     branches: tuple[tuple[list[int], list[int]], ...]
 
-    def answers(self) -> list[list[int]]:
-        """Return the answer tokens of each record."""
-        return [answer for _, answer in self.branches]
-
 
 def encode(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
     """Render and tokenize each of the sample's `records` alone: the prompt as at evaluation, then the answer."""
-    asked = encode_questions(processor, sample, records)
+    asked, answers = encode_questions(processor, sample, records), encode_answers(processor, records)
+    branches = tuple((question, answer) for (question, _), answer in zip(asked.branches, answers, strict=True))
+    return Encoded(asked.prompt, branches)
+
+
+def encode_answers(processor: Any, records: Sequence[Record]) -> list[list[int]]:
+    """Tokenize the answer of each of the `records`, end of turn included."""
     # Not rendered by the template: LLaVA-OneVision's has "assistant \n" in past turns, but "assistant\n" in prompts.
     replies = [record.answer + processor.tokenizer.eos_token for record in records]
-    reply_ids = processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
-    branches = tuple((question, reply) for (question, _), reply in zip(asked.branches, reply_ids, strict=True))
-    return Encoded(asked.prompt, branches)
+    return processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
 
 
 def encode_questions(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:

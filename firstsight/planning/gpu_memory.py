@@ -46,7 +46,7 @@ from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation, Params
-from firstsight.loss.distillation_loss import BLOCK
+from firstsight.loss.distillation_loss import block_rows
 from firstsight.loss.products import CHUNK, HEAD_ROWS
 from firstsight.models.loading import AUTO, TRAINING_PRECISIONS
 from firstsight.planning.workload import Sizes, patches_and_tokens
@@ -262,7 +262,9 @@ def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Si
     """Return the bytes of the loss's buffers; `teacher` is None for supervised fine-tuning."""
     answers = settings.batch_size * sizes.questions * sizes.answer_tokens
     models = 1 if teacher is None else 2
-    logits = (models * min(CHUNK, answers) + _TEMPORARIES * min(BLOCK["cuda"], answers)) * shape.rows * 4
+    logits = (
+        (models * min(CHUNK, answers) + _TEMPORARIES * min(block_rows("cuda", shape.rows), answers)) * shape.rows * 4
+    )
     trained_head = shape.head * 4 if settings.method == "full" else 0
     narrow = [teacher.hidden] if teacher else []
     narrow += [] if settings.method == "full" else [shape.hidden]

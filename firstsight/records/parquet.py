@@ -104,6 +104,10 @@ class Split(Sequence[Sample]):
         counts = pc.list_value_length(self._file.read(columns=["records.list.element.id"]).column("records"))
         return counts.to_pylist()
 
+    def place(self, index: int) -> int:
+        """Return the row of a sample in the file."""
+        return index
+
     def unanswered(self) -> list[tuple[Sample, Record]]:
         """Return the records without an answer, each with its sample."""
         found = [index for index, answers in enumerate(self._answers()) if "" in answers]
@@ -165,6 +169,10 @@ class AnsweredSplit(Sequence[Sample]):
 
     def record_counts(self) -> list[int]:
         return self._counts
+
+    def place(self, index: int) -> int:
+        """Return the row of a sample in the split's file."""
+        return self._places[index]
 
     def repeated_to(self, length: int) -> "AnsweredSplit":
         """Return the samples in their order, again and again, until there are `length`."""

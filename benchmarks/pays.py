@@ -80,13 +80,14 @@ def run() -> None:
     device = pick_device(settings.runtime.device)
     rows = read() if RESULTS.exists() else []
     done = {identity(row) for row in rows}
-    for seed in [int(seed) for seed in sys.argv[1:]] or range(5):
-        by_data = defaultdict(list)
-        for arm in arms(settings):
-            if identity(asdict(arm) | {"seed": seed}) not in done:
-                by_data[arm.share, arm.noise].append(arm)
-        for (share, noise), wanted in by_data.items():
-            for row in students(settings, seed, share, noise, wanted, device):
+    by_data = defaultdict(list)
+    for arm in arms(settings):
+        by_data[arm.share, arm.noise].append(arm)
+    # All seeds of the share of params.yaml come first: what the default shows is settled before other shares are tried.
+    for share, noise in by_data:
+        for seed in [int(seed) for seed in sys.argv[1:]] or range(5):
+            wanted = [arm for arm in by_data[share, noise] if identity(asdict(arm) | {"seed": seed}) not in done]
+            for row in students(settings, seed, share, noise, wanted, device) if wanted else ():
                 rows.append(row)
                 write(RESULTS.stem, rows)
     show(rows)

@@ -176,6 +176,23 @@ def test_a_logit_that_is_no_number_gives_a_loss_that_is_none(interpreted):
     assert np.isnan(loss)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
+@pytest.mark.parametrize("tokens", [1, 52, 1300])
+def test_on_a_gpu(divergence, tokens):
+    assert module._kernel("cuda") is kernel
+    arrays = [
+        torch.from_numpy(array).bfloat16().double().numpy() if array.dtype.kind == "f" else array
+        for array in case(tokens, 5003, 5100)
+    ]
+    expected = oracle(arrays, 4999, 2.0, 0.7, divergence)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 4e-3)):
+        loss, *gradients = ours(arrays, 4999, 2.0, 0.7, divergence, dtype, "cuda")
+        assert loss == pytest.approx(expected[0], rel=2e-6)
+        for found, wanted in zip(gradients, expected[1:], strict=True):
+            assert np.linalg.norm(found - wanted) <= error * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("capability", [75, 90])
 @pytest.mark.parametrize("kind", ["none", "forward_kl", "reverse_kl", "jsd"])
 def test_the_kernel_compiles_for_gpus(capability, kind, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from firstsight.loss import distillation_loss as module
 from firstsight.loss import products
@@ -76,8 +77,8 @@ def case(tokens: int, student_rows: int, teacher_rows: int, seed: int = 0):
     return hidden, head, rng.integers(student_rows, size=tokens), teacher_hidden, teacher_head
 
 
-def ours(arrays, shared, temperature, alpha, divergence, dtype):
-    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in arrays)
+def ours(arrays, shared, temperature, alpha, divergence, dtype, device="cpu"):
+    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array).to(device) for array in arrays)
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
     loss = distillation_loss(
         hidden,
@@ -90,7 +91,7 @@ def ours(arrays, shared, temperature, alpha, divergence, dtype):
         divergence=divergence,
     )
     loss.total.backward()
-    return loss.total.item(), hidden.grad.double().numpy(), head.grad.double().numpy()
+    return loss.total.item(), hidden.grad.double().cpu().numpy(), head.grad.double().cpu().numpy()
 
 
 def check(arrays, shared, temperature, alpha, divergence):
@@ -328,7 +329,9 @@ def test_memory_that_does_not_suffice_for_a_token_is_an_error(monkeypatch):
 def test_where_triton_is_missing_pytorch_computes_and_a_line_says_so(monkeypatch, caplog):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
+    # Another test may have imported it.
     monkeypatch.delitem(sys.modules, "firstsight.loss.kernel", raising=False)
+    monkeypatch.delattr("firstsight.loss.kernel", raising=False)
     module._kernel.cache_clear()
     check(case(4, 31, 33), 29, 2.0, 0.7, Divergence("jsd"))
     assert caplog.messages == [
@@ -357,3 +360,17 @@ def test_tf32_is_allowed_within_the_loss_alone():
         with products.tf32(allowed):
             assert matmul.allow_tf32 == allowed
         assert not matmul.allow_tf32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_on_cuda_are_float32_over_whole_tiles(dtype):
+    """Their shapes and dtypes, of tensors without contents, so that no GPU is needed."""
+    with FakeTensorMode():
+        hidden, head = (torch.empty(rows, 64, dtype=dtype, device="cuda") for rows in (9, 1100))
+        logits = products.logits(hidden, head, 1003, torch.float32)
+        assert (logits.shape, logits.stride(), logits.dtype) == ((9, 1003), (1024, 1), torch.float32)
+        gradient = products.logits(hidden, head, 1100, torch.float32).to(dtype)
+        assert products.times_head(gradient, head).dtype == torch.float32
+        for total_dtype in (torch.float32, dtype):
+            total = torch.empty(1100, 64, dtype=total_dtype, device="cuda")
+            products.add_head_gradient(total, gradient, hidden, first=False)

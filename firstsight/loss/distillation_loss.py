@@ -188,7 +188,7 @@ def _add_chunk(
         )
         sums += found.sums
     else:
-        gradient, sums, block = logits, found.sums.clone(), block_rows(logits.device.type, len(head))
+        gradient, sums, block = logits, found.sums.clone(), _block_rows(logits.device.type, len(head))
         for first in range(0, len(logits), block):
             part = slice(first, first + block)
             teacher_part = None if teacher_logits is None else teacher_logits[part]
@@ -239,7 +239,7 @@ def _kernel(device: str) -> ModuleType | None:
     return kernel
 
 
-def block_rows(device: str, vocabulary: int) -> int:
+def _block_rows(device: str, vocabulary: int) -> int:
     """Return the number of answer tokens whose softmax is computed at once, on "cpu" or "cuda"."""
     return max(1, _BLOCK_BYTES[device] // (4 * vocabulary))
 

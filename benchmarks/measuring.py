@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -79,6 +80,19 @@ def _proportional(process: psutil.Process) -> int:
         return process.memory_full_info().pss
     except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just exited
         return 0
+
+
+def lines(module: str, *arguments: str) -> Iterator[dict[str, Any]]:
+    """Run `python -m benchmarks.{module}` with these arguments; yield each line of its output, decoded from JSON.
+
+    Raises:
+        subprocess.CalledProcessError: it fails, after the lines that it has printed.
+    """
+    words = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        yield from map(json.loads, process.stdout)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, words)
 
 
 def alone(module: str, *arguments: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
 LOSS = """
 from benchmarks import loss
 loss.STUDENT, loss.TEACHER, loss.SHARED, loss.TOKENS = (311, 24), (337, 40), 307, {"cpu": (9,)}
-loss.alone = lambda module, name, tokens, device: loss.measure(name, int(tokens), device) | {"bytes": 1}
+loss.lines = lambda module, name, device: [loss.measure(name, 9, device) | {"bytes": 1}]
 loss.write = lambda name, rows: print(json.dumps({name: rows}))
 loss.run()
 """
@@ -63,16 +63,39 @@ def test_the_losses_side_by_side_agree(monkeypatch):
     monkeypatch.setattr(loss, "STUDENT", (311, 24))
     monkeypatch.setattr(loss, "TEACHER", (337, 40))
     monkeypatch.setattr(loss, "SHARED", 307)
-    plain, ours = (loss.measure(name, 9, "cpu")["loss"] for name in ("plain PyTorch", "FirstSight"))
-    assert ours == pytest.approx(plain, rel=1e-5)
-    assert set(loss.implementations("cpu")) == {"plain PyTorch", "Liger, chunked", "FirstSight"}
+    assert list(loss.implementations("cpu")) == ["plain PyTorch", "FirstSight", "Liger, chunked"]
+    measured = {name: loss.measure(name, 9, "cpu") for name in loss.implementations("cpu")}
+    assert measured["FirstSight"]["loss"] == pytest.approx(measured["plain PyTorch"]["loss"], rel=1e-5)
+    for found in measured.values():
+        assert 0 < found["hidden_error"] < 1e-5
+        assert 0 < found["head_error"] < 1e-5
+
+
+def test_a_case_that_fails_leaves_those_before_it(monkeypatch, tmp_path, caplog):
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\n"
+        'echo \'{"tokens": 64, "seconds": 2, "bytes": 8e6, "loss": 3, "hidden_error": 1e-3, "head_error": 2e-3}\'\n'
+        'test "$3" = FirstSight\n'
+    )
+    script.chmod(0o700)
+    written = []
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(sys, "argv", ["loss"])
+    monkeypatch.setattr(loss, "write", lambda name, rows: written.append([row["implementation"] for row in rows]))
+    loss.run()
+    names = ["plain PyTorch", "FirstSight", "Liger, chunked"]
+    assert written == [names[:1], names[:2], names]
+    lines = [message for message in caplog.messages if "left out" in message]
+    assert [line.split(":")[0] for line in lines] == ["plain PyTorch", "Liger, chunked"]
+    assert "left out above 64 tokens" in lines[0]
 
 
 @pytest.mark.system
 @pytest.mark.parametrize(
     ("script", "column", "measured"),
     [
-        (LOSS, "implementation", {"plain PyTorch", "FirstSight"}),
+        (LOSS, "implementation", {"plain PyTorch", "FirstSight", "FirstSight, PyTorch"}),
         (DISTILL_STEP, "teacher", {"cached", "online, float32"}),
         (TRUE_SIZE, "stage", {"cache-teacher-targets", "distill", "finetune-student"}),
     ],
@@ -81,6 +104,8 @@ def test_the_losses_side_by_side_agree(monkeypatch):
 def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDE)
     variables = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "CUDA_VISIBLE_DEVICES": ""}
+    # The loss's kernel, which is for GPUs, runs in Triton's interpreter.
+    variables |= {"TRITON_INTERPRET": "1"} if script is LOSS else {}
     words = [sys.executable, "-c", f"import json, sys\n{script}"]
     done = subprocess.run(
         words, cwd=ROOT, env=os.environ | variables | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True

@@ -1,9 +1,14 @@
 """The loss against an oracle in float64, written from the definition and sharing none of its code."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from firstsight.loss import distillation_loss as module
+from firstsight.loss import products
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.divergences import Divergence
 from firstsight.loss.products import CHUNK
@@ -35,6 +40,12 @@ def through_softmax(probabilities: np.ndarray, gradient: np.ndarray) -> np.ndarr
 
 def oracle(arrays, shared, temperature, alpha, divergence):
     """Loss and its gradients for hidden states and head, from the definition, in float64."""
+    loss, gradient = logits_oracle(arrays, shared, temperature, alpha, divergence)
+    return loss, gradient @ arrays[1], gradient.T @ arrays[0]
+
+
+def logits_oracle(arrays, shared, temperature, alpha, divergence):
+    """Loss and its gradient for the student's logits, likewise."""
     hidden, head, answers, teacher_hidden, teacher_head = arrays
     logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T
     p = softmax(teacher_logits[:, :shared] / temperature)
@@ -55,7 +66,7 @@ def oracle(arrays, shared, temperature, alpha, divergence):
     gradient = (1 - alpha) * own
     gradient[rows, answers] -= 1 - alpha
     gradient[:, :shared] += alpha * temperature**2 * through_softmax(q, for_q) / temperature
-    return alpha * temperature**2 * soft + (1 - alpha) * ce, gradient @ head, gradient.T @ hidden
+    return alpha * temperature**2 * soft + (1 - alpha) * ce, gradient
 
 
 def case(tokens: int, student_rows: int, teacher_rows: int, seed: int = 0):
@@ -66,8 +77,8 @@ def case(tokens: int, student_rows: int, teacher_rows: int, seed: int = 0):
     return hidden, head, rng.integers(student_rows, size=tokens), teacher_hidden, teacher_head
 
 
-def ours(arrays, shared, temperature, alpha, divergence, dtype):
-    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in arrays)
+def ours(arrays, shared, temperature, alpha, divergence, dtype, device="cpu"):
+    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array).to(device) for array in arrays)
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
     loss = distillation_loss(
         hidden,
@@ -80,7 +91,7 @@ def ours(arrays, shared, temperature, alpha, divergence, dtype):
         divergence=divergence,
     )
     loss.total.backward()
-    return loss.total.item(), hidden.grad.double().numpy(), head.grad.double().numpy()
+    return loss.total.item(), hidden.grad.double().cpu().numpy(), head.grad.double().cpu().numpy()
 
 
 def check(arrays, shared, temperature, alpha, divergence):
@@ -92,7 +103,7 @@ def check(arrays, shared, temperature, alpha, divergence):
             assert np.abs(found - wanted).max() <= gradient_error * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 167, CHUNK, 423, 1423])
+@pytest.mark.parametrize("tokens", [1, 4, 167, CHUNK["cpu"], 423, 1423])
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.0), (0.5, 0.3), (2.0, 0.7), (10.0, 1.0)])
 def test_loss_and_gradients_equal_the_definition(tokens, temperature, alpha):
     check(case(tokens, 311, 337), 307, temperature, alpha, Divergence("forward_kl"))
@@ -275,3 +286,91 @@ def test_alpha_without_a_teacher_is_refused():
     hidden, head, answers, *_ = (torch.from_numpy(array) for array in case(5, 11, 13))
     with pytest.raises(ValueError, match=r"expected a teacher, because alpha is 0\.5, found None"):
         distillation_loss(hidden, head, answers, None, shared_vocabulary=0, temperature=1.0, alpha=0.5)
+
+
+class SmallMemory(HiddenTeacher):
+    """A teacher whose logits of more than 100 tokens do not fit into memory."""
+
+    def logits(self, rows, shared, precision):
+        if len(self.hidden[rows]) > 100:
+            raise torch.OutOfMemoryError
+        return super().logits(rows, shared, precision)
+
+
+def test_memory_that_does_not_suffice_for_a_chunk_gives_smaller_ones(monkeypatch, caplog):
+    monkeypatch.setitem(module._chunk, "cpu", 256)
+    arrays = case(300, 311, 337)
+    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in arrays)
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    keywords = {"shared_vocabulary": 307, "temperature": 2.0, "alpha": 0.7}
+    expected = oracle(arrays, 307, 2.0, 0.7, Divergence("forward_kl"))
+    for _ in range(2):
+        total = distillation_loss(hidden, head, answers, SmallMemory(teacher_hidden, teacher_head), **keywords).total
+        found = (total.detach(), *torch.autograd.grad(total, (hidden, head)))
+        for one, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, wanted, rtol=1e-11, atol=1e-11)
+    # Not again in the second pass.
+    lines = [f"loss: memory does not suffice for more than {tokens} answer tokens at a time" for tokens in (128, 64)]
+    assert caplog.messages == lines
+
+
+def test_memory_that_does_not_suffice_for_a_token_is_an_error(monkeypatch):
+    monkeypatch.setitem(module._chunk, "cpu", 256)
+    hidden, head, answers, *_ = (torch.from_numpy(array) for array in case(5, 31, 33))
+
+    class NoMemory:
+        def logits(self, rows, shared, precision):
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        distillation_loss(hidden, head, answers, NoMemory(), shared_vocabulary=29, temperature=2.0, alpha=0.5)
+
+
+def test_where_triton_is_missing_pytorch_computes_and_a_line_says_so(monkeypatch, caplog):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    # Another test may have imported it.
+    monkeypatch.delitem(sys.modules, "firstsight.loss.kernel", raising=False)
+    monkeypatch.delattr("firstsight.loss.kernel", raising=False)
+    module._kernel.cache_clear()
+    check(case(4, 31, 33), 29, 2.0, 0.7, Divergence("jsd"))
+    assert caplog.messages == [
+        "loss: by PyTorch's operations, because the Triton kernel does not run here (import of triton halted; None in "
+        "sys.modules)"
+    ]
+    module._kernel.cache_clear()
+
+
+def test_a_head_with_rows_of_zeros_up_to_whole_tiles_gives_the_same():
+    hidden, head, answers, teacher_hidden, teacher_head = (torch.from_numpy(array) for array in case(20, 311, 307))
+    filled = products.fill_tiles(teacher_head)
+    assert filled.shape == (384, 40)
+    assert products.fill_tiles(filled).shape == filled.shape
+    keywords = {"shared_vocabulary": 307, "temperature": 2.0, "alpha": 0.7}
+    totals = [
+        distillation_loss(hidden, head, answers, HiddenTeacher(teacher_hidden, one), **keywords).total
+        for one in (teacher_head, filled)
+    ]
+    torch.testing.assert_close(*totals)
+
+
+def test_tf32_is_allowed_within_the_loss_alone():
+    matmul = torch.backends.cuda.matmul
+    for allowed in (True, False):
+        with products.tf32(allowed):
+            assert matmul.allow_tf32 == allowed
+        assert not matmul.allow_tf32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_on_cuda_are_float32_over_whole_tiles(dtype):
+    """Their shapes and dtypes, of tensors without contents, so that no GPU is needed."""
+    with FakeTensorMode():
+        hidden, head = (torch.empty(rows, 64, dtype=dtype, device="cuda") for rows in (9, 1100))
+        logits = products.logits(hidden, head, 1003, torch.float32)
+        assert (logits.shape, logits.stride(), logits.dtype) == ((9, 1003), (1024, 1), torch.float32)
+        gradient = products.logits(hidden, head, 1100, torch.float32).to(dtype)
+        assert products.times_head(gradient, head).dtype == torch.float32
+        for total_dtype in (torch.float32, dtype):
+            total = torch.empty(1100, 64, dtype=total_dtype, device="cuda")
+            products.add_head_gradient(total, gradient, hidden, first=False)

@@ -227,6 +227,18 @@ def test_what_should_take_less_takes_less(teacher, student, preset):
     assert weights == sorted(weights)
 
 
+def test_the_loss_takes_a_chunk_of_logits_of_both_models_and_the_heads_gradient(teacher, student, preset):
+    def loss(answer_tokens, **train):
+        settings, sizes = but(preset.train, **train), replace(VIDEO, answer_tokens=answer_tokens)
+        whole = gpu_memory.distilling(student, teacher, but(preset, train=settings), sizes).activations
+        return whole - gpu_memory.training_activations(student, settings, sizes)
+
+    logits = 151_936 * 4
+    assert loss(16) == 2 * 16 * logits
+    assert loss(8192) == 2 * 512 * logits
+    assert loss(16, method="full") == 2 * 16 * logits + 1536 * logits
+
+
 def test_caching_the_teacher_saves_its_passes(teacher, student, preset, in_root):
     work = workload(preset.data, ROOT / "presets" / "none.yaml")
     online = but(preset, targets=but(preset.targets, kind="online"))

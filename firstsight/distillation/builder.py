@@ -64,11 +64,12 @@ class TargetBuilder:
         The KL divergence is summed over the n tokens, by temperature.
         """
         exact, parts, errors = HiddenTeacher(hidden, self._head), [], dict.fromkeys(map(str, TEMPERATURES), 0.0)
-        for start in range(0, len(hidden), CHUNK):
-            logits = exact.logits(slice(start, start + CHUNK), self._shared, torch.float32)
+        chunk = CHUNK[hidden.device.type]
+        for start in range(0, len(hidden), chunk):
+            logits = exact.logits(slice(start, start + chunk), self._shared, torch.float32)
             best = logits.topk(self._k)
             approximate = TopKTeacher(best.indices.to(torch.int32), best.values, logits.logsumexp(-1))
-            rebuilt = approximate.logits(slice(0, CHUNK), self._shared, torch.float32)
+            rebuilt = approximate.logits(slice(0, chunk), self._shared, torch.float32)
             for temperature in TEMPERATURES:
                 errors[str(temperature)] += forward_kl(logits, rebuilt, temperature).item()
             parts.append(approximate)

@@ -38,6 +38,7 @@ from firstsight.core.params import Precision
 from firstsight.core.stage import log
 from firstsight.core.validation import describe
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
+from firstsight.loss.products import fill_tiles
 from firstsight.records.sample import Sample
 
 # The size of a shard: smaller ones lose less work to an interruption, larger ones make fewer files.
@@ -208,13 +209,17 @@ def check_files(folder: Path, index: Index) -> None:
 
 
 def read_head(folder: Path, device: str) -> Tensor | None:
-    """Load the teacher's head [V, H] over the shared vocabulary; None for targets other than `hidden`."""
+    """Load the teacher's head [V, H] over the shared vocabulary; None for targets other than `hidden`.
+
+    On CUDA, rows of zeros are added up to whole tiles.
+    """
     if read_index(folder).kind != "hidden":
         return None
     try:
-        return load_file(folder / "head.safetensors", device=device)["head"]
+        head = load_file(folder / "head.safetensors", device=device)["head"]
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: expected the teacher's head, found {error}; run {STAGE} again") from None
+    return fill_tiles(head) if device == "cuda" else head
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,17 +9,24 @@ over the V tokens that both models have. CE runs over the student's whole vocabu
 fine-tuning. The caller divides L by the number of answer tokens of the optimizer step.
 
 Logits are computed from hidden states chunk by chunk, in float32, and the gradients for hidden states and head in the
-same pass: no [N, vocabulary] buffer is allocated, and backward only scales these gradients. The other files of this
-folder: `divergences`, the choices of D; `teachers`, where z_t comes from; `products`, products with an output head.
+same pass: no [N, vocabulary] buffer is allocated, and backward only scales these gradients. Between logits and their
+gradient, a chunk takes one of two ways: PyTorch's, in this file, which runs everywhere and is the one to read; or on
+CUDA one Triton kernel, `kernel`. The other files of this folder: `divergences`, the choices of D; `teachers`, where z_t
+comes from; `products`, products with an output head.
 """
 
+import os
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
+from firstsight.core.processes import is_main_process
+from firstsight.core.stage import log
 from firstsight.loss import products
 from firstsight.loss.divergences import DIVERGENCES, FORWARD_KL, Divergence
 from firstsight.loss.products import CHUNK
@@ -28,6 +35,8 @@ from firstsight.loss.teachers import Teacher
 # Bytes of logits in float32 per softmax: few on a CPU, so that temporaries stay in its cache; more on a GPU, for fewer
 # and larger kernels. At a vocabulary of 152,000, that is 8 tokens and 64.
 _BLOCK_BYTES = {"cpu": 5_000_000, "cuda": 40_000_000}
+# Answer tokens a chunk: fewer than CHUNK after memory did not suffice, so that later steps do not fail first.
+_chunk = dict(CHUNK)
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,10 @@ def distillation_loss(
     if teacher is None and alpha > 0:
         raise ValueError(f"expected a teacher, because alpha is {alpha:g}, found None; pass one or set alpha to 0")
     # Under no_grad, no gradient for the head is computed. Autocast is disabled: it would round the logits to 16 bits.
+    # On CUDA it allows that operands are rounded, to TF32: hidden states that it computed are good to fewer bits.
     head = student_head if torch.is_grad_enabled() else student_head.detach()
-    objective = _Objective(teacher, shared_vocabulary, temperature, alpha, divergence)
+    rounded = student_hidden.is_cuda and torch.is_autocast_enabled("cuda")
+    objective = _Objective(teacher, shared_vocabulary, temperature, alpha, divergence, rounded)
     with torch.autocast(student_hidden.device.type, enabled=False):
         return Loss(*_ChunkedLoss.apply(student_hidden, head, answers, objective))
 
@@ -109,13 +120,23 @@ class _ChunkedLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Objective:
-    """Hold the arguments of `distillation_loss` other than the student's tensors."""
+    """Hold the arguments of `distillation_loss` other than the student's tensors, and whether TF32 is allowed."""
 
     teacher: Teacher | None
     shared: int
     temperature: float
     alpha: float
     divergence: Divergence
+    rounded: bool
+
+
+@dataclass
+class _Found:
+    """Hold sums [3] of D, CE and agreement and the gradients [N, H] and [V_s, H], of the chunks so far."""
+
+    sums: Tensor
+    hidden: Tensor | None = None
+    head: Tensor | None = None
 
 
 def _sums_and_gradients(
@@ -124,32 +145,101 @@ def _sums_and_gradients(
     """Return sums [3] of D, CE and agreement, and the gradients [N, H] and [V_s, H]; None where not needed."""
     # At least float32; float64 inputs stay in float64, so that the gradient can be checked numerically.
     precision = torch.promote_types(hidden.dtype, torch.float32)
-    hidden_grad = torch.empty_like(hidden, dtype=precision) if needs_hidden else None
-    # Accumulated over the chunks in this precision, even if the head is narrower.
-    head_grad = torch.empty_like(head, dtype=precision) if needs_head else None
-    sums = hidden.new_zeros(3, dtype=precision)
-    block = block_rows(hidden.device.type, len(head))
-    for start in range(0, len(hidden), CHUNK):
-        rows = slice(start, start + CHUNK)
-        chunk = hidden[rows].to(precision)
-        logits = products.logits(chunk, head)
-        teacher_logits = objective.teacher and objective.teacher.logits(rows, objective.shared, precision)
-        for first in range(0, len(chunk), block):
+    found = _Found(hidden.new_zeros(3, dtype=precision))
+    if needs_hidden:
+        found.hidden = torch.empty_like(hidden, dtype=precision)
+    device, start = hidden.device.type, 0
+    with products.tf32(objective.rounded):
+        while start < len(hidden):
+            rows = slice(start, min(start + _chunk[device], len(hidden)))
+            try:
+                _add_chunk(found, rows, hidden, head, answers, objective, needs_head)
+            except torch.OutOfMemoryError:
+                if rows.stop - start == 1:
+                    raise
+                _chunk[device] = (rows.stop - start) // 2
+                log.warning("loss: memory does not suffice for more than %d answer tokens at a time", _chunk[device])
+            else:
+                start = rows.stop
+    if needs_head and not len(hidden):
+        found.head = torch.zeros_like(head)
+    return found.sums, found.hidden, found.head.to(head.dtype) if needs_head else None
+
+
+def _add_chunk(
+    found: _Found, rows: slice, hidden: Tensor, head: Tensor, answers: Tensor, objective: _Objective, needs_head: bool
+) -> None:
+    """Add the sums and gradients of these rows to `found`, or raise torch.OutOfMemoryError and leave it as it is."""
+    precision, chunk = found.sums.dtype, hidden[rows]
+    logits = products.logits(chunk, head, len(head), precision)
+    teacher_logits = objective.teacher and objective.teacher.logits(rows, objective.shared, precision)
+    if kernel := _kernel(logits.device.type) if precision == torch.float32 else None:
+        # In bfloat16 if hidden states and head are, to be multiplied on the tensor cores. Float16 cannot hold the small
+        # probabilities of a large vocabulary.
+        narrow = hidden.dtype == head.dtype == torch.bfloat16
+        gradient, sums = kernel.differentiate(
+            logits,
+            answers[rows],
+            teacher_logits,
+            temperature=objective.temperature,
+            alpha=objective.alpha,
+            divergence=objective.divergence,
+            dtype=torch.bfloat16 if narrow else precision,
+        )
+        sums += found.sums
+    else:
+        gradient, sums, block = logits, found.sums.clone(), _block_rows(logits.device.type, len(head))
+        for first in range(0, len(logits), block):
             part = slice(first, first + block)
             teacher_part = None if teacher_logits is None else teacher_logits[part]
             # Overwrites the logits with their gradient.
             sums += _differentiate(logits[part], answers[rows][part], teacher_part, objective)
-        if needs_hidden:
-            hidden_grad[rows] = products.times_head(logits, head)
-        if needs_head:
-            # beta = 0 in the first chunk overwrites the buffer, so that it need not be zeroed.
-            head_grad.addmm_(logits.T, chunk, beta=min(start, 1))
-    if needs_head and not len(hidden):
-        head_grad.zero_()
-    return sums, hidden_grad, head_grad.to(head.dtype) if needs_head else None
+    if found.hidden is not None:
+        found.hidden[rows] = products.times_head(gradient, head)
+    if needs_head:
+        first = rows.start == 0
+        if first:
+            # Chunks are added in float32, even if the head is narrower. A single chunk is summed in float32 by the
+            # product itself, which then rounds it.
+            dtype = gradient.dtype if rows.stop == len(hidden) else precision
+            found.head = torch.empty_like(head, dtype=dtype)
+        products.add_head_gradient(found.head, gradient, chunk, first)
+    found.sums = sums
 
 
-def block_rows(device: str, vocabulary: int) -> int:
+@cache
+def _kernel(device: str) -> ModuleType | None:
+    """Return the module of the Triton kernel where it runs, or None for PyTorch's operations; on CUDA, say which.
+
+    It runs on NVIDIA's GPUs, and in Triton's interpreter, for tests, on the CPU.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (device != "cuda" or torch.version.cuda is None):
+        return None
+    try:
+        from firstsight.loss import kernel  # imports Triton, which takes a second and may be missing
+
+        # Triton needs a C compiler and Python's headers, and supports no old GPU: a single logit shows whether it runs.
+        kernel.differentiate(
+            torch.zeros(1, 1, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            None,
+            temperature=1.0,
+            alpha=0.0,
+            divergence=FORWARD_KL,
+            dtype=torch.float32,
+        )
+    except Exception as error:
+        if is_main_process():
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            log.warning("loss: by PyTorch's operations, because the Triton kernel does not run here (%s)", *reason)
+        return None
+    if is_main_process():
+        log.info("loss: by the Triton kernel")
+    return kernel
+
+
+def _block_rows(device: str, vocabulary: int) -> int:
     """Return the number of answer tokens whose softmax is computed at once, on "cpu" or "cuda"."""
     return max(1, _BLOCK_BYTES[device] // (4 * vocabulary))
 

@@ -1,8 +1,9 @@
 """The divergences D of the objective (`distillation_loss`), each with its gradient.
 
 To add one, write a function like `_forward_kl` below, which returns gradient and value, and enter it in `DIVERGENCES`;
-add its name to `Train.divergence` in firstsight/core/params.py;
-add it to `DIVERGENCES` and its definition to `oracle` in tests/test_loss.py, which checks value and gradient.
+add its terms to `_divergence` in firstsight/loss/kernel.py and its name to `Train.divergence` in
+firstsight/core/params.py; add it to `DIVERGENCES` and its definition to `logits_oracle` in tests/test_loss.py, which
+checks value and gradient.
 
 With p the teacher's distribution over the shared vocabulary at temperature T, and q the student's:
 

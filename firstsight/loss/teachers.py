@@ -19,13 +19,16 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class HiddenTeacher:
-    """Compute exact logits from the final hidden states [N, H_t] and the output head [V_t, H_t]."""
+    """Compute exact logits from the final hidden states [N, H_t] and the output head [V_t, H_t].
+
+    Only the head's rows of shared tokens count; on CUDA, more rows up to whole tiles (`products.TILE`) make it faster.
+    """
 
     hidden: Tensor
     head: Tensor
 
     def logits(self, rows: slice, shared: int, precision: torch.dtype) -> Tensor:
-        return products.logits(self.hidden[rows].to(precision), self.head[:shared])
+        return products.logits(self.hidden[rows], self.head, shared, precision)
 
     @staticmethod
     def bytes_per_token(width: int, number: int) -> int:

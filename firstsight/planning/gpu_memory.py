@@ -28,9 +28,9 @@ arXiv:2205.05198). h, i, L: hidden, intermediate, layers of the language model; 
 Without training, as much as one layer: B S (16 h + 6 i) + B S^2 x 2, or P (16 e + 4 m) (6 m with a gate), whichever is
 larger. In addition, the mask added to attention scores, B S^2 x 4 (2 for a 16-bit model), and one layer's gradients.
 
-Loss: logits of 256 answer tokens of student and of teacher, 2 x 256 x V x 4; six 64-row temporaries; if the head is
-trained, its gradient V h x 4 before it is added to that of earlier micro-batches; and, if a head has 16 bits, 16,384
-rows of it as float32. The cached teacher's head is V h_t x 2.
+Loss: logits of 512 answer tokens of student and of teacher, 2 x 512 x V x 4, which its Triton kernel overwrites; if the
+head is trained, its gradient V h x 4 before it is added to that of earlier micro-batches. The cached teacher's head is
+V h_t x 2.
 
 Answering adds keys and values, B (S + new) x 2 x kv heads x head size x L x 2.
 
@@ -46,8 +46,7 @@ from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation, Params
-from firstsight.loss.distillation_loss import block_rows
-from firstsight.loss.products import CHUNK, HEAD_ROWS
+from firstsight.loss.products import CHUNK
 from firstsight.models.loading import AUTO, TRAINING_PRECISIONS
 from firstsight.planning.workload import Sizes, patches_and_tokens
 
@@ -55,8 +54,6 @@ OVERHEAD = 1 << 30
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
 _KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2}
-# How many temporaries of a block of rows the loss has at once.
-_TEMPORARIES = 6
 
 
 def on_gpu(precision: str) -> str:
@@ -262,10 +259,5 @@ def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Si
     """Return the bytes of the loss's buffers; `teacher` is None for supervised fine-tuning."""
     answers = settings.batch_size * sizes.questions * sizes.answer_tokens
     models = 1 if teacher is None else 2
-    logits = (
-        (models * min(CHUNK, answers) + _TEMPORARIES * min(block_rows("cuda", shape.rows), answers)) * shape.rows * 4
-    )
-    trained_head = shape.head * 4 if settings.method == "full" else 0
-    narrow = [teacher.hidden] if teacher else []
-    narrow += [] if settings.method == "full" else [shape.hidden]
-    return logits + trained_head + HEAD_ROWS * max(narrow, default=0) * 4
+    logits = models * min(CHUNK["cuda"], answers) * shape.rows * 4
+    return logits + (shape.head * 4 if settings.method == "full" else 0)

@@ -58,18 +58,19 @@ class Arm:
     alpha: float | None = None
 
 
-def arms(settings: params.Params) -> list[Arm]:
-    """Return all arms, those at the share, temperature and alpha of params.yaml first."""
-    own, (temperature, alpha) = settings.data.labelled_fraction, (settings.train.temperature, settings.train.alpha)
-    found = []
-    for share in (own, *(share for share in SHARES if share != own)):
-        found += [Arm(share, 0.0, LABELS), Arm(share, 0.0, DISTRIBUTIONS, temperature, alpha)]
-        if share < 1:
-            found.append(Arm(share, 0.0, ANSWERS))
-    for noise in NOISES:
-        found += [Arm(1.0, noise, LABELS), Arm(1.0, noise, DISTRIBUTIONS, temperature, alpha)]
-    grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS]
-    return list(dict.fromkeys(found + grid))
+def arms(settings: params.Params) -> list[list[Arm]]:
+    """Return all arms, in groups that share their data: first those that say whether the default pays."""
+    own, point = settings.data.labelled_fraction, (settings.train.temperature, settings.train.alpha)
+
+    def clean(share: float) -> list[Arm]:
+        answers = (
+            [Arm(share, 0.0, ANSWERS)] if share < 1 else []
+        )  # where all scenes are labelled, the teacher gives none
+        return [Arm(share, 0.0, LABELS), *answers, Arm(share, 0.0, DISTRIBUTIONS, *point)]
+
+    grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS if (t, a) != point]
+    noisy = [[Arm(1.0, noise, LABELS), Arm(1.0, noise, DISTRIBUTIONS, *point)] for noise in NOISES]
+    return [clean(own), grid, *(clean(share) for share in reversed(SHARES) if share != own), *noisy]
 
 
 def run() -> None:
@@ -80,14 +81,10 @@ def run() -> None:
     device = pick_device(settings.runtime.device)
     rows = read() if RESULTS.exists() else []
     done = {identity(row) for row in rows}
-    by_data = defaultdict(list)
-    for arm in arms(settings):
-        by_data[arm.share, arm.noise].append(arm)
-    # All seeds of the share of params.yaml come first: what the default shows is settled before other shares are tried.
-    for share, noise in by_data:
+    for group in arms(settings):
         for seed in [int(seed) for seed in sys.argv[1:]] or range(5):
-            wanted = [arm for arm in by_data[share, noise] if identity(asdict(arm) | {"seed": seed}) not in done]
-            for row in students(settings, seed, share, noise, wanted, device) if wanted else ():
+            wanted = [arm for arm in group if identity(asdict(arm) | {"seed": seed}) not in done]
+            for row in students(settings, seed, wanted, device) if wanted else ():
                 rows.append(row)
                 write(RESULTS.stem, rows)
     show(rows)
@@ -104,10 +101,9 @@ def read() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def students(
-    settings: params.Params, seed: int, share: float, noise: float, wanted: list[Arm], device: str
-) -> Iterator[dict]:
-    """Build the data of a share of labels, then train and score the students that learn from them."""
+def students(settings: params.Params, seed: int, wanted: list[Arm], device: str) -> Iterator[dict]:
+    """Build the data that the arms share, then train and score their students."""
+    share, noise = wanted[0].share, wanted[0].noise
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for path in LINKED:

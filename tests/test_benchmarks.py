@@ -174,8 +174,8 @@ def test_each_student_of_the_study_learns_from_what_its_row_says(rows_of):
         (1.0, 0.0, distributions, 3.0, 0.7),
         (1.0, 0.0, distributions, 2.0, 1.0),
         (0.5, 0.0, labels, None, None),
-        (0.5, 0.0, distributions, 3.0, 0.7),
         (0.5, 0.0, answers, None, None),
+        (0.5, 0.0, distributions, 3.0, 0.7),
         (1.0, 0.4, labels, None, None),
         (1.0, 0.4, distributions, 3.0, 0.7),
     ]

@@ -16,7 +16,7 @@ from firstsight.readers.media import Files, files, first_there, frame_rate, read
 from firstsight.readers.problems import BadRecordError, Problems
 
 
-def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0):
+def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0, codec="mpeg4", options=None):
     """Frame n is grey of brightness 5 n.
 
     Args:
@@ -24,7 +24,7 @@ def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0):
         sound: seconds of it, from 0.
     """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         silence = container.add_stream("aac", rate=16000) if sound else None
         for number in range(frames):

@@ -25,7 +25,7 @@ from firstsight.core.stage import log
 from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.jsonl import window
 from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
-from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.problems import BadRecordError, Problems, reason
 from firstsight.readers.source_record import (
     MEDIA_PLACEHOLDER,
     PLACEHOLDER,
@@ -151,8 +151,9 @@ def _one_line(repository: str) -> Iterator[None]:
         remedy = "expected the revision in data.hub.revision, found none of that name; correct it"
     except Exception as error:
         # datasets passes on any exception of the file format's reader.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = f"expected a data set, found {first[:200]}; correct data.hub, or check the network and run it again"
+        remedy = (
+            f"expected a data set, found {reason(error)[:200]}; correct data.hub, or check the network and run it again"
+        )
     else:
         return
     raise UserError(f"{repository}: {remedy}") from None

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from qwen_vl_utils import fetch_image
 
 from firstsight.core.params import Data
-from firstsight.readers.problems import BadRecordError
+from firstsight.readers.problems import BadRecordError, reason
 from firstsight.readers.source_record import DecodedMedia
 from firstsight.records.sample import MediaKind
 
@@ -125,7 +125,9 @@ def first_there(root: Path, names: Sequence[str]) -> str:
 def encode(image: Image.Image, data: Data) -> bytes:
     """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token)."""
     buffer = io.BytesIO()
-    described: dict[str, Any] = {"image": image, "max_pixels": data.max_pixels}
+    # fetch_image puts RGBA on white, and ignores the transparency of other modes.
+    shown = image.convert("RGBA") if image.has_transparency_data else image
+    described: dict[str, Any] = {"image": shown, "max_pixels": data.max_pixels}
     fetch_image(described).save(buffer, "JPEG", quality=data.jpeg_quality)
     return buffer.getvalue()
 
@@ -138,16 +140,24 @@ def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> by
     """
     try:
         with Image.open(path) as image:
-            # A camera held upright stores the image on its side, with its orientation in an EXIF tag.
-            return encode(_eight_bits(ImageOps.exif_transpose(image)), data)
+            image.load()
+            return encode(_eight_bits(_as_held(image)), data)
     except UnidentifiedImageError:
         raise BadRecordError(
             f"expected a readable image, found {name or path} (of no known format; {_VIDEOS}); repair or remove it"
         ) from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # over a damaged file, decoders raise anything
         raise BadRecordError(
-            f"expected a readable image, found {name or path} ({error}); repair or remove it"
+            f"expected a readable image, found {name or path} ({reason(error)}); repair or remove it"
         ) from None
+
+
+def _as_held(image: Image.Image) -> Image.Image:
+    """Return the image turned upright: a camera held so stores it on its side, with its orientation in an EXIF tag."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the tags are damaged, not the image
+        return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -156,7 +166,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Raises ValueError when floating-point pixels are outside of 0 to 255.
     """
     if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 256).convert("L")
+        scaled = image.convert("I").point(lambda value: value / 256).convert("L")
+        # In a grey image, one of its values may stand for transparency.
+        transparent = scaled.info.pop("transparency", None)
+        if transparent is not None:
+            scaled.putalpha(Image.fromarray(np.asarray(image) != transparent))
+        return scaled
     if image.mode == "F":
         values = np.asarray(image)
         low, high = values.min(), values.max()
@@ -191,8 +206,12 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
             count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
             times = start + (np.arange(count) + 0.5) * seconds / count
             return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
-    except (OSError, av.FFmpegError, ValueError) as error:
-        raise BadRecordError(f"expected a readable video, found {path} ({error}); repair or remove it") from None
+    except BadRecordError:
+        raise
+    except Exception as error:
+        raise BadRecordError(
+            f"expected a readable video, found {path} ({reason(error)}); repair or remove it"
+        ) from None
 
 
 def frame_rate(path: Path) -> float:
@@ -204,8 +223,10 @@ def frame_rate(path: Path) -> float:
     try:
         with av.open(str(path)) as container:
             return float(_video_stream(container).average_rate)
-    except (OSError, av.FFmpegError, ValueError, TypeError) as error:
-        raise BadRecordError(f"expected a readable video, found {path} ({error}); repair or remove it") from None
+    except Exception as error:
+        raise BadRecordError(
+            f"expected a readable video, found {path} ({reason(error)}); repair or remove it"
+        ) from None
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -50,6 +50,9 @@ VIDEOS = {
     "webm": ("libvpx", 0),
     "avi": ("mpeg4", 2),
     "mpg": ("mpeg2video", 0),
+    "ts": ("libx264", 2),
+    "mts": ("mpeg4", 2),
+    "m2ts": ("libx264", 0),
     "flv": ("flv", 2),
     "wmv": ("wmv2", 0),
 }

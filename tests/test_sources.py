@@ -16,19 +16,23 @@ from firstsight.readers.media import Files, files, first_there, frame_rate, read
 from firstsight.readers.problems import BadRecordError, Problems
 
 
-def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0, codec="mpeg4", options=None):
-    """Frame n is grey of brightness 5 n.
+def write_video(
+    path, frames=40, rate=10, size=(160, 120), start=0, sound=0, codec="mpeg4", options=None, form=None, step=5
+):
+    """Frame n is grey of brightness `step` n.
 
     Args:
         start: seconds at which the first frame is shown.
         sound: seconds of it, from 0.
+        options: those of the encoder.
+        form: the container, by default that of the suffix.
     """
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         silence = container.add_stream("aac", rate=16000) if sound else None
         for number in range(frames):
-            grey = np.full((size[1], size[0], 3), 5 * number, np.uint8)
+            grey = np.full((size[1], size[0], 3), step * number, np.uint8)
             frame = av.VideoFrame.from_ndarray(grey)
             frame.pts, frame.time_base = number + start * rate, Fraction(1, rate)
             container.mux(stream.encode(frame))
@@ -315,6 +319,60 @@ def test_a_video_ends_with_its_pictures_and_begins_with_them(tmp_path, settings,
     assert rate == pytest.approx(1, abs=0.05)
     with pytest.raises(BadRecordError, match=r"expected a window within the (4\.0|3\.9).* s of"):
         read_video(path, data, 4.2, None)
+
+
+# Each a film of 100 frames, 5 a second: name, codec, options of the encoder.
+FILMS = {
+    "mp4": ("clip.mp4", "libx264", {"bf": "2"}),
+    "mov": ("clip.mov", "mpeg4", {"bf": "2"}),
+    "mkv": ("clip.mkv", "libx264", {"bf": "2"}),
+    "intra refresh": ("clip.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=25"}),
+    "webm": ("clip.webm", "libvpx", {"deadline": "realtime"}),
+    "ts": ("clip.ts", "libx264", {"bf": "0"}),
+    "ts of B-frames": ("clip.ts", "libx264", {"bf": "3"}),
+    "ts of open groups": ("clip.ts", "libx264", {"x264-params": "open-gop=1:bframes=3:keyint=25"}),
+    "ts of one group": ("clip.ts", "libx264", {"bf": "3", "g": "250"}),
+    "ts of MPEG-4": ("clip.ts", "mpeg4", {"bf": "2"}),
+    "mts with sound": ("clip.mts", "libx264", {"bf": "3"}),
+    "m2ts with sound": ("clip.m2ts", "libx264", {"bf": "0"}),
+    "avi": ("clip.avi", "mpeg4", {}),
+    "avi of B-frames": ("clip.avi", "libx264", {"bf": "3"}),
+    "wmv": ("clip.wmv", "wmv2", {}),
+    "wmv of B-frames": ("clip.wmv", "libx264", {"bf": "3"}),
+    "flv": ("clip.flv", "libx264", {"bf": "3"}),
+    "no container": ("clip.mp4", "libx264", {"bf": "3"}),
+}
+
+
+@pytest.mark.parametrize("case", FILMS)
+def test_windows_are_exact_in_every_container(tmp_path, settings, case):
+    """Though few containers store when each frame is shown, and some have no index to search in."""
+    name, codec, options = FILMS[case]
+    options = {"g": "25", "b": "4M", "qmin": "1", "qmax": "1"} | options
+    path, form, sound = tmp_path / name, "h264" if case == "no container" else None, 20 if "sound" in case else 0
+    write_video(path, 100, 5, (64, 48), sound=sound, codec=codec, options=options, form=form, step=2)
+    data = settings.data.model_copy(update={"fps": 2.0, "max_frames": 8})
+    for start, end in [(0.0, None), (3.51, 5.53), (9.31, None), (12.71, 18.11), (18.91, 19.7), (19.83, 20.0)]:
+        frames, rate = read_video(path, data, start, end)
+        length = (end or 20.0) - start
+        assert len(frames) / rate == pytest.approx(length, abs=0.01)
+        times = start + (np.arange(len(frames)) + 0.5) * length / len(frames)
+        assert [5 * brightness(frame) for frame in frames] == pytest.approx(2 * np.floor(5 * times), abs=1.5)
+
+
+def test_a_transport_stream_joined_from_two_is_as_long_as_both(tmp_path, settings):
+    write_video(tmp_path / "half.ts", codec="libx264")
+    (tmp_path / "whole.ts").write_bytes((tmp_path / "half.ts").read_bytes() * 2)
+    data = settings.data.model_copy(update={"fps": 1.0, "max_frames": 8})
+    frames, rate = read_video(tmp_path / "whole.ts", data, 0.0, None)
+    assert rate == pytest.approx(1)
+    assert [brightness(frame) for frame in frames] == pytest.approx([5, 15, 25, 35] * 2, abs=1)
+
+
+def test_a_film_of_one_frame_is_read(tmp_path, settings):
+    for name in ("a.mp4", "a.ts", "a.mkv", "a.avi"):
+        write_video(tmp_path / name, 1)
+        assert len(read_video(tmp_path / name, settings.data, 0.0, None)[0]) == 2
 
 
 @pytest.mark.parametrize(("turn", "corner"), [(0, (0, 0)), (-90, (1, 0)), (90, (0, 1)), (180, (1, 1))])

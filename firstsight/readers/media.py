@@ -3,13 +3,17 @@
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import accumulate, chain, dropwhile, islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from qwen_vl_utils import fetch_image
 
@@ -22,6 +26,10 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"}
 )
 _VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
+# How many frames show whether a video's time stamps ascend: those that a B-frame of H.264 may be moved by.
+_FRAMES_CHECKED = 17
+# Seconds; cameras put a key frame into less.
+_STEP_BACK = 10.0
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
@@ -185,27 +193,24 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
     """Return evenly spaced JPEG frames between `start` and `end` seconds (None: the video's end), and their rate per
     second.
 
-    The number of frames follows from `data.fps`, is at least two and at most `data.max_frames`, and is even, because
-    Qwen2-VL merges frames in pairs. The window is cut into as many equal parts, and each frame is the one on show at
-    the middle of its part.
+    Seconds are counted from the first frame. The number of frames follows from `data.fps`, is at least two and at most
+    `data.max_frames`, and is even, because Qwen2-VL merges frames in pairs. The window is cut into as many equal parts,
+    and each frame is the one on show at the middle of its part.
 
     Raises:
         BadRecordError: the video cannot be read, or the window is outside of it.
     """
     try:
-        with av.open(str(path)) as container:
-            stream = _video_stream(container)
-            stream.thread_type = "AUTO"
-            length = _length(container, stream)
-            if not 0 <= start < min(end or length, length):
-                raise BadRecordError(
-                    f"expected a window within the {length:.2f} s of {path}, "
-                    f"found {start:g} to {end or length:g} s; correct start and end"
-                )
-            seconds = min(end or length, length) - start
-            count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
-            times = start + (np.arange(count) + 0.5) * seconds / count
-            return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
+        clock = _clock(path)
+        if not 0 <= start < min(end or clock.length, clock.length):
+            raise BadRecordError(
+                f"expected a window within the {clock.length:.2f} s of {path}, "
+                f"found {start:g} to {end or clock.length:g} s; correct start and end"
+            )
+        seconds = min(end or clock.length, clock.length) - start
+        count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
+        times = start + (np.arange(count) + 0.5) * seconds / count
+        return tuple(encode(frame, data) for frame in _frames_at(path, clock, times)), count / seconds
     except BadRecordError:
         raise
     except Exception as error:
@@ -221,54 +226,158 @@ def frame_rate(path: Path) -> float:
         BadRecordError: the video cannot be read.
     """
     try:
-        with av.open(str(path)) as container:
-            return float(_video_stream(container).average_rate)
+        with _film(path) as (_, stream):
+            return float(stream.average_rate or stream.guessed_rate)
     except Exception as error:
         raise BadRecordError(
             f"expected a readable video, found {path} ({reason(error)}); repair or remove it"
         ) from None
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise ValueError("the file has no video stream")
-    return container.streams.video[0]
+@contextmanager
+def _film(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """Yield a file at its beginning, and its video stream."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("the file has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
-def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Return the seconds from the first frame to the end of the last, from the packets after the last key frame, or
-    all.
+@dataclass(frozen=True)
+class _Clock:
+    """Hold when a video's frames are shown: the time stamp of the first and the length of all, in seconds.
+
+    `keys` are the time stamps and sizes of the packets at which decoding may begin, where a search may end elsewhere.
+    `times` are the seconds of each frame, in the order in which they are shown, where time stamps cannot be used.
+    """
+
+    start: float
+    length: float
+    keys: frozenset[tuple[Fraction | None, int]] = frozenset()
+    times: Sequence[float] = ()
+
+
+class _Packet(NamedTuple):
+    """Hold when a packet is shown and decoded (None: not said) and how long it lasts, in seconds."""
+
+    shown: Fraction | None
+    decoded: Fraction | None
+    lasts: Fraction
+    size: int
+    is_key: bool
+
+
+def _clock(path: Path) -> _Clock:
+    """Return the clock of a video's time stamps or, where they are missing or go back, of its packets in their order.
+
+    MP4 and Matroska store when each frame is shown, and find it. AVI, ASF and raw streams store less, and a transport
+    stream that was joined from several begins anew in the middle: of these and others, all packets are looked at.
+    """
+    with _film(path) as (container, stream):
+        first = [frame.time for frame in islice(container.decode(stream), _FRAMES_CHECKED)]
+        stored = container.format.name.startswith(("mov,", "matroska,"))
+        near_end = (container.duration or 0) / av.time_base - _STEP_BACK
+    if not first:
+        raise ValueError("no frame could be decoded")
+    usable = None not in first and _ascend(first)
+    if usable and stored:
+        return _Clock(first[0], _end(_last_packets(path, near_end)) - first[0])
+    packets = list(_packets(path))
+    decoded = [packet.decoded for packet in packets]
+    shown = sorted(packet.shown for packet in packets if packet.shown is not None)
+    if usable and _ascend(shown) and _ascend([seconds for seconds in decoded if seconds is not None]):
+        keys = frozenset((packet.shown, packet.size) for packet in packets if packet.is_key)
+        return _Clock(first[0], _end(packets) - first[0], keys)
+    if None in decoded or not _ascend(decoded):
+        decoded = list(accumulate((packet.lasts for packet in packets[:-1]), initial=Fraction()))
+    times = [float(seconds - decoded[0]) for seconds in decoded]
+    return _Clock(0.0, float(decoded[-1] - decoded[0] + packets[-1].lasts), times=times)
+
+
+def _ascend(seconds: Sequence[float] | Sequence[Fraction]) -> bool:
+    return all(one < other for one, other in pairwise(seconds))
+
+
+def _end(packets: Iterable[_Packet]) -> float:
+    """Return the time stamp, in seconds, at which the last of some packets has been shown."""
+    return float(max(packet.shown + packet.lasts for packet in packets if packet.shown is not None))
+
+
+def _last_packets(path: Path, place: float) -> list[_Packet]:
+    """Return the packets after the last key frame before `place` s, which is near the end, or all.
 
     The length in a file's header cannot be used: Matroska has none for a stream, and the container's is that of the
     longest stream, which may be sound that begins earlier or ends later.
     """
-    start, said = stream.start_time or 0, container.duration or 0
-    for place in (start + int(said / av.time_base / stream.time_base), start):
-        container.seek(place, stream=stream)
-        packets = (one for one in container.demux(stream) if one.pts is not None and not one.is_discard)
-        if ends := [one.pts + (one.duration or 0) for one in packets]:
-            return float((max(ends) - start) * stream.time_base)
-    raise ValueError("no frame has a time stamp")
+    with suppress(av.FFmpegError):
+        if place > 0 and (packets := list(_packets(path, place))):
+            return packets
+    return list(_packets(path))
 
 
-def _frames_at(
-    container: av.container.InputContainer, stream: av.VideoStream, times: np.ndarray
-) -> Iterator[Image.Image]:
+def _packets(path: Path, place: float | None = None) -> Iterator[_Packet]:
+    """Yield the packets of a file, from a search for `place` seconds after its stream's start on (None: all)."""
+    with _film(path) as (container, stream):
+        scale = stream.time_base
+        if place is not None:
+            container.seek((stream.start_time or 0) + int(place / scale), stream=stream)
+        for one in container.demux(stream):
+            if one.size and not one.is_discard:
+                shown, decoded = (None if stamp is None else stamp * scale for stamp in (one.pts, one.dts))
+                lasts = one.duration * scale if one.duration else 1 / (stream.guessed_rate or stream.average_rate)
+                yield _Packet(shown, decoded, lasts, one.size, one.is_keyframe)
+
+
+def _frames_at(path: Path, clock: _Clock, times: np.ndarray) -> Iterator[Image.Image]:
     """Yield the frame on show at each of the ascending `times` (s), decoding once from the key frame before them."""
-    origin = float((stream.start_time or 0) * stream.time_base)
-    container.seek(int((origin + times[0]) / stream.time_base), stream=stream)
     wanted, shown = list(times), None
-    for frame in container.decode(stream):
-        while wanted and shown is not None and frame.time - origin > wanted[0]:
+    for seconds, frame in _frames_from(path, clock, times[0]):
+        while wanted and shown is not None and seconds > wanted[0]:
             wanted.pop(0)
             yield _upright(shown)
         if not wanted:
             return
         shown = frame
-    if shown is None:
-        raise ValueError("no frame could be decoded")
     for _ in wanted:
         yield _upright(shown)
+
+
+def _frames_from(path: Path, clock: _Clock, time: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Return the frames, each with its seconds, of which the first is shown at `time` s or before.
+
+    They are decoded from a key frame before `time`, or from the beginning: a search for one may fail, or land after it,
+    as in a transport stream, which has no index.
+    """
+    for place in () if clock.times else (time, time - _STEP_BACK):
+        frames = _decoded(path, clock, place)
+        with suppress(av.FFmpegError):
+            first = next(frames, None) if place > 0 else None
+            if first is not None and 0 <= first[0] <= time:
+                return chain([first], frames)
+    return _decoded(path, clock)
+
+
+def _decoded(path: Path, clock: _Clock, place: float | None = None) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Yield frames with their seconds, from the key frame that a search for `place` s finds, or all (None)."""
+    with _film(path) as (container, stream):
+        packets = container.demux(stream)
+        if place is not None:
+            container.seek(int((clock.start + place) / stream.time_base), stream=stream)
+            packets = dropwhile(lambda packet: not _begins(packet, clock), packets)
+        frames = (frame for packet in packets for frame in packet.decode())
+        if place is not None:
+            frames = dropwhile(lambda frame: frame.is_corrupt, frames)
+        for number, frame in enumerate(frames):
+            yield clock.times[min(number, len(clock.times) - 1)] if clock.times else frame.time - clock.start, frame
+
+
+def _begins(packet: av.Packet, clock: _Clock) -> bool:
+    """Return whether decoding may begin at a packet: what depends on frames before would be grey."""
+    if not packet.is_keyframe or packet.pts is None:
+        return False
+    return not clock.keys or (packet.pts * packet.time_base, packet.size) in clock.keys
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:

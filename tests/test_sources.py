@@ -375,21 +375,92 @@ def test_a_film_of_one_frame_is_read(tmp_path, settings):
         assert len(read_video(tmp_path / name, settings.data, 0.0, None)[0]) == 2
 
 
-@pytest.mark.parametrize(("turn", "corner"), [(0, (0, 0)), (-90, (1, 0)), (90, (0, 1)), (180, (1, 1))])
-def test_videos_are_turned_upright(tmp_path, settings, turn, corner):
-    """The bright corner of the stored pictures, the upper left, is where a player shows it."""
+def write_shown(path, stored, codec="mpeg4", turn=0, mirrored=False, aspect=1, form="yuv420p"):
+    """Ten frames of this picture, and how players are told to show it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *stored.shape[:2], form
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if turn or mirrored:
+            stream.set_display_rotation(turn, hflip=mirrored)
+        for _ in range(10):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(stored, "rgba" if stored.shape[2] == 4 else "rgb24"))
+            )
+        container.mux(stream.encode())
+
+
+def first_frame(path, settings, **change):
+    frames, _ = read_video(path, settings.data.model_copy(update=change), 0.0, None)
+    return Image.open(io.BytesIO(frames[0])).convert("L")
+
+
+# Where ffmpeg shows the upper left corner of the stored pictures: as (right, below).
+@pytest.mark.parametrize(
+    ("turn", "mirrored", "corner"),
+    [
+        (0, False, (0, 0)),
+        (-90, False, (1, 0)),
+        (90, False, (0, 1)),
+        (180, False, (1, 1)),
+        (0, True, (1, 0)),
+        (-90, True, (0, 0)),
+        (90, True, (1, 1)),
+        (180, True, (0, 1)),
+    ],
+)
+def test_videos_are_turned_upright_and_mirrored(tmp_path, settings, turn, mirrored, corner):
     stored = np.full((56, 112, 3), 40, np.uint8)
     stored[:28, :56] = 220
-    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
-        stream.set_display_rotation(turn)
-        for _ in range(10):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
-        container.mux(stream.encode())
-    frames, _ = read_video(tmp_path / "phone.mp4", settings.data, 0.0, None)
-    shown = Image.open(io.BytesIO(frames[0])).convert("L")
+    write_shown(tmp_path / "phone.mp4", stored, turn=turn, mirrored=mirrored)
+    shown = first_frame(tmp_path / "phone.mp4", settings)
     assert shown.size == ((112, 56) if turn % 180 == 0 else (56, 112))
+    quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts", "a.avi", "turned.mp4"])
+@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(3, 4)])
+def test_pixels_become_square(tmp_path, settings, name, aspect):
+    """What is shown as a square is one."""
+    stored = np.full((252, 336, 3), 40, np.uint8)
+    wide = round(56 / aspect)
+    stored[70:182, 168 - wide : 168 + wide] = 220
+    write_shown(tmp_path / name, stored, turn=90 if name == "turned.mp4" else 0, aspect=aspect)
+    shown = first_frame(tmp_path / name, settings, max_pixels=10**6)
+    assert sorted(shown.size) == sorted((round(336 * aspect / 28) * 28, 252))
+    bright = np.asarray(shown) > 130
+    assert bright.any(0).sum() == pytest.approx(112, abs=4)
+    assert bright.any(1).sum() == pytest.approx(112, abs=4)
+
+
+def test_pixels_of_no_likely_shape_are_refused(tmp_path, settings):
+    write_shown(tmp_path / "a.mp4", np.full((56, 560, 3), 40, np.uint8), "libx264", aspect=30)
+    with pytest.raises(BadRecordError, match=r"expected a readable video, found .*a\.mp4 .*aspect ratio"):
+        first_frame(tmp_path / "a.mp4", settings)
+
+
+def test_what_is_transparent_in_a_video_is_white(tmp_path, settings):
+    stored = np.zeros((56, 112, 4), np.uint8)
+    stored[:, 56:, 3] = 255
+    write_shown(tmp_path / "a.mov", stored, "qtrle", form="argb")
+    shown = np.asarray(first_frame(tmp_path / "a.mov", settings))
+    assert shown[:, :50].min() > 240
+    assert shown[:, 62:].max() < 20
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner"),
+    enumerate([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (1, 0), (1, 1), (0, 1)], start=1),
+)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_upright_and_mirrored(settings, form, orientation, corner):
+    stored, exif, buffer = Image.new("L", (112, 56), 40), Image.Exif(), io.BytesIO()
+    stored.paste(220, (0, 0, 56, 28))
+    exif[0x0112] = orientation
+    stored.convert("RGB").save(buffer, form, exif=exif)
+    shown = Image.open(io.BytesIO(read_image(buffer, settings.data))).convert("L")
+    assert shown.size == ((112, 56) if orientation < 5 else (56, 112))
     quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
 

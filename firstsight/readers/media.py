@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from PIL import Image, ImageOps, UnidentifiedImageError
-from qwen_vl_utils import fetch_image
+from qwen_vl_utils import fetch_image, smart_resize
 
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError, reason
@@ -26,6 +27,9 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"}
 )
 _VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
+# A side of a visual token in pixels, and the fewest pixels of an image: four of them.
+_TOKEN_SIDE = 28
+_LEAST_PIXELS = 4 * _TOKEN_SIDE**2
 # How many frames show whether a video's time stamps ascend: those that a B-frame of H.264 may be moved by.
 _FRAMES_CHECKED = 17
 # Seconds; cameras put a key frame into less.
@@ -130,12 +134,17 @@ def first_there(root: Path, names: Sequence[str]) -> str:
     return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, Path.is_file raises
 
 
-def encode(image: Image.Image, data: Data) -> bytes:
-    """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token)."""
-    buffer = io.BytesIO()
+def encode(image: Image.Image, data: Data, size: tuple[int, int] | None = None) -> bytes:
+    """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token).
+
+    `size` is the width and height that it is shown with, where its pixels are not square.
+    """
+    width, height = size or image.size
+    height, width = smart_resize(max(1, height), max(1, width), _TOKEN_SIDE, _LEAST_PIXELS, data.max_pixels)
     # fetch_image puts RGBA on white, and ignores the transparency of other modes.
     shown = image.convert("RGBA") if image.has_transparency_data else image
-    described: dict[str, Any] = {"image": shown, "max_pixels": data.max_pixels}
+    described: dict[str, Any] = {"image": shown, "resized_height": height, "resized_width": width}
+    buffer = io.BytesIO()
     fetch_image(described).save(buffer, "JPEG", quality=data.jpeg_quality)
     return buffer.getvalue()
 
@@ -210,7 +219,7 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
         seconds = min(end or clock.length, clock.length) - start
         count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
         times = start + (np.arange(count) + 0.5) * seconds / count
-        return tuple(encode(frame, data) for frame in _frames_at(path, clock, times)), count / seconds
+        return tuple(_encode_frame(one, data) for one in _frames_at(path, clock, times)), count / seconds
     except BadRecordError:
         raise
     except Exception as error:
@@ -330,22 +339,31 @@ def _packets(path: Path, place: float | None = None) -> Iterator[_Packet]:
                 yield _Packet(shown, decoded, lasts, one.size, one.is_keyframe)
 
 
-def _frames_at(path: Path, clock: _Clock, times: np.ndarray) -> Iterator[Image.Image]:
+class _Frame(NamedTuple):
+    """Hold a frame with its seconds after the first and how many times as wide as high its stored pixels are."""
+
+    seconds: float
+    stored: av.VideoFrame
+    pixel_aspect: float
+
+
+def _frames_at(path: Path, clock: _Clock, times: np.ndarray) -> Iterator[_Frame]:
     """Yield the frame on show at each of the ascending `times` (s), decoding once from the key frame before them."""
     wanted, shown = list(times), None
-    for seconds, frame in _frames_from(path, clock, times[0]):
-        while wanted and shown is not None and seconds > wanted[0]:
+    for frame in _frames_from(path, clock, times[0]):
+        while wanted and shown is not None and frame.seconds > wanted[0]:
             wanted.pop(0)
-            yield _upright(shown)
+            yield shown
         if not wanted:
             return
         shown = frame
-    for _ in wanted:
-        yield _upright(shown)
+    if shown is None:
+        raise ValueError("no frame could be decoded")
+    yield from [shown] * len(wanted)
 
 
-def _frames_from(path: Path, clock: _Clock, time: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Return the frames, each with its seconds, of which the first is shown at `time` s or before.
+def _frames_from(path: Path, clock: _Clock, time: float) -> Iterator[_Frame]:
+    """Return the frames, of which the first is shown at `time` s or before, or is the first of all.
 
     They are decoded from a key frame before `time`, or from the beginning: a search for one may fail, or land after it,
     as in a transport stream, which has no index.
@@ -354,14 +372,15 @@ def _frames_from(path: Path, clock: _Clock, time: float) -> Iterator[tuple[float
         frames = _decoded(path, clock, place)
         with suppress(av.FFmpegError):
             first = next(frames, None) if place > 0 else None
-            if first is not None and 0 <= first[0] <= time:
+            if first is not None and 0 <= first.seconds <= time:
                 return chain([first], frames)
     return _decoded(path, clock)
 
 
-def _decoded(path: Path, clock: _Clock, place: float | None = None) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yield frames with their seconds, from the key frame that a search for `place` s finds, or all (None)."""
+def _decoded(path: Path, clock: _Clock, place: float | None = None) -> Iterator[_Frame]:
+    """Yield the frames from the key frame on that a search for `place` s finds, or all (None)."""
     with _film(path) as (container, stream):
+        aspect = float(stream.sample_aspect_ratio or 1)
         packets = container.demux(stream)
         if place is not None:
             container.seek(int((clock.start + place) / stream.time_base), stream=stream)
@@ -370,7 +389,8 @@ def _decoded(path: Path, clock: _Clock, place: float | None = None) -> Iterator[
         if place is not None:
             frames = dropwhile(lambda frame: frame.is_corrupt, frames)
         for number, frame in enumerate(frames):
-            yield clock.times[min(number, len(clock.times) - 1)] if clock.times else frame.time - clock.start, frame
+            seconds = clock.times[min(number, len(clock.times) - 1)] if clock.times else frame.time - clock.start
+            yield _Frame(seconds, frame, aspect)
 
 
 def _begins(packet: av.Packet, clock: _Clock) -> bool:
@@ -380,7 +400,25 @@ def _begins(packet: av.Packet, clock: _Clock) -> bool:
     return not clock.keys or (packet.pts * packet.time_base, packet.size) in clock.keys
 
 
-def _upright(frame: av.VideoFrame) -> Image.Image:
-    """Return the frame as players show it: a camera held upright stores its frames on their side, with a rotation."""
-    turns = round(frame.rotation / 90) % 4  # anticlockwise
-    return frame.to_image().rotate(90 * turns, expand=True)
+def _encode_frame(frame: _Frame, data: Data) -> bytes:
+    """Return the JPEG of a frame as players show it: turned and mirrored, with square pixels.
+
+    A camera held upright stores its frames on their side, and one that faces its holder mirrored, with a display matrix
+    that maps a stored pixel (x, y) to (a x + c y, b x + d y), y downwards.
+    """
+    stored = frame.stored
+    if any(component.is_alpha for component in stored.format.components):
+        image = Image.fromarray(stored.to_ndarray(format="rgba"))
+    else:
+        image = stored.to_image()
+    width, height = round(stored.width * frame.pixel_aspect), stored.height
+    if (matrix := stored.side_data.get("DISPLAYMATRIX")) is None:
+        return encode(image, data, (width, height))
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, width, height, a, d = image.transpose(Image.Transpose.TRANSPOSE), height, width, c, b
+    if a < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return encode(image, data, (width, height))

@@ -376,6 +376,25 @@ def test_openeqa_is_read_from_frames(settings, tmp_path):
     assert len(asked.media.names) == 11
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{n}-rgb.png" for n in range(12)],
+        ["frame_1.jpg", "frame_2.jpg", "frame_09.jpg", "frame_010.jpg", "frame_10.jpg", "frame_100.jpg"],
+        ["a1_9.png", "a1_10.png", "a2_1.png", "a10_1.png", "b.png"],
+        ["9.JPG", "10.jpg", "11.jpeg", "x.png"],
+        ["1_1638.2.png", "1_1638.10.png", "2_5.png", "²_5.png"],
+    ],
+)
+def test_frames_of_openeqa_are_in_the_order_of_their_numbers(settings, tmp_path, names):
+    episode = tmp_path / openeqa()["episode_history"]
+    episode.mkdir(parents=True)
+    for name in (*names[::-1], "._1.png"):
+        (episode / name).write_bytes(picture(1))
+    (asked,) = read("openeqa", settings, tmp_path / "open-eqa-v0.json", [openeqa()], max_frames=99)
+    assert [Path(name).name for name in asked.media.names] == names
+
+
 def test_openeqa_is_read_from_frames_of_other_names_or_videos(settings, tmp_path):
     (tmp_path / "scannet-v0" / "002-scannet-scene0709_00").mkdir(parents=True)
     for name in ("b.JPG", "a.jpg", "notes.txt"):

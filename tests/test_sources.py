@@ -7,6 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from conftest import picture
 from PIL import Image
 
@@ -447,6 +448,78 @@ def test_what_is_transparent_in_a_video_is_white(tmp_path, settings):
     shown = np.asarray(first_frame(tmp_path / "a.mov", settings))
     assert shown[:, :50].min() > 240
     assert shown[:, 62:].max() < 20
+
+
+@pytest.mark.parametrize("sizes", [((160, 120), (320, 240)), ((320, 240), (160, 120)), ((160, 120), (120, 160))])
+def test_frames_are_of_one_size_where_a_stream_changes_it(tmp_path, settings, sizes):
+    """As a call does when the other side turns the phone; what has another shape keeps it."""
+    parts = []
+    for size in sizes:
+        write_video(tmp_path / "part.ts", 20, size=size, codec="libx264", step=0)
+        parts.append((tmp_path / "part.ts").read_bytes())
+    (tmp_path / "whole.ts").write_bytes(b"".join(parts))
+    data = settings.data.model_copy(update={"fps": 1.0, "max_frames": 4, "max_pixels": 10**6})
+    frames, _ = read_video(tmp_path / "whole.ts", data, 0.0, None)
+    assert len({Image.open(io.BytesIO(frame)).size for frame in frames}) == 1
+
+
+def test_a_stream_that_is_turned_keeps_its_shape(tmp_path, settings):
+    stored = np.full((160, 120, 3), 220, np.uint8)
+    write_video(tmp_path / "wide.ts", 20, codec="libx264", step=0)
+    write_shown(tmp_path / "high.ts", stored, "libx264")
+    (tmp_path / "whole.ts").write_bytes((tmp_path / "wide.ts").read_bytes() + (tmp_path / "high.ts").read_bytes())
+    data = settings.data.model_copy(update={"fps": 1.0, "max_frames": 4, "max_pixels": 10**6})
+    last = Image.open(io.BytesIO(read_video(tmp_path / "whole.ts", data, 0.0, None)[0][-1])).convert("L")
+    assert last.size == (168, 112)
+    assert (np.asarray(last) > 130).any(0).sum() == pytest.approx(168 * 90 / 160, abs=4)
+
+
+def write_streams(path, *streams):
+    """Pictures of a grey and their number, each in a stream of its own with this disposition."""
+    with av.open(str(path), "w") as container:
+        made = []
+        for codec, form, _, _, disposition in streams:
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = 112, 112, form, disposition
+            made.append(stream)
+        for stream, (_, _, grey, count, _) in zip(made, streams, strict=True):
+            for _ in range(count):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((112, 112, 3), grey, np.uint8))))
+            container.mux(stream.encode())
+
+
+COVER, FILM = ("mjpeg", "yuvj420p", 220, 1), ("libx264", "yuv420p", 40, 20)
+DEFAULT, PICTURE = Disposition.default, Disposition.attached_pic
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"),
+    {
+        "a cover first": ("a.mkv", [(*COVER, 0), (*FILM, DEFAULT)]),
+        "all by default": ("a.mkv", [(*COVER, DEFAULT), (*FILM, DEFAULT)]),
+        "none by default": ("a.mkv", [(*COVER, 0), (*FILM, 0)]),
+        "a cover by default": ("a.mp4", [(*COVER, DEFAULT), (*FILM, 0)]),
+        "an attached cover": ("a.mp4", [(*COVER, PICTURE), (*FILM, DEFAULT)]),
+        "another film first": ("a.mkv", [(*FILM[:2], 220, 20, 0), (*FILM, DEFAULT)]),
+    }.values(),
+)
+def test_the_default_stream_that_is_no_cover_is_read(tmp_path, settings, name, streams):
+    write_streams(tmp_path / name, *streams)
+    frames, rate = read_video(tmp_path / name, settings.data, 0.0, None)
+    assert len(frames) / rate == pytest.approx(2, abs=0.01)
+    assert 5 * brightness(frames[0]) == pytest.approx(40, abs=2)
+
+
+def test_a_song_with_a_cover_is_no_film(tmp_path, settings):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        cover, sound = container.add_stream("mjpeg", rate=10), container.add_stream("aac", rate=16000)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 56, 56, "yuvj420p", PICTURE
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((56, 56, 3), np.uint8))))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*cover.encode(), *sound.encode(frame), *sound.encode()])
+    with pytest.raises(BadRecordError, match=r"found .*song\.mp4 \(the file has no video stream\)"):
+        read_video(tmp_path / "song.mp4", settings.data, 0.0, None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from PIL import Image, ImageOps, UnidentifiedImageError
 from qwen_vl_utils import fetch_image, smart_resize
 
@@ -27,6 +28,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"}
 )
 _VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
+# Streams that show no film: covers of sound, and pictures for a seek bar.
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # A side of a visual token in pixels, and the fewest pixels of an image: four of them.
 _TOKEN_SIDE = 28
 _LEAST_PIXELS = 4 * _TOKEN_SIDE**2
@@ -140,7 +143,7 @@ def encode(image: Image.Image, data: Data, size: tuple[int, int] | None = None) 
     `size` is the width and height that it is shown with, where its pixels are not square.
     """
     width, height = size or image.size
-    height, width = smart_resize(max(1, height), max(1, width), _TOKEN_SIDE, _LEAST_PIXELS, data.max_pixels)
+    height, width = smart_resize(height, width, _TOKEN_SIDE, _LEAST_PIXELS, data.max_pixels)
     # fetch_image puts RGBA on white, and ignores the transparency of other modes.
     shown = image.convert("RGBA") if image.has_transparency_data else image
     described: dict[str, Any] = {"image": shown, "resized_height": height, "resized_width": width}
@@ -219,7 +222,7 @@ def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple
         seconds = min(end or clock.length, clock.length) - start
         count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
         times = start + (np.arange(count) + 0.5) * seconds / count
-        return tuple(_encode_frame(one, data) for one in _frames_at(path, clock, times)), count / seconds
+        return tuple(_encoded(_frames_at(path, clock, times), data)), count / seconds
     except BadRecordError:
         raise
     except Exception as error:
@@ -247,11 +250,19 @@ def frame_rate(path: Path) -> float:
 def _film(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Yield a file at its beginning, and its video stream."""
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("the file has no video stream")
-        stream = container.streams.video[0]
+        stream = _video_stream(container)
         stream.thread_type = "AUTO"
         yield container, stream
+
+
+def _video_stream(container: InputContainer) -> av.VideoStream:
+    """Return the default video stream, or another if that is a cover picture. Raise ValueError if there is none."""
+    streams = [one for one in container.streams.video if not one.disposition & _PICTURES]
+    if not streams:
+        raise ValueError("the file has no video stream")
+    moving = [one for one in streams if one.frames != 1] or streams
+    best = container.streams.best("video")
+    return next((one for one in moving if one is best), moving[0])
 
 
 @dataclass(frozen=True)
@@ -400,8 +411,17 @@ def _begins(packet: av.Packet, clock: _Clock) -> bool:
     return not clock.keys or (packet.pts * packet.time_base, packet.size) in clock.keys
 
 
-def _encode_frame(frame: _Frame, data: Data) -> bytes:
-    """Return the JPEG of a frame as players show it: turned and mirrored, with square pixels.
+def _encoded(frames: Iterable[_Frame], data: Data) -> Iterator[bytes]:
+    """Yield the JPEG of each frame, all as large as the first: one of another shape is put on black."""
+    size = None
+    for frame in frames:
+        image, own = _as_shown(frame)
+        size = size or own
+        yield encode(image if own == size else ImageOps.pad(image.resize(own), size), data, size)
+
+
+def _as_shown(frame: _Frame) -> tuple[Image.Image, tuple[int, int]]:
+    """Return a frame as players show it, turned and mirrored, and its width and height with square pixels.
 
     A camera held upright stores its frames on their side, and one that faces its holder mirrored, with a display matrix
     that maps a stored pixel (x, y) to (a x + c y, b x + d y), y downwards.
@@ -411,9 +431,9 @@ def _encode_frame(frame: _Frame, data: Data) -> bytes:
         image = Image.fromarray(stored.to_ndarray(format="rgba"))
     else:
         image = stored.to_image()
-    width, height = round(stored.width * frame.pixel_aspect), stored.height
+    width, height = max(1, round(stored.width * frame.pixel_aspect)), stored.height
     if (matrix := stored.side_data.get("DISPLAYMATRIX")) is None:
-        return encode(image, data, (width, height))
+        return image, (width, height)
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     if abs(b) + abs(c) > abs(a) + abs(d):
         image, width, height, a, d = image.transpose(Image.Transpose.TRANSPOSE), height, width, c, b
@@ -421,4 +441,4 @@ def _encode_frame(frame: _Frame, data: Data) -> bytes:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if d < 0:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    return encode(image, data, (width, height))
+    return image, (width, height)

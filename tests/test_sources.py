@@ -3,6 +3,7 @@
 import io
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -204,6 +205,31 @@ def test_unreadable_media_is_named(folder, settings, name, kind):
         (folder / name).write_bytes(b"")
         with pytest.raises(BadRecordError, match=rf"expected a readable video, found .*{name}"):
             frame_rate(folder / name)
+
+
+NAMES = [
+    "12:30:05.mp4", "C:\\a.mp4", "http:a.mp4", "concat:a.mp4|b.mp4", "pipe:0.mp4", "file:a.mp4", "data:,a.mp4",
+    "subfile,,start,0,end,10,,:a.mp4", "rtsp:a.mp4", "crypto:a.mp4", "-i.mp4", "50%.mp4", "a%03d.mp4", "a#t=1.mp4",
+    "a?b=c&d.mp4", " a b .mp4", "*.mp4", "[0-9].mp4", "~.mp4", "$HOME.mp4", "a\nb.mp4", "'\".mp4", "數據 手.mp4",
+    "e\u0301.mp4", "🖐.MP4", "http:/a.mp4", "a:b/c:d.mp4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_any_name_of_a_file_is_read(tmp_path, settings, monkeypatch, name, kind):
+    """Also in the folder where the command is run, where a path does not begin with a folder."""
+    monkeypatch.chdir(tmp_path)
+    name = name if kind == "video" else f"{name}.jpg"
+    Path(name).parent.mkdir(exist_ok=True, parents=True)
+    if kind == "video":
+        write_video("clip.mp4", 4)
+        Path("clip.mp4").rename(name)
+        assert frame_rate(Path(name)) == 10
+    else:
+        Path(name).write_bytes(picture(1))
+    media = files(Path(), name)
+    assert (media.kind, len(media.load(settings.data).frames)) == (kind, 2 if kind == "video" else 1)
 
 
 def test_a_window_beyond_the_video_is_named(folder, settings):

@@ -249,7 +249,8 @@ def frame_rate(path: Path) -> float:
 @contextmanager
 def _film(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Yield a file at its beginning, and its video stream."""
-    with av.open(str(path)) as container:
+    # As a file by name: what is before a colon would be taken for a protocol.
+    with av.open(f"file:{path}") as container:
         stream = _video_stream(container)
         stream.thread_type = "AUTO"
         yield container, stream

@@ -305,7 +305,8 @@ def _clock(path: Path) -> _Clock:
     usable = None not in first and _ascend(first)
     if usable and stored:
         return _Clock(first[0], _end(_last_packets(path, near_end)) - first[0])
-    packets = list(_packets(path))
+    if not (packets := list(_packets(path))):
+        raise ValueError("no packet could be read")
     decoded = [packet.decoded for packet in packets]
     shown = sorted(packet.shown for packet in packets if packet.shown is not None)
     if usable and _ascend(shown) and _ascend([seconds for seconds in decoded if seconds is not None]):

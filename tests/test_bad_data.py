@@ -16,7 +16,7 @@ from test_sources import write_video
 
 from firstsight.core.errors import UserError
 from firstsight.readers import hub_dataset
-from firstsight.readers.media import read_image
+from firstsight.readers.image_decoding import read_image
 from firstsight.readers.problems import BadRecordError
 from firstsight.records.parquet import Split
 from firstsight.records.sample import SPLITS

@@ -14,8 +14,10 @@ from PIL import Image
 
 from firstsight.assembly.sources import READERS
 from firstsight.core.errors import UserError
-from firstsight.readers.media import Files, files, first_there, frame_rate, read_image, read_video
+from firstsight.readers.image_decoding import read_image
+from firstsight.readers.media import Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.video_decoding import frame_rate, read_video
 
 
 def write_video(

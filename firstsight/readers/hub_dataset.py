@@ -24,8 +24,9 @@ from firstsight.core.params import Data, Hub
 from firstsight.core.progress import on_terminal
 from firstsight.core.stage import log
 from firstsight.readers.choices import chosen, plain_options
+from firstsight.readers.image_decoding import read_image
 from firstsight.readers.jsonl import window
-from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
+from firstsight.readers.media import Files, files
 from firstsight.readers.problems import BadRecordError, Problems, reason
 from firstsight.readers.source_record import (
     MEDIA_PLACEHOLDER,
@@ -35,6 +36,7 @@ from firstsight.readers.source_record import (
     Media,
     source_record,
 )
+from firstsight.readers.suffixes import VIDEO_SUFFIXES
 from firstsight.readers.text_files import media_root
 from firstsight.records.sample import LETTERS, MediaKind
 

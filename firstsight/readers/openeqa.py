@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from firstsight.core.params import Data
-from firstsight.readers.media import IMAGE_SUFFIXES, Files, files, first_there
+from firstsight.readers.media import Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
 from firstsight.readers.source_record import Asked, source_record
+from firstsight.readers.suffixes import IMAGE_SUFFIXES
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 

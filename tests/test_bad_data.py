@@ -64,16 +64,21 @@ def floats(*row: float) -> bytes:
     return buffer.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is huge, as decompression bombs do."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    end = b"IEND"
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        + struct.pack(">I", 0) + end + struct.pack(">I", zlib.crc32(end))
-    )  # fmt: skip
+def png(width: int, height: int, depth: int, colour: int, **chunks: bytes) -> bytes:
+    """A PNG of these chunks, after its header."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    made = b"\x89PNG\r\n\x1a\n"
+    for name, content in {"IHDR": header, **chunks, "IEND": b""}.items():
+        chunk = name.encode() + content
+        made += struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return made
+
+
+def png_halves(depth: int, colour: int, left: bytes, right: bytes, transparent: bytes) -> bytes:
+    """Pixels of these bytes, and the value that is transparent as a PNG stores it."""
+    count = 56 * depth * (3 if colour == 2 else 1) // 8 // len(left)
+    rows = (b"\0" + left * count + right * count) * 56
+    return png(112, 56, depth, colour, tRNS=transparent, IDAT=zlib.compress(rows))
 
 
 def chunk_of_no_name() -> bytes:
@@ -231,8 +236,8 @@ BAD = {
     "a TIFF of no strips": (media("a.tif", image(format="TIFF").replace(b"\x11\x01", b"\xff\xff")), "a readable image"),
     "a line break in a name": (media("a\nb.jpg", b""), "found a\\nb.jpg (of no known format"),
     "only a header": (media("a.jpg", image()[:20]), "expected a readable image"),
-    "decompression bomb": (media("a.png", png_header(60_000, 60_000)), "expected a readable image"),
-    "sides of zero": (media("a.png", png_header(0, 10)), "expected a readable image"),
+    "decompression bomb": (media("a.png", png(60_000, 60_000, 8, 2)), "expected a readable image"),
+    "sides of zero": (media("a.png", png(0, 10, 8, 2)), "expected a readable image"),
     "too long and thin": (media("a.png", image(format="PNG", size=(2000, 4))), "expected a readable image"),
     "svg": (media("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected a readable image"),
     "pixels beyond white": (media("a.tif", floats(0, 300)), "with pixels from 0 to 300, where 0 to 1 or"),
@@ -370,6 +375,9 @@ TRANSPARENT = {
     "palette by shares": two_halves("P", transparency=bytes([0, *[255] * 255])),
     "palette GIF": two_halves("P", format="GIF", transparency=0),
     "grey": two_halves("L", transparency=0),
+    "2 bits": png_halves(2, 0, b"U", b"\0", b"\0\1"),
+    "4 bits": png_halves(4, 0, b"w", b"\x11", b"\0\7"),
+    "16 bits a colour": png_halves(16, 2, b"\1\2", b"((", b"\1\2" * 3),
     "16 bits": two_halves("I;16", transparency=0).replace(b"\0(", b"(("),
     "black and white": two_halves("1", transparency=0),
     "a colour": two_halves("RGB", transparency=(0, 0, 0)),

@@ -15,6 +15,8 @@ from firstsight.readers.suffixes import VIDEOS
 # A side of a visual token in pixels, and the fewest pixels of an image: four of them.
 _TOKEN_SIDE = 28
 _LEAST_PIXELS = 4 * _TOKEN_SIDE**2
+# How Pillow makes 8 bits of the 2, 4 or 16 with which a PNG's channels are stored.
+_PNG_SCALES = {"L;2": lambda value: 85 * value, "L;4": lambda value: 17 * value, "RGB;16B": lambda value: value >> 8}
 
 
 def encode(image: Image.Image, data: Data, size: tuple[int, int] | None = None) -> bytes:
@@ -40,6 +42,7 @@ def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> by
     """
     try:
         with Image.open(path) as image:
+            _scale_transparent(image)
             image.load()
             return encode(_eight_bits(_as_held(image)), data)
     except UnidentifiedImageError:
@@ -50,6 +53,14 @@ def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> by
         raise BadRecordError(
             f"expected a readable image, found {name or path} ({reason(error)}); repair or remove it"
         ) from None
+
+
+def _scale_transparent(image: Image.Image) -> None:
+    """Scale the value that stands for transparency as Pillow scales the pixels of a PNG that has not been loaded."""
+    scale = _PNG_SCALES.get(str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
+    if scale and "transparency" in image.info:
+        value = image.info["transparency"]
+        image.info["transparency"] = tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
 
 
 def _as_held(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from conftest import picture
 from PIL import Image
@@ -404,19 +405,18 @@ def test_a_film_of_one_frame_is_read(tmp_path, settings):
         assert len(read_video(tmp_path / name, settings.data, 0.0, None)[0]) == 2
 
 
-def write_shown(path, stored, codec="mpeg4", turn=0, mirrored=False, aspect=1, form="yuv420p"):
-    """Ten frames of this picture, and how players are told to show it."""
+def write_shown(path, stored, codec="mpeg4", turn=0, mirrored=False, aspect=1, form="yuv420p", stream_says=None):
+    """Ten frames of this picture, and how players are told to show it: by the container, or by the stream."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *stored.shape[:2], form
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         if turn or mirrored:
             stream.set_display_rotation(turn, hflip=mirrored)
-        for _ in range(10):
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(stored, "rgba" if stored.shape[2] == 4 else "rgb24"))
-            )
-        container.mux(stream.encode())
+        told = stream_says and BitStreamFilterContext(f"h264_metadata=display_orientation=insert:{stream_says}", stream)
+        frame = av.VideoFrame.from_ndarray(stored, "rgba" if stored.shape[2] == 4 else "rgb24")
+        for packet in (one for shown in [*[frame] * 10, None] for one in stream.encode(shown)):
+            container.mux(told.filter(packet) if told else packet)
 
 
 def first_frame(path, settings, **change):
@@ -446,6 +446,18 @@ def test_videos_are_turned_upright_and_mirrored(tmp_path, settings, turn, mirror
     assert shown.size == ((112, 56) if turn % 180 == 0 else (56, 112))
     quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
+
+
+@pytest.mark.parametrize(
+    ("says", "corner"), [("rotate=-90", (1, 0)), ("rotate=180", (1, 1)), ("flip=horizontal", (1, 0))]
+)
+def test_all_frames_are_turned_as_the_stream_says_beside_its_key_frames(tmp_path, settings, says, corner):
+    stored = np.full((112, 112, 3), 40, np.uint8)
+    stored[:56, :56] = 220
+    write_shown(tmp_path / "a.ts", stored, "libx264", stream_says=says)
+    for frame in read_video(tmp_path / "a.ts", settings.data, 0.0, None)[0]:
+        quarters = np.asarray(Image.open(io.BytesIO(frame)).convert("L").resize((2, 2), Image.Resampling.BOX))
+        assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts", "a.avi", "turned.mp4"])
@@ -516,6 +528,20 @@ def write_streams(path, *streams):
             container.mux(stream.encode())
 
 
+def test_pixels_that_change_their_shape_become_square(tmp_path, settings):
+    """As on television, between films of 4:3 and of 16:9."""
+    stored, parts = np.full((112, 112, 3), 220, np.uint8), []
+    for aspect in (2, 1):
+        write_shown(tmp_path / "part.ts", stored, "libx264", aspect=aspect)
+        parts.append((tmp_path / "part.ts").read_bytes())
+    (tmp_path / "whole.ts").write_bytes(b"".join(parts))
+    data = settings.data.model_copy(update={"fps": 2.0, "max_frames": 4, "max_pixels": 10**6})
+    shown = [Image.open(io.BytesIO(frame)) for frame in read_video(tmp_path / "whole.ts", data, 0.0, None)[0]]
+    wide = [(np.asarray(one.convert("L")) > 130).any(0).sum() for one in shown]
+    assert {one.size for one in shown} == {(224, 112)}
+    assert wide == pytest.approx([224, 224, 112, 112], abs=4)
+
+
 COVER, FILM = ("mjpeg", "yuvj420p", 220, 1), ("libx264", "yuv420p", 40, 20)
 DEFAULT, PICTURE = Disposition.default, Disposition.attached_pic
 
@@ -526,6 +552,8 @@ DEFAULT, PICTURE = Disposition.default, Disposition.attached_pic
         "a cover first": ("a.mkv", [(*COVER, 0), (*FILM, DEFAULT)]),
         "all by default": ("a.mkv", [(*COVER, DEFAULT), (*FILM, DEFAULT)]),
         "none by default": ("a.mkv", [(*COVER, 0), (*FILM, 0)]),
+        "a cover alone by default": ("a.mkv", [(*COVER, DEFAULT), (*FILM, 0)]),
+        "slides": ("a.mkv", [("mjpeg", "yuvj420p", 220, 3, 0), (*FILM, DEFAULT)]),
         "a cover by default": ("a.mp4", [(*COVER, DEFAULT), (*FILM, 0)]),
         "an attached cover": ("a.mp4", [(*COVER, PICTURE), (*FILM, DEFAULT)]),
         "another film first": ("a.mkv", [(*FILM[:2], 220, 20, 0), (*FILM, DEFAULT)]),

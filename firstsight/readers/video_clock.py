@@ -1,5 +1,6 @@
 """Say when each frame of a video is shown, whatever its container stores."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,28 +17,42 @@ from av.stream import Disposition
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # How many frames show whether a video's time stamps ascend: those that a B-frame of H.264 may be moved by.
 _FRAMES_CHECKED = 17
+# How many packets show which of several streams are films: some seconds of them.
+_PACKETS_CHECKED = 100
 # Seconds; cameras put a key frame into less.
 STEP_BACK = 10.0
 
 
 @contextmanager
 def film(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
-    """Yield a file at its beginning, and its video stream."""
-    # As a file by name: what is before a colon would be taken for a protocol.
-    with av.open(f"file:{path}") as container:
-        stream = _video_stream(container)
+    """Yield a file at its beginning, and its default video stream, or another if that is a cover picture.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with _opened(path) as container:
+        streams = [one for one in container.streams.video if not one.disposition & _PICTURES]
+        if not streams:
+            raise ValueError("the file has no video stream")
+        number = streams[0].index if len(streams) == 1 else _default(path, {one.index for one in streams})
+        stream = next(one for one in streams if one.index == number)
         stream.thread_type = "AUTO"
         yield container, stream
 
 
-def _video_stream(container: InputContainer) -> av.VideoStream:
-    """Return the default video stream, or another if that is a cover picture. Raise ValueError if there is none."""
-    streams = [one for one in container.streams.video if not one.disposition & _PICTURES]
-    if not streams:
-        raise ValueError("the file has no video stream")
-    moving = [one for one in streams if one.frames != 1] or streams
-    best = container.streams.best("video")
-    return next((one for one in moving if one is best), moving[0])
+def _opened(path: Path) -> InputContainer:
+    # As a file by name: what is before a colon would be taken for a protocol.
+    return av.open(f"file:{path}")
+
+
+def _default(path: Path, numbers: set[int]) -> int:
+    """Return the number of the default one of several video streams that are no cover picture of a single packet."""
+    with _opened(path) as container:
+        streams = [one for one in container.streams.video if one.index in numbers]
+        packets = Counter(one.stream_index for one in islice(container.demux(streams), _PACKETS_CHECKED) if one.size)
+        moving = [one for one in streams if packets[one.index] > 1] or streams
+        best = container.streams.best("video")
+        return next((one for one in moving if one is best), moving[0]).index
 
 
 @dataclass(frozen=True)

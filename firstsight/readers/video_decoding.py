@@ -63,11 +63,14 @@ def frame_rate(path: Path) -> float:
 
 
 class _Frame(NamedTuple):
-    """Hold a frame with its seconds after the first and how many times as wide as high its stored pixels are."""
+    """Hold a frame with its seconds after the first, how many times as wide as high its stored pixels are, and how it
+    is turned (None: not), see `_as_shown`.
+    """
 
     seconds: float
     stored: av.VideoFrame
     pixel_aspect: float
+    matrix: bytes | None
 
 
 def _frames_at(path: Path, clock: Clock, times: np.ndarray) -> Iterator[_Frame]:
@@ -103,7 +106,10 @@ def _frames_from(path: Path, clock: Clock, time: float) -> Iterator[_Frame]:
 def _decoded(path: Path, clock: Clock, place: float | None = None) -> Iterator[_Frame]:
     """Yield the frames from the key frame on that a search for `place` s finds, or all (None)."""
     with film(path) as (container, stream):
-        aspect = float(stream.sample_aspect_ratio or 1)
+        # What the container says of the pixels' shape is true for all frames, what the stream says until it changes.
+        said = stream.sample_aspect_ratio
+        contained = said != stream.codec_context.sample_aspect_ratio
+        matrix = None
         packets = container.demux(stream)
         if place is not None:
             container.seek(int((clock.start + place) / stream.time_base), stream=stream)
@@ -113,7 +119,12 @@ def _decoded(path: Path, clock: Clock, place: float | None = None) -> Iterator[_
             frames = dropwhile(lambda frame: frame.is_corrupt, frames)
         for number, frame in enumerate(frames):
             seconds = clock.times[min(number, len(clock.times) - 1)] if clock.times else frame.time - clock.start
-            yield _Frame(seconds, frame, aspect)
+            turned = frame.side_data.get("DISPLAYMATRIX")
+            # In the stream, it is stored beside key frames alone.
+            if turned is not None or frame.key_frame:
+                matrix = turned and bytes(turned)
+            aspect = said if contained else stream.codec_context.sample_aspect_ratio
+            yield _Frame(seconds, frame, float(aspect or 1), matrix)
 
 
 def _begins(packet: av.Packet, clock: Clock) -> bool:
@@ -144,9 +155,9 @@ def _as_shown(frame: _Frame) -> tuple[Image.Image, tuple[int, int]]:
     else:
         image = stored.to_image()
     width, height = max(1, round(stored.width * frame.pixel_aspect)), stored.height
-    if (matrix := stored.side_data.get("DISPLAYMATRIX")) is None:
+    if frame.matrix is None:
         return image, (width, height)
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    a, b, _, c, d, *_ = struct.unpack("=9i", frame.matrix)
     if abs(b) + abs(c) > abs(a) + abs(d):
         image, width, height, a, d = image.transpose(Image.Transpose.TRANSPOSE), height, width, c, b
     if a < 0:

@@ -65,6 +65,12 @@ def test_broken_json_is_named(settings, tmp_path, source, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_parquet_file_of_other_bytes_is_named(settings, tmp_path):
+    pq.write_table(pa.table({"conversations": pa.array([b"\xc4("]).view(pa.string())}), tmp_path / "qa.parquet")
+    with pytest.raises(UserError, match=r"qa\.parquet: expected LLaVA's conversations, found 'utf-8' codec"):
+        read("llava", settings, tmp_path / "qa.parquet")
+
+
 # LLaVA
 
 

@@ -40,7 +40,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             record = as_object(raw)
             episode = record.get("episode_history")
             if not isinstance(episode, str) or not episode.strip("/ "):
-                raise BadRecordError(f"episode_history: expected text, found {episode!r}; correct it")
+                raise BadRecordError(f"episode_history: expected text, found {repr(episode)[:60]}; correct it")
             extra = record.get("extra_answers")
             asked = source_record(
                 place,

@@ -26,7 +26,8 @@ from firstsight.core.errors import UserError
 from firstsight.core.variants import STUDENTS
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
-from firstsight.readers.media import read_image, read_video
+from firstsight.readers.image_decoding import read_image
+from firstsight.readers.video_decoding import read_video
 from firstsight.records.parquet import Split
 
 STUDENT = "models/student-distilled"

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import random
 import struct
 import zlib
 
@@ -15,6 +16,7 @@ from test_sources import write_video
 
 from firstsight.core.errors import UserError
 from firstsight.readers import hub_dataset
+from firstsight.readers.image_decoding import read_image
 from firstsight.readers.problems import BadRecordError
 from firstsight.records.parquet import Split
 from firstsight.records.sample import SPLITS
@@ -62,16 +64,29 @@ def floats(*row: float) -> bytes:
     return buffer.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is huge, as decompression bombs do."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    end = b"IEND"
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        + struct.pack(">I", 0) + end + struct.pack(">I", zlib.crc32(end))
-    )  # fmt: skip
+def png(width: int, height: int, depth: int, colour: int, **chunks: bytes) -> bytes:
+    """A PNG of these chunks, after its header."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    made = b"\x89PNG\r\n\x1a\n"
+    for name, content in {"IHDR": header, **chunks, "IEND": b""}.items():
+        chunk = name.encode() + content
+        made += struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return made
+
+
+def png_halves(depth: int, colour: int, left: bytes, right: bytes, transparent: bytes) -> bytes:
+    """Pixels of these bytes, and the value that is transparent as a PNG stores it."""
+    count = 56 * depth * (3 if colour == 2 else 1) // 8 // len(left)
+    rows = (b"\0" + left * count + right * count) * 56
+    return png(112, 56, depth, colour, tRNS=transparent, IDAT=zlib.compress(rows))
+
+
+def chunk_of_no_name() -> bytes:
+    """A PNG whose second chunk of pixels has a damaged name."""
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (256, 256), random.Random(0).randbytes(3 * 256**2)).save(buffer, "PNG")
+    first, second, rest = buffer.getvalue().split(b"IDAT", 2)
+    return first + b"IDAT" + second + b"\x0e\xc2:p" + rest
 
 
 def video(**options) -> bytes:
@@ -215,9 +230,14 @@ BAD = {
     "text as image": (media("a.jpg", b"not an image"), "expected a readable image"),
     "truncated JPEG": (media("a.jpg", image(quality=100)[:-200]), "expected a readable image"),
     "truncated PNG": (media("a.png", image(format="PNG")[:-30]), "expected a readable image"),
+    "a chunk of no name in a PNG": (media("a.png", chunk_of_no_name()), "(broken PNG file (chunk"),
+    "truncated AVIF": (media("a.avif", image(format="AVIF")[:-3]), "Truncated data"),
+    "damaged AVIF": (media("a.avif", image(format="AVIF").replace(b"pitm", b"xxxx")), "(Failed to decode image"),
+    "a TIFF of no strips": (media("a.tif", image(format="TIFF").replace(b"\x11\x01", b"\xff\xff")), "a readable image"),
+    "a line break in a name": (media("a\nb.jpg", b""), "found a\\nb.jpg (of no known format"),
     "only a header": (media("a.jpg", image()[:20]), "expected a readable image"),
-    "decompression bomb": (media("a.png", png_header(60_000, 60_000)), "expected a readable image"),
-    "sides of zero": (media("a.png", png_header(0, 10)), "expected a readable image"),
+    "decompression bomb": (media("a.png", png(60_000, 60_000, 8, 2)), "expected a readable image"),
+    "sides of zero": (media("a.png", png(0, 10, 8, 2)), "expected a readable image"),
     "too long and thin": (media("a.png", image(format="PNG", size=(2000, 4))), "expected a readable image"),
     "svg": (media("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected a readable image"),
     "pixels beyond white": (media("a.tif", floats(0, 300)), "with pixels from 0 to 300, where 0 to 1 or"),
@@ -330,6 +350,59 @@ def test_unusual_images_are_read_as_they_look(folder, case):
         np.asarray(part, float).mean() for part in (shown.crop((0, 0, 50, 56)), shown.crop((62, 0, 112, 56)))
     )
     assert (left < 60, right > 200) == (True, True)
+
+
+def two_halves(mode: str, **options) -> bytes:
+    """The left half is transparent over black, the right half dark."""
+    left, right = {"RGB": ((0, 0, 0), (40, 40, 40)), "1": (0, 1)}.get(mode, (0, 40))
+    made = Image.new(mode, (112, 56), left)
+    made.paste(right, (56, 0, 112, 56))
+    buffer = io.BytesIO()
+    made.save(buffer, options.pop("format", "PNG"), **options)
+    return buffer.getvalue()
+
+
+def alpha(mode: str, form: str) -> bytes:
+    buffer = io.BytesIO()
+    made = Image.new("RGBA", (112, 56))
+    made.paste((40, 40, 40, 255), (56, 0, 112, 56))
+    (made if mode == "RGBA" else made.convert(mode)).save(buffer, form)
+    return buffer.getvalue()
+
+
+TRANSPARENT = {
+    "palette": two_halves("P", transparency=0),
+    "palette by shares": two_halves("P", transparency=bytes([0, *[255] * 255])),
+    "palette GIF": two_halves("P", format="GIF", transparency=0),
+    "grey": two_halves("L", transparency=0),
+    "2 bits": png_halves(2, 0, b"U", b"\0", b"\0\1"),
+    "4 bits": png_halves(4, 0, b"w", b"\x11", b"\0\7"),
+    "16 bits a colour": png_halves(16, 2, b"\1\2", b"((", b"\1\2" * 3),
+    "16 bits": two_halves("I;16", transparency=0).replace(b"\0(", b"(("),
+    "black and white": two_halves("1", transparency=0),
+    "a colour": two_halves("RGB", transparency=(0, 0, 0)),
+    "grey channel": alpha("LA", "PNG"),
+    "grey channel TIFF": alpha("LA", "TIFF"),
+    "channel": alpha("RGBA", "PNG"),
+    "channel WebP": alpha("RGBA", "WEBP"),
+    "channel AVIF": alpha("RGBA", "AVIF"),
+    "channel JPEG 2000": alpha("RGBA", "JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("case", TRANSPARENT)
+def test_transparency_is_white_in_every_mode(settings, case):
+    shown = Image.open(io.BytesIO(read_image(io.BytesIO(TRANSPARENT[case]), settings.data))).convert("L")
+    left, right = (np.asarray(shown.crop((at, 8, at + 40, 48)), float).mean() for at in (8, 64))
+    assert left > 250
+    assert right > 250 if case == "black and white" else right < 50
+
+
+@pytest.mark.parametrize("exif", [b"\x00\x08\x00\x02\x01\x12\x00\x03", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"\xff" * 40])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_an_image_with_damaged_tags_is_read(settings, form, exif):
+    found = read_image(io.BytesIO(image(format=form, exif=exif, size=(56, 112))), settings.data)
+    assert Image.open(io.BytesIO(found)).size == (56, 112)
 
 
 def test_an_image_held_upright_is_turned(folder):

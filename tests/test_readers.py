@@ -65,6 +65,12 @@ def test_broken_json_is_named(settings, tmp_path, source, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_parquet_file_of_other_bytes_is_named(settings, tmp_path):
+    pq.write_table(pa.table({"conversations": pa.array([b"\xc4("]).view(pa.string())}), tmp_path / "qa.parquet")
+    with pytest.raises(UserError, match=r"qa\.parquet: expected LLaVA's conversations, found 'utf-8' codec"):
+        read("llava", settings, tmp_path / "qa.parquet")
+
+
 # LLaVA
 
 
@@ -374,6 +380,25 @@ def test_openeqa_is_read_from_frames(settings, tmp_path):
     assert len(asked.media.load(settings.data).frames) == 4
     (asked,) = read("openeqa", settings, tmp_path / "open-eqa-v0.json", [openeqa()], **root | {"max_frames": 99})
     assert len(asked.media.names) == 11
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{n}-rgb.png" for n in range(12)],
+        ["frame_1.jpg", "frame_2.jpg", "frame_09.jpg", "frame_010.jpg", "frame_10.jpg", "frame_100.jpg"],
+        ["a1_9.png", "a1_10.png", "a2_1.png", "a10_1.png", "b.png"],
+        ["9.JPG", "10.jpg", "11.jpeg", "x.png"],
+        ["1_1638.2.png", "1_1638.10.png", "2_5.png", "²_5.png"],
+    ],
+)
+def test_frames_of_openeqa_are_in_the_order_of_their_numbers(settings, tmp_path, names):
+    episode = tmp_path / openeqa()["episode_history"]
+    episode.mkdir(parents=True)
+    for name in (*names[::-1], "._1.png"):
+        (episode / name).write_bytes(picture(1))
+    (asked,) = read("openeqa", settings, tmp_path / "open-eqa-v0.json", [openeqa()], max_frames=99)
+    assert [Path(name).name for name in asked.media.names] == names
 
 
 def test_openeqa_is_read_from_frames_of_other_names_or_videos(settings, tmp_path):
@@ -738,6 +763,67 @@ def test_numbers_of_the_hub_are_answers(settings, folder):
     pq.write_table(pa.table({"q": ["How many?"], "n": [3], "more": [[4, 5]]}), folder / "train.parquet")
     (asked,) = from_hub(settings, folder, {"question": "q", "answer": "n", "answers": "more"})
     assert asked.record.accepted() == ("3", "4", "5")
+
+
+def write_classes(folder, rows, **features):
+    from datasets import Dataset, Features, Value
+
+    table = {name: [row.get(name) for row in rows] for name in ("q", *features)}
+    Dataset.from_dict(table, Features({"q": Value("string")} | features)).to_parquet(folder / "train.parquet")
+
+
+def test_classes_of_the_hub_are_their_names(settings, folder):
+    from datasets import ClassLabel, List
+
+    fruit, kind = ClassLabel(names=["an apple", "a pear", "a fig"]), ClassLabel(names=["name", "count"])
+    rows = [
+        {"q": "One?", "a": 2, "more": [2, 0], "kind": 1},
+        {"q": "Two?", "a": 1, "more": [], "choices": [2, 1], "kind": 0},
+        {"q": "Three?", "a": -1, "more": None, "kind": 0},
+        {"q": "Four?", "a": None, "kind": 0},
+    ]
+    write_classes(folder, rows, a=fruit, more=List(fruit), choices=List(fruit), kind=kind)
+    fields = {"question": "q", "answer": "a", "answers": "more", "options": "choices", "question_type": "kind"}
+    found = [one.record for one in from_hub(settings, folder, fields)]
+    assert [one.accepted() for one in found] == [("a fig", "an apple"), ("B",), (), ()]
+    assert found[1].options == ("a fig", "a pear")
+    assert [one.question_type for one in found] == ["count", "name", "name", "name"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["A", "B", "C"], "C"), (["a", "b", "c"], "C"), (None, "C"), (["y", "B", "x"], "B")]
+)
+def test_classes_that_count_options_are_indices(settings, folder, names, expected):
+    """Also where a number or letter is the text of another option."""
+    from datasets import ClassLabel, List, Value
+
+    label = ClassLabel(names=names) if names else ClassLabel(num_classes=3)
+    write_classes(folder, [{"q": "Which?", "a": 2, "o": ["2", "x", "B"]}], a=label, o=List(Value("string")))
+    (asked,) = from_hub(settings, folder, {"question": "q", "answer": "a", "options": "o"})
+    assert asked.record.accepted() == (expected,)
+    (asked,) = from_hub(settings, folder, {"question": "q", "answer": "a"})
+    assert asked.record.accepted() == ((names or "012")[2],)
+
+
+def test_a_class_that_is_not_there_is_refused(settings, folder):
+    from datasets import Value
+
+    write_classes(folder, [{"q": "What?", "a": 7}], a=Value("int64"))
+    table = pq.read_table(folder / "train.parquet")
+    features = {"q": {"dtype": "string", "_type": "Value"}, "a": {"names": ["x", "y"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), folder / "train.parquet")
+    with pytest.raises(UserError, match=r"train\[0\]: answer: expected a class from 0 to 1, found 7; correct it"):
+        from_hub(settings, folder, {"question": "q", "answer": "a"})
+
+
+def test_folders_of_images_are_classes(settings, folder):
+    for name in ("cups", "balls"):
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "train" / name / "1.png").write_bytes(picture(1))
+    (folder / "train" / "balls" / "2.png").write_bytes(picture(2))
+    fields = {"question": "label", "answer": "label", "image": "image"}
+    assert [one.record.answer for one in from_hub(settings, folder, fields)] == ["balls", "balls", "cups"]
 
 
 def test_places_of_images_before_a_question_of_the_hub_are_taken_off(settings, folder):

@@ -3,32 +3,41 @@
 import io
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
+from av.stream import Disposition
 from conftest import picture
 from PIL import Image
 
 from firstsight.assembly.sources import READERS
 from firstsight.core.errors import UserError
-from firstsight.readers.media import Files, files, first_there, frame_rate, read_image, read_video
+from firstsight.readers.image_decoding import read_image
+from firstsight.readers.media import Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.video_decoding import frame_rate, read_video
 
 
-def write_video(path, frames=40, rate=10, size=(160, 120), start=0, sound=0):
-    """Frame n is grey of brightness 5 n.
+def write_video(
+    path, frames=40, rate=10, size=(160, 120), start=0, sound=0, codec="mpeg4", options=None, form=None, step=5
+):
+    """Frame n is grey of brightness `step` n.
 
     Args:
         start: seconds at which the first frame is shown.
         sound: seconds of it, from 0.
+        options: those of the encoder.
+        form: the container, by default that of the suffix.
     """
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         silence = container.add_stream("aac", rate=16000) if sound else None
         for number in range(frames):
-            grey = np.full((size[1], size[0], 3), 5 * number, np.uint8)
+            grey = np.full((size[1], size[0], 3), step * number, np.uint8)
             frame = av.VideoFrame.from_ndarray(grey)
             frame.pts, frame.time_base = number + start * rate, Fraction(1, rate)
             container.mux(stream.encode(frame))
@@ -201,6 +210,31 @@ def test_unreadable_media_is_named(folder, settings, name, kind):
             frame_rate(folder / name)
 
 
+NAMES = [
+    "12:30:05.mp4", "C:\\a.mp4", "http:a.mp4", "concat:a.mp4|b.mp4", "pipe:0.mp4", "file:a.mp4", "data:,a.mp4",
+    "subfile,,start,0,end,10,,:a.mp4", "rtsp:a.mp4", "crypto:a.mp4", "-i.mp4", "50%.mp4", "a%03d.mp4", "a#t=1.mp4",
+    "a?b=c&d.mp4", " a b .mp4", "*.mp4", "[0-9].mp4", "~.mp4", "$HOME.mp4", "a\nb.mp4", "'\".mp4", "數據 手.mp4",
+    "e\u0301.mp4", "🖐.MP4", "http:/a.mp4", "a:b/c:d.mp4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_any_name_of_a_file_is_read(tmp_path, settings, monkeypatch, name, kind):
+    """Also in the folder where the command is run, where a path does not begin with a folder."""
+    monkeypatch.chdir(tmp_path)
+    name = name if kind == "video" else f"{name}.jpg"
+    Path(name).parent.mkdir(exist_ok=True, parents=True)
+    if kind == "video":
+        write_video("clip.mp4", 4)
+        Path("clip.mp4").rename(name)
+        assert frame_rate(Path(name)) == 10
+    else:
+        Path(name).write_bytes(picture(1))
+    media = files(Path(), name)
+    assert (media.kind, len(media.load(settings.data).frames)) == (kind, 2 if kind == "video" else 1)
+
+
 def test_a_window_beyond_the_video_is_named(folder, settings):
     with pytest.raises(BadRecordError, match=r"expected a window within the 4\.00 s"):
         files(folder, "clip.mp4", 9.0).load(settings.data)
@@ -317,21 +351,245 @@ def test_a_video_ends_with_its_pictures_and_begins_with_them(tmp_path, settings,
         read_video(path, data, 4.2, None)
 
 
-@pytest.mark.parametrize(("turn", "corner"), [(0, (0, 0)), (-90, (1, 0)), (90, (0, 1)), (180, (1, 1))])
-def test_videos_are_turned_upright(tmp_path, settings, turn, corner):
-    """The bright corner of the stored pictures, the upper left, is where a player shows it."""
+# Each a film of 100 frames, 5 a second: name, codec, options of the encoder.
+FILMS = {
+    "mp4": ("clip.mp4", "libx264", {"bf": "2"}),
+    "mov": ("clip.mov", "mpeg4", {"bf": "2"}),
+    "mkv": ("clip.mkv", "libx264", {"bf": "2"}),
+    "intra refresh": ("clip.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=25"}),
+    "webm": ("clip.webm", "libvpx", {"deadline": "realtime"}),
+    "ts": ("clip.ts", "libx264", {"bf": "0"}),
+    "ts of B-frames": ("clip.ts", "libx264", {"bf": "3"}),
+    "ts of open groups": ("clip.ts", "libx264", {"x264-params": "open-gop=1:bframes=3:keyint=25"}),
+    "ts of one group": ("clip.ts", "libx264", {"bf": "3", "g": "250"}),
+    "ts of MPEG-4": ("clip.ts", "mpeg4", {"bf": "2"}),
+    "mts with sound": ("clip.mts", "libx264", {"bf": "3"}),
+    "m2ts with sound": ("clip.m2ts", "libx264", {"bf": "0"}),
+    "avi": ("clip.avi", "mpeg4", {}),
+    "avi of B-frames": ("clip.avi", "libx264", {"bf": "3"}),
+    "wmv": ("clip.wmv", "wmv2", {}),
+    "wmv of B-frames": ("clip.wmv", "libx264", {"bf": "3"}),
+    "flv": ("clip.flv", "libx264", {"bf": "3"}),
+    "no container": ("clip.mp4", "libx264", {"bf": "3"}),
+}
+
+
+@pytest.mark.parametrize("case", FILMS)
+def test_windows_are_exact_in_every_container(tmp_path, settings, case):
+    """Though few containers store when each frame is shown, and some have no index to search in."""
+    name, codec, options = FILMS[case]
+    options = {"g": "25", "b": "4M", "qmin": "1", "qmax": "1"} | options
+    path, form, sound = tmp_path / name, "h264" if case == "no container" else None, 20 if "sound" in case else 0
+    write_video(path, 100, 5, (64, 48), sound=sound, codec=codec, options=options, form=form, step=2)
+    data = settings.data.model_copy(update={"fps": 2.0, "max_frames": 8})
+    for start, end in [(0.0, None), (3.51, 5.53), (9.31, None), (12.71, 18.11), (18.91, 19.7), (19.83, 20.0)]:
+        frames, rate = read_video(path, data, start, end)
+        length = (end or 20.0) - start
+        assert len(frames) / rate == pytest.approx(length, abs=0.01)
+        times = start + (np.arange(len(frames)) + 0.5) * length / len(frames)
+        assert [5 * brightness(frame) for frame in frames] == pytest.approx(2 * np.floor(5 * times), abs=1.5)
+
+
+def test_a_transport_stream_joined_from_two_is_as_long_as_both(tmp_path, settings):
+    write_video(tmp_path / "half.ts", codec="libx264")
+    (tmp_path / "whole.ts").write_bytes((tmp_path / "half.ts").read_bytes() * 2)
+    data = settings.data.model_copy(update={"fps": 1.0, "max_frames": 8})
+    frames, rate = read_video(tmp_path / "whole.ts", data, 0.0, None)
+    assert rate == pytest.approx(1)
+    assert [brightness(frame) for frame in frames] == pytest.approx([5, 15, 25, 35] * 2, abs=1)
+
+
+def test_a_film_of_one_frame_is_read(tmp_path, settings):
+    for name in ("a.mp4", "a.ts", "a.mkv", "a.avi"):
+        write_video(tmp_path / name, 1)
+        assert len(read_video(tmp_path / name, settings.data, 0.0, None)[0]) == 2
+
+
+def write_shown(path, stored, codec="mpeg4", turn=0, mirrored=False, aspect=1, form="yuv420p", stream_says=None):
+    """Ten frames of this picture, and how players are told to show it: by the container, or by the stream."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *stored.shape[:2], form
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if turn or mirrored:
+            stream.set_display_rotation(turn, hflip=mirrored)
+        told = stream_says and BitStreamFilterContext(f"h264_metadata=display_orientation=insert:{stream_says}", stream)
+        frame = av.VideoFrame.from_ndarray(stored, "rgba" if stored.shape[2] == 4 else "rgb24")
+        for packet in (one for shown in [*[frame] * 10, None] for one in stream.encode(shown)):
+            container.mux(told.filter(packet) if told else packet)
+
+
+def first_frame(path, settings, **change):
+    frames, _ = read_video(path, settings.data.model_copy(update=change), 0.0, None)
+    return Image.open(io.BytesIO(frames[0])).convert("L")
+
+
+# Where ffmpeg shows the upper left corner of the stored pictures: as (right, below).
+@pytest.mark.parametrize(
+    ("turn", "mirrored", "corner"),
+    [
+        (0, False, (0, 0)),
+        (-90, False, (1, 0)),
+        (90, False, (0, 1)),
+        (180, False, (1, 1)),
+        (0, True, (1, 0)),
+        (-90, True, (0, 0)),
+        (90, True, (1, 1)),
+        (180, True, (0, 1)),
+    ],
+)
+def test_videos_are_turned_upright_and_mirrored(tmp_path, settings, turn, mirrored, corner):
     stored = np.full((56, 112, 3), 40, np.uint8)
     stored[:28, :56] = 220
-    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
-        stream.set_display_rotation(turn)
-        for _ in range(10):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))
-        container.mux(stream.encode())
-    frames, _ = read_video(tmp_path / "phone.mp4", settings.data, 0.0, None)
-    shown = Image.open(io.BytesIO(frames[0])).convert("L")
+    write_shown(tmp_path / "phone.mp4", stored, turn=turn, mirrored=mirrored)
+    shown = first_frame(tmp_path / "phone.mp4", settings)
     assert shown.size == ((112, 56) if turn % 180 == 0 else (56, 112))
+    quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
+    assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
+
+
+@pytest.mark.parametrize(
+    ("says", "corner"), [("rotate=-90", (1, 0)), ("rotate=180", (1, 1)), ("flip=horizontal", (1, 0))]
+)
+def test_all_frames_are_turned_as_the_stream_says_beside_its_key_frames(tmp_path, settings, says, corner):
+    stored = np.full((112, 112, 3), 40, np.uint8)
+    stored[:56, :56] = 220
+    write_shown(tmp_path / "a.ts", stored, "libx264", stream_says=says)
+    for frame in read_video(tmp_path / "a.ts", settings.data, 0.0, None)[0]:
+        quarters = np.asarray(Image.open(io.BytesIO(frame)).convert("L").resize((2, 2), Image.Resampling.BOX))
+        assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts", "a.avi", "turned.mp4"])
+@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(3, 4)])
+def test_pixels_become_square(tmp_path, settings, name, aspect):
+    """What is shown as a square is one."""
+    stored = np.full((252, 336, 3), 40, np.uint8)
+    wide = round(56 / aspect)
+    stored[70:182, 168 - wide : 168 + wide] = 220
+    write_shown(tmp_path / name, stored, turn=90 if name == "turned.mp4" else 0, aspect=aspect)
+    shown = first_frame(tmp_path / name, settings, max_pixels=10**6)
+    assert sorted(shown.size) == sorted((round(336 * aspect / 28) * 28, 252))
+    bright = np.asarray(shown) > 130
+    assert bright.any(0).sum() == pytest.approx(112, abs=4)
+    assert bright.any(1).sum() == pytest.approx(112, abs=4)
+
+
+def test_pixels_of_no_likely_shape_are_refused(tmp_path, settings):
+    write_shown(tmp_path / "a.mp4", np.full((56, 560, 3), 40, np.uint8), "libx264", aspect=30)
+    with pytest.raises(BadRecordError, match=r"expected a readable video, found .*a\.mp4 .*aspect ratio"):
+        first_frame(tmp_path / "a.mp4", settings)
+
+
+def test_what_is_transparent_in_a_video_is_white(tmp_path, settings):
+    stored = np.zeros((56, 112, 4), np.uint8)
+    stored[:, 56:, 3] = 255
+    write_shown(tmp_path / "a.mov", stored, "qtrle", form="argb")
+    shown = np.asarray(first_frame(tmp_path / "a.mov", settings))
+    assert shown[:, :50].min() > 240
+    assert shown[:, 62:].max() < 20
+
+
+@pytest.mark.parametrize("sizes", [((160, 120), (320, 240)), ((320, 240), (160, 120)), ((160, 120), (120, 160))])
+def test_frames_are_of_one_size_where_a_stream_changes_it(tmp_path, settings, sizes):
+    """As a call does when the other side turns the phone; what has another shape keeps it."""
+    parts = []
+    for size in sizes:
+        write_video(tmp_path / "part.ts", 20, size=size, codec="libx264", step=0)
+        parts.append((tmp_path / "part.ts").read_bytes())
+    (tmp_path / "whole.ts").write_bytes(b"".join(parts))
+    data = settings.data.model_copy(update={"fps": 1.0, "max_frames": 4, "max_pixels": 10**6})
+    frames, _ = read_video(tmp_path / "whole.ts", data, 0.0, None)
+    assert len({Image.open(io.BytesIO(frame)).size for frame in frames}) == 1
+
+
+def test_a_stream_that_is_turned_keeps_its_shape(tmp_path, settings):
+    stored = np.full((160, 120, 3), 220, np.uint8)
+    write_video(tmp_path / "wide.ts", 20, codec="libx264", step=0)
+    write_shown(tmp_path / "high.ts", stored, "libx264")
+    (tmp_path / "whole.ts").write_bytes((tmp_path / "wide.ts").read_bytes() + (tmp_path / "high.ts").read_bytes())
+    data = settings.data.model_copy(update={"fps": 1.0, "max_frames": 4, "max_pixels": 10**6})
+    last = Image.open(io.BytesIO(read_video(tmp_path / "whole.ts", data, 0.0, None)[0][-1])).convert("L")
+    assert last.size == (168, 112)
+    assert (np.asarray(last) > 130).any(0).sum() == pytest.approx(168 * 90 / 160, abs=4)
+
+
+def write_streams(path, *streams):
+    """Pictures of a grey and their number, each in a stream of its own with this disposition."""
+    with av.open(str(path), "w") as container:
+        made = []
+        for codec, form, _, _, disposition in streams:
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = 112, 112, form, disposition
+            made.append(stream)
+        for stream, (_, _, grey, count, _) in zip(made, streams, strict=True):
+            for _ in range(count):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((112, 112, 3), grey, np.uint8))))
+            container.mux(stream.encode())
+
+
+def test_pixels_that_change_their_shape_become_square(tmp_path, settings):
+    """As on television, between films of 4:3 and of 16:9."""
+    stored, parts = np.full((112, 112, 3), 220, np.uint8), []
+    for aspect in (2, 1):
+        write_shown(tmp_path / "part.ts", stored, "libx264", aspect=aspect)
+        parts.append((tmp_path / "part.ts").read_bytes())
+    (tmp_path / "whole.ts").write_bytes(b"".join(parts))
+    data = settings.data.model_copy(update={"fps": 2.0, "max_frames": 4, "max_pixels": 10**6})
+    shown = [Image.open(io.BytesIO(frame)) for frame in read_video(tmp_path / "whole.ts", data, 0.0, None)[0]]
+    wide = [(np.asarray(one.convert("L")) > 130).any(0).sum() for one in shown]
+    assert {one.size for one in shown} == {(224, 112)}
+    assert wide == pytest.approx([224, 224, 112, 112], abs=4)
+
+
+COVER, FILM = ("mjpeg", "yuvj420p", 220, 1), ("libx264", "yuv420p", 40, 20)
+DEFAULT, PICTURE = Disposition.default, Disposition.attached_pic
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"),
+    {
+        "a cover first": ("a.mkv", [(*COVER, 0), (*FILM, DEFAULT)]),
+        "all by default": ("a.mkv", [(*COVER, DEFAULT), (*FILM, DEFAULT)]),
+        "none by default": ("a.mkv", [(*COVER, 0), (*FILM, 0)]),
+        "a cover alone by default": ("a.mkv", [(*COVER, DEFAULT), (*FILM, 0)]),
+        "slides": ("a.mkv", [("mjpeg", "yuvj420p", 220, 3, 0), (*FILM, DEFAULT)]),
+        "a cover by default": ("a.mp4", [(*COVER, DEFAULT), (*FILM, 0)]),
+        "an attached cover": ("a.mp4", [(*COVER, PICTURE), (*FILM, DEFAULT)]),
+        "another film first": ("a.mkv", [(*FILM[:2], 220, 20, 0), (*FILM, DEFAULT)]),
+    }.values(),
+)
+def test_the_default_stream_that_is_no_cover_is_read(tmp_path, settings, name, streams):
+    write_streams(tmp_path / name, *streams)
+    frames, rate = read_video(tmp_path / name, settings.data, 0.0, None)
+    assert len(frames) / rate == pytest.approx(2, abs=0.01)
+    assert 5 * brightness(frames[0]) == pytest.approx(40, abs=2)
+
+
+def test_a_song_with_a_cover_is_no_film(tmp_path, settings):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        cover, sound = container.add_stream("mjpeg", rate=10), container.add_stream("aac", rate=16000)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 56, 56, "yuvj420p", PICTURE
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((56, 56, 3), np.uint8))))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*cover.encode(), *sound.encode(frame), *sound.encode()])
+    with pytest.raises(BadRecordError, match=r"found .*song\.mp4 \(the file has no video stream\)"):
+        read_video(tmp_path / "song.mp4", settings.data, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner"),
+    enumerate([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (1, 0), (1, 1), (0, 1)], start=1),
+)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_upright_and_mirrored(settings, form, orientation, corner):
+    stored, exif, buffer = Image.new("L", (112, 56), 40), Image.Exif(), io.BytesIO()
+    stored.paste(220, (0, 0, 56, 28))
+    exif[0x0112] = orientation
+    stored.convert("RGB").save(buffer, form, exif=exif)
+    shown = Image.open(io.BytesIO(read_image(buffer, settings.data))).convert("L")
+    assert shown.size == ((112, 56) if orientation < 5 else (56, 112))
     quarters = np.asarray(shown.resize((2, 2), Image.Resampling.BOX))
     assert np.unravel_index(quarters.argmax(), (2, 2)) == corner[::-1]
 

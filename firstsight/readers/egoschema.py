@@ -35,7 +35,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             record = as_object(raw)
             uid = record.get("q_uid", record.get("video_idx"))
             if not isinstance(uid, str):
-                raise BadRecordError(f"q_uid: expected text, found {uid!r}; correct it")
+                raise BadRecordError(f"q_uid: expected text, found {repr(uid)[:60]}; correct it")
             if answers and "answer" not in record and uid not in answers:
                 problems.left_out["question without a public answer"] += 1
                 continue

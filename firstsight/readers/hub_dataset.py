@@ -1,7 +1,8 @@
 """Read data sets of the Hugging Face hub, or local copies, that `datasets` loads without running their authors' code.
 
 `data.hub.fields` maps each of our fields (`FIELDS`) to the data set's column. An answer may be an index into the
-options, from 0. An image is a value of datasets' Image type, or a path; a video is a path. Paths are relative to the
+options, from 0. A class (datasets' ClassLabel) is its name; -1, by which data sets mark an unknown class, is no value.
+An image is a value of datasets' Image type, or a path; a video is a path. Paths are relative to the
 media root, and a video without a suffix is taken as .mp4. `data.hub.splits` maps each of the data set's splits to one
 of ours, or leaves the choice to the groups; a column mapped to our `split` takes precedence.
 """
@@ -23,9 +24,10 @@ from firstsight.core.params import Data, Hub
 from firstsight.core.progress import on_terminal
 from firstsight.core.stage import log
 from firstsight.readers.choices import chosen, plain_options
+from firstsight.readers.image_decoding import read_image
 from firstsight.readers.jsonl import window
-from firstsight.readers.media import VIDEO_SUFFIXES, Files, files, read_image
-from firstsight.readers.problems import BadRecordError, Problems
+from firstsight.readers.media import Files, files
+from firstsight.readers.problems import BadRecordError, Problems, reason
 from firstsight.readers.source_record import (
     MEDIA_PLACEHOLDER,
     PLACEHOLDER,
@@ -34,8 +36,9 @@ from firstsight.readers.source_record import (
     Media,
     source_record,
 )
+from firstsight.readers.suffixes import VIDEO_SUFFIXES
 from firstsight.readers.text_files import media_root
-from firstsight.records.sample import MediaKind
+from firstsight.records.sample import LETTERS, MediaKind
 
 TEXTS = ("id", "question", "question_type", "group", "split")
 CHOICES = ("answer", "answers", "options")
@@ -151,8 +154,9 @@ def _one_line(repository: str) -> Iterator[None]:
         remedy = "expected the revision in data.hub.revision, found none of that name; correct it"
     except Exception as error:
         # datasets passes on any exception of the file format's reader.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = f"expected a data set, found {first[:200]}; correct data.hub, or check the network and run it again"
+        remedy = (
+            f"expected a data set, found {reason(error)[:200]}; correct data.hub, or check the network and run it again"
+        )
     else:
         return
     raise UserError(f"{repository}: {remedy}") from None
@@ -167,8 +171,34 @@ def _split(source: Source, split: str | None, data: Data, problems: Problems) ->
         for values in batch.to_pylist():
             place = f"{source.id}: {source.split}[{row}]"
             with problems.at(place):
-                yield _asked(place, source, row, {ours: values[theirs] for ours, theirs in fields.items()}, split, data)
+                has_options = bool(values.get(fields.get("options")))
+                named = {
+                    ours: _named(ours, values[theirs], rows.features[theirs], has_options)
+                    for ours, theirs in fields.items()
+                }
+                yield _asked(place, source, row, named, split, data)
             row += 1
+
+
+def _named(ours: str, value: Any, feature: Any, has_options: bool) -> Any:
+    """Return the value of one of our fields with the names of classes, also in lists, in place of their numbers.
+
+    Where there are options, the numbers of classes that are called A, B, C or 0, 1, 2 are indices into them.
+
+    Raises:
+        BadRecordError: there is no class of that number.
+    """
+    if isinstance(value, list):
+        return [_named(ours, one, getattr(feature, "feature", None), has_options) for one in value]
+    if (names := getattr(feature, "names", None)) is None:
+        return value
+    if value is None or value == -1:
+        return None
+    if not 0 <= value < len(names):
+        raise BadRecordError(f"{ours}: expected a class from 0 to {len(names) - 1}, found {value}; correct it")
+    counted = (list(LETTERS[: len(names)]), [str(number) for number in range(len(names))])
+    is_index = has_options and ours in ("answer", "answers") and [name.upper() for name in names] in counted
+    return value if is_index else names[value]
 
 
 def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: str | None, data: Data) -> Asked:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from firstsight.core.params import Data
-from firstsight.readers.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Files, files, frame_rate
+from firstsight.readers.media import Files, files
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
 from firstsight.readers.source_record import MEDIA_PLACEHOLDER, PLACEHOLDER, Asked, source_record
+from firstsight.readers.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from firstsight.readers.text_files import as_object, media_root, read_records
+from firstsight.readers.video_decoding import frame_rate
 
 MEDIA_KEYS = ("image", "images", "video", "videos")
 _PLACEHOLDER = re.compile(rf"\s*{PLACEHOLDER}\s*")

@@ -1,28 +1,18 @@
-"""Decode, sample and resize images and videos to JPEG frames, once, when the data set is built."""
+"""Name the images and videos that records ask about: files below a folder, which are decoded when they are loaded."""
 
-import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import av
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from qwen_vl_utils import fetch_image
 
 from firstsight.core.params import Data
+from firstsight.readers.image_decoding import read_image
 from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import DecodedMedia
+from firstsight.readers.suffixes import VIDEO_SUFFIXES, VIDEOS
+from firstsight.readers.video_decoding import read_video
 from firstsight.records.sample import MediaKind
-
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv", ".flv"}
-)
-_VIDEOS = f"a video's name ends in {', '.join(sorted(VIDEO_SUFFIXES))}"
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ def files(root: Path, media: str | Sequence[str], start: float | None = None, en
     if kind != "video" and (start or end):
         raise BadRecordError(
             f"expected start and end with a video alone, found them with media {str(media)[:80]!r}; "
-            f"remove them ({_VIDEOS})"
+            f"remove them ({VIDEOS})"
         )
     return Files(kind, root, inside, float(start or 0), None if end is None else float(end), tuple(names))
 
@@ -120,137 +110,3 @@ def _inside(root: Path, name: str) -> str:
 def first_there(root: Path, names: Sequence[str]) -> str:
     """Return the first of `names` that is a file below `root`, else the first, which `files` then reports missing."""
     return next((name for name in names if os.path.isfile(root / name)), names[0])  # noqa: PTH113, Path.is_file raises
-
-
-def encode(image: Image.Image, data: Data) -> bytes:
-    """Return a JPEG of the image, resized to at most `data.max_pixels` and sides divisible by 28 (one visual token)."""
-    buffer = io.BytesIO()
-    described: dict[str, Any] = {"image": image, "max_pixels": data.max_pixels}
-    fetch_image(described).save(buffer, "JPEG", quality=data.jpeg_quality)
-    return buffer.getvalue()
-
-
-def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:
-    """Return one image file as resized JPEG bytes. Errors call it `name`, by default the path.
-
-    Raises:
-        BadRecordError: the image cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            # A camera held upright stores the image on its side, with its orientation in an EXIF tag.
-            return encode(_eight_bits(ImageOps.exif_transpose(image)), data)
-    except UnidentifiedImageError:
-        raise BadRecordError(
-            f"expected a readable image, found {name or path} (of no known format; {_VIDEOS}); repair or remove it"
-        ) from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecordError(
-            f"expected a readable image, found {name or path} ({error}); repair or remove it"
-        ) from None
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale an image of more than 8 bits a channel to 8, because Pillow would clip values above 255.
-
-    Raises ValueError when floating-point pixels are outside of 0 to 255.
-    """
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.mode == "F":
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if not 0 <= low <= high <= 255:
-            raise ValueError(f"with pixels from {low:g} to {high:g}, where 0 to 1 or 0 to 255 is expected")
-        return image.point(lambda value: value * 255) if high <= 1 else image
-    return image
-
-
-def read_video(path: Path, data: Data, start: float, end: float | None) -> tuple[tuple[bytes, ...], float]:
-    """Return evenly spaced JPEG frames between `start` and `end` seconds (None: the video's end), and their rate per
-    second.
-
-    The number of frames follows from `data.fps`, is at least two and at most `data.max_frames`, and is even, because
-    Qwen2-VL merges frames in pairs. The window is cut into as many equal parts, and each frame is the one on show at
-    the middle of its part.
-
-    Raises:
-        BadRecordError: the video cannot be read, or the window is outside of it.
-    """
-    try:
-        with av.open(str(path)) as container:
-            stream = _video_stream(container)
-            stream.thread_type = "AUTO"
-            length = _length(container, stream)
-            if not 0 <= start < min(end or length, length):
-                raise BadRecordError(
-                    f"expected a window within the {length:.2f} s of {path}, "
-                    f"found {start:g} to {end or length:g} s; correct start and end"
-                )
-            seconds = min(end or length, length) - start
-            count = int(np.clip(round(seconds * data.fps / 2) * 2, 2, data.max_frames // 2 * 2))
-            times = start + (np.arange(count) + 0.5) * seconds / count
-            return tuple(encode(frame, data) for frame in _frames_at(container, stream, times)), count / seconds
-    except (OSError, av.FFmpegError, ValueError) as error:
-        raise BadRecordError(f"expected a readable video, found {path} ({error}); repair or remove it") from None
-
-
-def frame_rate(path: Path) -> float:
-    """Return the average number of frames per second of a video.
-
-    Raises:
-        BadRecordError: the video cannot be read.
-    """
-    try:
-        with av.open(str(path)) as container:
-            return float(_video_stream(container).average_rate)
-    except (OSError, av.FFmpegError, ValueError, TypeError) as error:
-        raise BadRecordError(f"expected a readable video, found {path} ({error}); repair or remove it") from None
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise ValueError("the file has no video stream")
-    return container.streams.video[0]
-
-
-def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Return the seconds from the first frame to the end of the last, from the packets after the last key frame, or
-    all.
-
-    The length in a file's header cannot be used: Matroska has none for a stream, and the container's is that of the
-    longest stream, which may be sound that begins earlier or ends later.
-    """
-    start, said = stream.start_time or 0, container.duration or 0
-    for place in (start + int(said / av.time_base / stream.time_base), start):
-        container.seek(place, stream=stream)
-        packets = (one for one in container.demux(stream) if one.pts is not None and not one.is_discard)
-        if ends := [one.pts + (one.duration or 0) for one in packets]:
-            return float((max(ends) - start) * stream.time_base)
-    raise ValueError("no frame has a time stamp")
-
-
-def _frames_at(
-    container: av.container.InputContainer, stream: av.VideoStream, times: np.ndarray
-) -> Iterator[Image.Image]:
-    """Yield the frame on show at each of the ascending `times` (s), decoding once from the key frame before them."""
-    origin = float((stream.start_time or 0) * stream.time_base)
-    container.seek(int((origin + times[0]) / stream.time_base), stream=stream)
-    wanted, shown = list(times), None
-    for frame in container.decode(stream):
-        while wanted and shown is not None and frame.time - origin > wanted[0]:
-            wanted.pop(0)
-            yield _upright(shown)
-        if not wanted:
-            return
-        shown = frame
-    if shown is None:
-        raise ValueError("no frame could be decoded")
-    for _ in wanted:
-        yield _upright(shown)
-
-
-def _upright(frame: av.VideoFrame) -> Image.Image:
-    """Return the frame as players show it: a camera held upright stores its frames on their side, with a rotation."""
-    turns = round(frame.rotation / 90) % 4  # anticlockwise
-    return frame.to_image().rotate(90 * turns, expand=True)

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from firstsight.core.params import Data
-from firstsight.readers.media import IMAGE_SUFFIXES, Files, files, first_there
+from firstsight.readers.media import Files, files, first_there
 from firstsight.readers.problems import BadRecordError, Problems
 from firstsight.readers.source_record import Asked, source_record
+from firstsight.readers.suffixes import IMAGE_SUFFIXES
 from firstsight.readers.text_files import as_object, media_root, read_records
 
 
@@ -39,7 +40,7 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
             record = as_object(raw)
             episode = record.get("episode_history")
             if not isinstance(episode, str) or not episode.strip("/ "):
-                raise BadRecordError(f"episode_history: expected text, found {episode!r}; correct it")
+                raise BadRecordError(f"episode_history: expected text, found {repr(episode)[:60]}; correct it")
             extra = record.get("extra_answers")
             asked = source_record(
                 place,
@@ -73,8 +74,14 @@ def _media(root: Path, most: int, episode: str) -> Files:
 
 
 def _frames(folder: Path) -> list[str]:
-    """Return the sorted names of a folder's frames: the images named *-rgb if there are any, else all images."""
+    """Return the names of a folder's frames in order: the images named *-rgb if there are any, else all images."""
     if not os.path.isdir(folder):  # noqa: PTH112, as Path.is_dir raises on names that are too long
         return []
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return [path.name for path in images if path.stem.endswith("-rgb")] or [path.name for path in images]
+    names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    return sorted([name for name in names if Path(name).stem.endswith("-rgb")] or names, key=_natural)
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts by the numbers in names, as 2.png before 10.png, and then by their digits."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -15,6 +15,11 @@ class BadRecordError(Exception):
     """Report that a record, its image or its video cannot be used: what was expected, what was found, what to do."""
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of what a library says, or the kind of error where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
 class Problems:
     """Collect the problems of a build, and in `left_out` the number of valid questions left out, by reason.
 
@@ -42,11 +47,13 @@ class Problems:
         Raises:
             UserError: the policy is `stop`.
         """
+        # Names of files may hold line breaks.
+        line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in f"{place}: {message}")
         if self._policy == "stop":
-            raise UserError(f"{place}: {message}, or set data.on_error to skip")
+            raise UserError(f"{line}, or set data.on_error to skip")
         self.count += 1
         if len(self.first) < LISTED:
-            self.first.append(f"{place}: {message}")
+            self.first.append(line)
 
     def card(self) -> dict[str, Any]:
         """Return the number of problems and the first ones, for the data card."""

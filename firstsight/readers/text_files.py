@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
-from firstsight.readers.problems import BadRecordError
+from firstsight.readers.problems import BadRecordError, reason
 
 
 def media_root(data: Data) -> Path:
@@ -66,8 +65,8 @@ def read_records(path: Path, what: str, key: str | None = None) -> Iterator[tupl
     if path.suffix.lower() == ".parquet":
         try:
             rows = pq.read_table(path).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: expected {what}, found {str(error).splitlines()[0][:120]}; correct it") from None
+        except Exception as error:  # over a damaged file, pyarrow raises anything
+            raise UserError(f"{path}: expected {what}, found {reason(error)[:120]}; correct it") from None
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
     elif key is None and not read_text(path, what).lstrip().startswith("["):
         yield from ((f"{path}: line {number}", text) for number, text in read_lines(path, what))

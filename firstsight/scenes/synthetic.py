@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from firstsight.core.params import Data, Synthetic
-from firstsight.readers.media import encode
+from firstsight.readers.image_decoding import encode
 from firstsight.readers.problems import Problems
 from firstsight.readers.source_record import Asked, DecodedMedia, source_record
 from firstsight.records.sample import MediaKind

@@ -331,6 +331,7 @@ def test_egoschema_s_parquet_is_read(settings, egoschema, tmp_path):
         ({}, {Q_UIDS[0]: -1}, "expected the answer to be an index of 5 options, from 0, found -1"),
         ({"option": ["a", "b"]}, {Q_UIDS[0]: 1}, "expected five options, found"),
         ({"q_uid": 3}, {Q_UIDS[0]: 1}, "q_uid: expected text, found 3"),
+        ({"q_uid": ["x" * 9000]}, {Q_UIDS[0]: 1}, "found ['" + "x" * 58 + "; correct it"),
         ({"question": None}, {Q_UIDS[0]: 1}, "question: expected a value"),
         ({"q_uid": Q_UIDS[0][:-1] + "9"}, {Q_UIDS[0][:-1] + "9": 1}, "expected a media file, found no"),
     ],
@@ -427,6 +428,7 @@ def test_openeqa_is_read_from_frames_of_other_names_or_videos(settings, tmp_path
     [
         ({}, "expected frames in scannet-v0/002-scannet-scene0709_00/, or else: expected a media file, found no"),
         ({"episode_history": None}, "episode_history: expected text, found None"),
+        ({"episode_history": ["x" * 9000]}, "found ['" + "x" * 58 + "; correct it"),
         ({"episode_history": "/"}, "episode_history: expected text, found '/'"),
         ({"episode_history": "../.."}, "expected media below"),
         ({"answer": 3}, "answer: expected text"),

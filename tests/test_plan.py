@@ -24,7 +24,7 @@ from firstsight.models.loading import language_model_prefix, load_model, load_pr
 from firstsight.packing.forward import answer_states
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.planning import arithmetic, gpu_memory, plan_table
-from firstsight.planning.gpu_memory import Shape
+from firstsight.planning.model_shape import Shape
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Sizes, patches_and_tokens, reads_text_alone, workload
 
@@ -489,7 +489,7 @@ def test_the_command_prints_a_table_and_a_verdict():
     command = [sys.executable, "-m", "firstsight", "plan", "presets/qwen2-vl-7b-24gb.yaml"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "cache-teacher-targets" in printed
-    assert "fits" in printed.splitlines()[-4]
+    assert "fits" in printed.splitlines()[-5]
     refused = subprocess.run([*command[:-1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: nowhere.yaml: expected a parameter file")

@@ -46,7 +46,10 @@ def plan(
     tokens = min(model.config.get_text_config().vocab_size for model in (teacher, student))
     if loaded.targets.kind == "topk" and loaded.targets.k > tokens:
         print(f"\ntargets.k is {loaded.targets.k:,}, more than there are tokens: all of at most {tokens:,} are kept")
-    print("\ntime is a stage's share of the arithmetic, not hours")
+    print(
+        "\ncached is what freed tensors leave behind; PyTorch gives it back when it runs short, so fits is without it"
+    )
+    print("time is a stage's share of the arithmetic, not hours")
     print("how GPU memory is estimated, and what is left out: firstsight/planning/gpu_memory.py")
 
 

@@ -11,7 +11,7 @@ longer than their share.
 """
 
 from firstsight.core.params import Optimisation, Params
-from firstsight.planning.gpu_memory import Shape
+from firstsight.planning.model_shape import Shape
 from firstsight.planning.workload import Workload, patches_and_tokens
 
 

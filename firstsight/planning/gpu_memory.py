@@ -1,10 +1,6 @@
 """Estimate the GPU memory of each stage on CUDA from shapes.
 
-Weights, in bytes per parameter:
-    float32 4, bfloat16 2; "auto" is bfloat16
-    int8    1 for the linear layers of the language model (Dettmers et al., 2022, arXiv:2208.07339), 2 for the rest
-    nf4     0.516 for those: half a byte, an 8-bit scale per 64 weights, and a float32 per 256 scales (double
-            quantization, Dettmers et al., 2023, arXiv:2305.14314, 4.127 bits); 2 for the rest
+Weights are in `firstsight.planning.model_shape`.
 
 Training, for n trained parameters (mixed precision; 18 bytes per parameter including the float32 weights, as in
 Hugging Face's "Model training anatomy"):
@@ -25,124 +21,59 @@ arXiv:2205.05198). h, i, L: hidden, intermediate, layers of the language model; 
                     with RMS norms and a gated MLP, P (6 e + 2 m) more, without its windowed attention, for which
                     autograd saved a quarter more than this on a tiny model
     checkpointing   only the layers' inputs are saved, B S 4 h (2 h) L + P 4 e (2 e) D, and one layer at a time
-Without training, as much as one layer: B S (16 h + 6 i) + B S^2 x 2, or P (16 e + 4 m) (6 m with a gate), whichever is
-larger. In addition, the mask added to attention scores, B S^2 x 4 (2 for a 16-bit model), and one layer's gradients.
+In addition, the mask added to attention scores, B S^2 x 4 (2 for a 16-bit model), one layer's gradients, and what a
+frozen tower takes if that is more than the layer.
+
+Without training: the tensors that are alive at once (`firstsight.planning.inference`), in the segments that the
+allocator takes for them and keeps (`firstsight.planning.allocator`). For cached hidden states, the check that the
+teacher's head is finite, 5 V h_t; for the top k, five times the logits of 512 answer tokens. Evaluation answers one
+question, then batches of all sizes, and keeps keys and values, B (S + new) x 2 x kv heads x head size x L x 2.
 
 Loss: logits of 512 answer tokens of student and of teacher, 2 x 512 x V x 4, which its Triton kernel overwrites; if the
 head is trained, its gradient V h x 4 before it is added to that of earlier micro-batches. The cached teacher's head is
 V h_t x 2.
 
-Answering adds keys and values, B (S + new) x 2 x kv heads x head size x L x 2.
-
-Every stage needs another 1 GiB for CUDA's context, library workspaces and fragmentation. Not counted: INT8's scales
-(about 0.1%) and outliers.
+Every stage needs another 1 GiB for CUDA's context, library workspaces and, in training, fragmentation. Not counted:
+outliers of LLM.int8, and cuDNN's workspaces.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation, Params
 from firstsight.loss.products import CHUNK
-from firstsight.models.loading import AUTO, TRAINING_PRECISIONS
+from firstsight.models.loading import TRAINING_PRECISIONS
+from firstsight.planning import inference
+from firstsight.planning.allocator import reserved
+from firstsight.planning.model_shape import Shape
 from firstsight.planning.workload import Sizes, patches_and_tokens
 
 OVERHEAD = 1 << 30
-_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
-_KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2}
-
-
-def on_gpu(precision: str) -> str:
-    """Return the precision that weights have on CUDA: that of "auto" by name."""
-    return AUTO["cuda"] if precision == "auto" else precision
-
-
-class Shape:
-    """Hold the sizes of a model on the meta device that memory and time depend on."""
-
-    def __init__(self, name: str, model: PreTrainedModel):
-        self.name, self.model = name, model
-        text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
-        self.hidden, self.intermediate, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-        self.rows = text.vocab_size
-        self.kv_width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-        self.vision_hidden = self.vision_intermediate = self.vision_layers = 0
-        if vision is not None:
-            # In Qwen2-VL embed_dim is the tower's width, and hidden_size the width that it projects to.
-            self.vision_hidden = getattr(vision, "embed_dim", vision.hidden_size)
-            self.vision_intermediate = (
-                getattr(vision, "intermediate_size", None) or vision.mlp_ratio * self.vision_hidden
-            )
-            self.vision_layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-
-        decoder = model.get_decoder()
-        self.language_linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
-        head = model.get_output_embeddings()
-        inside = {id(m) for m in self.language_linears.values()} | {id(head)}
-        sees = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside}
-        self.vision_linears = list(sees.values())
-        self.vision_gated = any(name.endswith("gate_proj") for name in sees)
-
-        self.parameters = model.num_parameters()
-        self.stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        self.head = head.weight.numel()
-        self.tied = head.weight is model.get_input_embeddings().weight
-        self.language = sum(p.numel() for p in decoder.parameters()) + (0 if self.tied else self.head)
-        self.vision = self.parameters - self.language
-        self.embedding = model.get_input_embeddings().weight.numel()
-        self.linear = sum(m.weight.numel() for m in self.language_linears.values())
-        self.largest_linear = max(m.weight.numel() for m in self.language_linears.values())
-
-    def weights_bytes(self, precision: str) -> float:
-        """Return the bytes of the weights loaded in `precision`."""
-        precision = on_gpu(precision)
-        return self.linear * _LINEAR[precision] + (self.parameters - self.linear) * _KEPT[precision]
-
-    def trained(self, settings: Optimisation) -> int:
-        """Return the number of parameters that `settings` train.
-
-        Raises:
-            UserError: an adapter's target is not a linear layer of the language model, or its rank exceeds the layers'.
-        """
-        if settings.method == "full":
-            return self.parameters if settings.train_vision else self.language
-        targets = settings.adapter.target_modules
-        last = {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
-        if absent := sorted(set(targets) - set(last.values())):
-            raise UserError(
-                f"adapter.target_modules: expected linear layers of {self.name}'s language model "
-                f"({', '.join(sorted(set(last.values())))}), found {absent[0]}; correct it"
-            )
-        adapted = [module for name, module in self.language_linears.items() if last[name] in targets]
-        if settings.train_vision:
-            adapted += self.vision_linears
-        if settings.adapter.rank > (most := max(min(m.in_features, m.out_features) for m in adapted)):
-            raise UserError(
-                f"adapter.rank: expected at most {most}, the smaller side of the largest layer of {self.name} that is "
-                f"adapted, found {settings.adapter.rank}; lower it"
-            )
-        if settings.method == "adalora":
-            rank = math.ceil(1.5 * settings.adapter.rank)
-            return sum(rank * (m.in_features + m.out_features + 1) for m in adapted)
-        return sum(settings.adapter.rank * (m.in_features + m.out_features) for m in adapted)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Hold bytes on the GPU; `training` is gradients, optimizer state and autocast's copies of weights."""
+    """Hold bytes on the GPU.
+
+    `training` is gradients, optimizer state and autocast's copies of weights; `cached` is the memory of freed tensors,
+    which PyTorch's allocator keeps until memory runs out.
+    """
 
     weights: float
     training: float = 0.0
     activations: float = 0.0
+    cached: float = 0.0
     overhead: float = OVERHEAD
 
     @property
-    def total(self) -> float:
+    def needed(self) -> float:
+        """Return the bytes without which the stage fails."""
         return self.weights + self.training + self.activations + self.overhead
+
+    @property
+    def total(self) -> float:
+        """Return the bytes that are taken where there is room."""
+        return self.needed + self.cached
 
 
 def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
@@ -154,13 +85,14 @@ def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
     )
 
 
-def caching(shape: Shape, params: Params, sizes: Sizes) -> Memory:
+def caching(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> Memory:
     """Estimate the peak GPU memory of cache-teacher-targets, for targets that are not online."""
     settings = params.targets
-    return Memory(
-        weights=shape.weights_bytes(settings.precision),
-        activations=_inference(shape, settings.precision, settings.batch_size, sizes),
-    )
+    generated = sizes.questions * settings.max_answer_tokens if params.data.unanswered == "teacher" else None
+    moments = inference.forward_pass(teacher, settings.precision, settings.batch_size, sizes, generated)
+    answers = settings.batch_size * sizes.questions * sizes.answer_tokens
+    moments += inference.stored_targets(settings.kind, answers, shared_rows(student, teacher), teacher.hidden)
+    return _without_training(teacher.weights_bytes(settings.precision), moments)
 
 
 def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> Memory:
@@ -169,7 +101,7 @@ def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> 
     weights, activations = _trained_weights(student, settings), training_activations(student, settings, sizes)
     if targets.kind == "online":
         weights += teacher.weights_bytes(targets.precision)
-        activations += _inference(teacher, targets.precision, settings.batch_size, sizes)
+        activations += inference.peak(inference.forward_pass(teacher, targets.precision, settings.batch_size, sizes))
     elif targets.kind == "hidden":
         weights += head_bytes(student, teacher)
     return Memory(weights, _optimisation(student, settings), activations + _loss(student, settings, teacher, sizes))
@@ -180,19 +112,30 @@ def quantizing(shape: Shape, method: str) -> Memory:
     return Memory(shape.weights_bytes("bfloat16") + shape.weights_bytes(method))
 
 
-def answering(shape: Shape, precision: str, batch_size: int, new_tokens: int, sizes: Sizes) -> Memory:
-    """Estimate the peak GPU memory of evaluate for one variant."""
+def answering(shape: Shape, precision: str, batch_sizes: Sequence[int], new_tokens: int, sizes: Sizes) -> Memory:
+    """Estimate the peak GPU memory of evaluate for one variant, which answers batches of these sizes in this order."""
     alone = sizes.alone()
-    _, tokens = patches_and_tokens(shape.model, alone)
-    keys_and_values = batch_size * (tokens + new_tokens) * 2 * shape.kv_width * shape.layers * 2
-    return Memory(
-        shape.weights_bytes(precision), activations=_inference(shape, precision, batch_size, alone) + keys_and_values
-    )
+    moments = [
+        moment
+        for batch_size in batch_sizes
+        for moment in inference.forward_pass(shape, precision, batch_size, alone, new_tokens)
+    ]
+    return _without_training(shape.weights_bytes(precision), moments)
+
+
+def _without_training(weights: float, moments: list[inference.Moment]) -> Memory:
+    alive = inference.peak(moments)
+    return Memory(weights, activations=alive, cached=max(0, reserved(moments) - alive))
+
+
+def shared_rows(student: Shape, teacher: Shape) -> int:
+    """Return the rows of the teacher's head over the shared vocabulary, at most."""
+    return min(student.rows, teacher.rows)
 
 
 def head_bytes(student: Shape, teacher: Shape) -> int:
     """Return the bytes of the teacher's 16-bit head over the shared vocabulary, stored with cached hidden states."""
-    return min(student.rows, teacher.rows) * teacher.hidden * 2
+    return shared_rows(student, teacher) * teacher.hidden * 2
 
 
 def _trained_weights(shape: Shape, settings: Optimisation) -> float:
@@ -225,34 +168,21 @@ def training_activations(shape: Shape, settings: Optimisation, sizes: Sizes) -> 
     """Return the bytes of a micro-batch's saved activations and of the layer being computed."""
     patches, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
     layer, block = layer_bytes(shape, settings, sizes)
-    # A frozen tower computes as without training.
-    working = max(layer, block if settings.train_vision else _block(shape, patches))
+    working = max(layer, block) if settings.train_vision else layer
     mask = tokens**2 / settings.batch_size * _stream(settings)
     if settings.gradient_checkpointing:
         # The current layer is both recomputed and differentiated.
         working *= 2
         layer, block = (_stream(settings) * one for one in (tokens * shape.hidden, patches * shape.vision_hidden))
+    if not settings.train_vision:
+        # A frozen tower computes as without training.
+        working = max(working, reserved(inference.vision_tower(shape, _stream(settings), patches, sizes.kind)))
     return layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0) + mask + working
 
 
 def _stream(settings: Optimisation) -> int:
     """Return the bytes per element of the residual stream."""
     return 4 if settings.method == "full" else 2
-
-
-def _block(shape: Shape, patches: float) -> float:
-    """Return the bytes of a vision block's activations without training."""
-    mlp = 6 if shape.vision_gated else 4
-    return patches * (16 * shape.vision_hidden + mlp * shape.vision_intermediate)
-
-
-def _inference(shape: Shape, precision: str, batch_size: int, sizes: Sizes) -> float:
-    """Return the bytes of the activations alive at once in a forward pass without training."""
-    patches, tokens = (batch_size * one for one in patches_and_tokens(shape.model, sizes))
-    mask = 2 * tokens**2 / batch_size
-    language = tokens * (16 * shape.hidden + 6 * shape.intermediate) + mask
-    dequantized = 2 * shape.largest_linear if precision == "nf4" else 0
-    return (max(language, _block(shape, patches)) + mask) * (2 if precision == "float32" else 1) + dequantized
 
 
 def _loss(shape: Shape, settings: Optimisation, teacher: Shape | None, sizes: Sizes) -> float:

@@ -9,12 +9,13 @@ from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.egogpt import EgoGptConfig
 from firstsight.models.loading import TRAINING_PRECISIONS
 from firstsight.planning import arithmetic, gpu_memory
-from firstsight.planning.gpu_memory import Memory, Shape, on_gpu
+from firstsight.planning.gpu_memory import Memory
+from firstsight.planning.model_shape import Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Workload
 from firstsight.training.checkpoints import BYTES_PER_PARAMETER
 
-HEADER = ("stage", "loads", "weights", "training", "activations", "GPU", "disk", "scratch", "time")
+HEADER = ("stage", "loads", "weights", "training", "activations", "cached", "GPU", "disk", "scratch", "time")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _cache_teacher_targets(student: Shape, teacher: Shape, params: Params, work:
     return Row(
         "cache-teacher-targets",
         _loaded(teacher, params.targets.precision),
-        gpu_memory.caching(teacher, params, work.largest),
+        gpu_memory.caching(student, teacher, params, work.largest),
         disk=_targets(student, teacher, params, work),
         operations=arithmetic.caching(teacher, work),
     )
@@ -117,7 +118,7 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
         gpu_memory.answering(
             shape,
             precision,
-            max(settings.batch_size, *settings.throughput_batch_sizes),
+            (1, *settings.throughput_batch_sizes, settings.batch_size),
             max(tokens, settings.latency_new_tokens),
             work.largest,
         ),
@@ -136,19 +137,19 @@ def render(found: list[Row]) -> str:
 
 
 def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
-    """Return a line: all stages fit the GPU, and by how much; or which stages do not."""
-    largest = max((row for row in found if row.memory), key=lambda row: row.memory.total)
-    spare = memory_bytes - largest.memory.total
-    if spare >= 0:
-        return f"fits {name} with {_memory(spare)} to spare"
-    stages = [row.stage for row in found if row.memory and row.memory.total > memory_bytes]
-    return f"does not fit {name}: {', '.join(stages)} would take up to {_memory(largest.memory.total)}"
+    """Return a line: all stages fit the GPU, and by how much, without cached memory; or which stages do not."""
+    needed = {row.stage: row.memory.needed for row in found if row.memory}
+    largest = max(needed.values())
+    if largest <= memory_bytes:
+        return f"fits {name} with {_memory(memory_bytes - largest)} to spare"
+    stages = [stage for stage, size in needed.items() if size > memory_bytes]
+    return f"does not fit {name}: {', '.join(stages)} would need up to {_memory(largest)}"
 
 
 def _cells(row: Row, operations: float) -> tuple[str, ...]:
     """Return a row's cells in the order of `HEADER`; `operations` is the sum over all stages."""
     used = row.memory
-    parts = (used.weights, used.training, used.activations, used.total) if used else (0,) * 4
+    parts = (used.weights, used.training, used.activations, used.cached, used.total) if used else (0,) * 5
     return (
         row.stage,
         row.loads.replace(", ", ",\n"),

@@ -153,6 +153,11 @@ def patches_and_tokens(model: PreTrainedModel, sizes: Sizes) -> tuple[float, flo
     return patches, _TEMPLATE + visual + sizes.questions * (sizes.question_tokens + sizes.answer_tokens)
 
 
+def visual_tokens(model: PreTrainedModel, sizes: Sizes) -> float:
+    """Return those of a sample's tokens that are visual, or EgoGPT's of speech."""
+    return _visual(model.config, sizes)[1]
+
+
 def reads_text_alone(config: PretrainedConfig) -> bool:
     """Return whether a model has no vision tower."""
     return not hasattr(config, "vision_config")

@@ -19,7 +19,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.variants import STUDENTS, VARIANTS
 
 COMMANDS = ("plan", "table", "ask", "demo", "card", "publish", "clean-scratch")
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py"))
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 # Of the modules of firstsight that the interpreter has loaded, the files.
 PROBE = """
 import sys

@@ -48,16 +48,23 @@ def test_a_batch_of_questions_about_shared_media_is_answered_as_each_alone_by_tr
 
 def test_an_answer_ends_where_the_model_says_so_or_the_tokenizer(model, processor, monkeypatch):
     questions = [(sample, record) for sample in SAMPLES[:2] for record in sample.records]
-    whole = [answering._decode(model, processor, [question], 6)[0] for question in questions]
+    whole = [answering._decode(model, processor, [question], 6)[0][0] for question in questions]
     first, second = whole[0][1], whole[1][2]
     ended = [
-        tokens[: min((tokens.index(end) for end in (first, second) if end in tokens), default=6)] for tokens in whole
+        tokens[: min((tokens.index(end) + 1 for end in (first, second) if end in tokens), default=6)]
+        for tokens in whole
     ]
     assert ended != whole
     monkeypatch.setattr(model.generation_config, "eos_token_id", [first])
     processor = copy.deepcopy(processor)
     processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(second)
-    assert answering._decode(model, processor, questions, 6) == ended
+    tokens, states = answering._decode(model, processor, questions, 6)
+    assert tokens == ended
+    assert list(map(len, states)) == list(map(len, tokens))
+    contents = [one[:-1] if one[-1] in (first, second) else one for one in ended]
+    assert answering.answer_texts(model, processor, tokens) == [
+        text.strip() for text in processor.batch_decode(contents, skip_special_tokens=True)
+    ]
 
 
 def test_decoding_is_greedy_whatever_a_model_asks_for(model, processor, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import change, run_stage
 from safetensors.torch import load_file
 
@@ -10,6 +11,7 @@ from firstsight.assembly.splits import is_labelled
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
+from firstsight.generation.answering import Answer
 from firstsight.records.parquet import Split
 from firstsight.records.sample import SPLITS
 
@@ -99,9 +101,12 @@ def test_without_labels_or_where_it_is_not_wanted_it_is_left_out_and_distilling_
 def test_a_teacher_that_answers_nothing_is_one_line(smoke_copy, monkeypatch):
     change(smoke_copy, "data", labelled_fraction=0.3, unanswered="teacher")
     run_stage(smoke_copy, "build_egoqa_dataset")
-    monkeypatch.setattr(
-        "firstsight.distillation.teacher_answers.answers", lambda model, processor, asked, *_: [""] * len(asked)
-    )
+
+    def silent(model, processor, asked, *_):
+        states = torch.zeros(1, model.config.get_text_config().hidden_size)
+        return [Answer("", [processor.tokenizer.eos_token_id], states)] * len(asked)
+
+    monkeypatch.setattr("firstsight.distillation.teacher_answers.generated_answers", silent)
     expected = r"models/teacher-finetuned: expected answers to the \d+ questions .* found no usable one; take a teacher"
     with pytest.raises(UserError, match=expected):
         run_stage(smoke_copy, "cache_teacher_targets")

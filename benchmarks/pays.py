@@ -63,9 +63,8 @@ def arms(settings: params.Params) -> list[list[Arm]]:
     own, point = settings.data.labelled_fraction, (settings.train.temperature, settings.train.alpha)
 
     def clean(share: float) -> list[Arm]:
-        answers = (
-            [Arm(share, 0.0, ANSWERS)] if share < 1 else []
-        )  # where all scenes are labelled, the teacher gives none
+        # Where all scenes are labelled, the teacher is asked nothing.
+        answers = [Arm(share, 0.0, ANSWERS)] if share < 1 else []
         return [Arm(share, 0.0, LABELS), *answers, Arm(share, 0.0, DISTRIBUTIONS, *point)]
 
     grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS if (t, a) != point]

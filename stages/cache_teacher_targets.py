@@ -114,7 +114,7 @@ def build(
         remaining = batches[writer.batches :]
         # The teacher runs over these samples of each batch alone: for the others, it has computed all that is needed.
         to_run = [
-            [one for one in batch if not answers.generated(dataset.split[one].records, encoded[split][one])]
+            [one for one in batch if not answers.has_states(dataset.split[one].records, encoded[split][one])]
             for batch in remaining
         ]
         loader = iter(

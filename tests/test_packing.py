@@ -7,7 +7,10 @@ from conftest import make_sample
 
 from firstsight.generation.answering import model_inputs
 from firstsight.loss.distillation_loss import distillation_loss
+from firstsight.packing import dataset
+from firstsight.packing.dataset import PackedDataset
 from firstsight.packing.forward import last_hidden_states
+from firstsight.records.parquet import Split, SplitWriter
 
 QUESTIONS = [
     ("What is in your left hand?", "a red cup"),
@@ -56,3 +59,26 @@ def test_a_pack_holds_the_visual_tokens_once(processor):
     together = packed(processor, [SAMPLES[2]])["input_ids"]
     alone = model_inputs(processor, [(SAMPLES[2], SAMPLES[2].records[0])], "cpu")["input_ids"]
     assert (together == token).sum() == (alone == token).sum() > 0
+
+
+@pytest.mark.parametrize(("kept_bytes", "packed"), [(1 << 30, ["one", "two"]), (0, ["one", "two", "one", "one"])])
+def test_a_sample_is_packed_once_as_long_as_it_may_be_kept(processor, tmp_path, monkeypatch, kept_bytes, packed):
+    path = tmp_path / "train.parquet"
+    with SplitWriter(path) as writer:
+        for name in ("one", "two"):
+            writer.write(make_sample(name, "image", 1, [("What is this?", f"a {name}")]))
+    found, pack = [], dataset.pack
+
+    def noted(processor, sample, encoded):
+        found.append(sample.id)
+        return pack(processor, sample, encoded)
+
+    monkeypatch.setattr(dataset, "_KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(dataset, "pack", noted)
+    repeated = PackedDataset(Split(path).answered({}).repeated_to(3), processor)
+    samples = [repeated[index] for index in (0, 1, 2, 0)]  # the third is the first again
+    assert found == packed
+    for name, tensor in samples[0].items():
+        assert torch.equal(samples[2][name], tensor)
+        assert torch.equal(samples[3][name], tensor)
+    assert not torch.equal(samples[0]["labels"], samples[1]["labels"])

@@ -148,22 +148,28 @@ def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_co
     teacher = smoke_copy / "models/teacher-finetuned"
     model, processor = load_model(teacher, "auto", "cpu"), load_processor(teacher)
     questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 8)
+    (tmp_path / "topk").mkdir()
     given = generate_answers(model, processor, questions, settings.targets, tmp_path)
     builder = TargetBuilder(model, settings.targets, 500)
     compared = []
     for sample, record in questions:
         answered = replace(record, answer=given.texts[record.id])
         tokens = encode_answers(processor, [answered])
-        if not given.generated([answered], tokens):
+        if not given.has_states([answered], tokens):
             continue
         packed = pack(processor, sample, encode(processor, sample, [answered]))
         with torch.inference_mode():
             (expected,) = builder.states(collate([packed], processor.tokenizer.pad_token_id))
         torch.testing.assert_close(given.states([answered]), expected, rtol=1e-4, atol=1e-5)
-        assert not given.generated([answered], [[*tokens[0], 1]])  # encoded otherwise than it was generated
-        assert not given.generated([replace(answered, id="another")], tokens)  # answered in the data
+        assert not given.has_states([answered], [[*tokens[0], 1]])  # encoded otherwise than it was generated
+        assert not given.has_states([replace(answered, id="another")], tokens)  # answered in the data
         compared.append(answered)
     assert len(compared) > len(questions) / 2
+    top_k = generate_answers(
+        model, processor, questions, settings.targets.model_copy(update={"kind": "topk"}), tmp_path / "topk"
+    )
+    assert top_k.texts == given.texts
+    assert not any(top_k.has_states([one], encode_answers(processor, [one])) for one in compared)
     both = torch.cat([given.states([one]) for one in compared[:2]])
     assert torch.equal(given.states(compared[:2]), both)
 

@@ -34,14 +34,16 @@ class TeacherAnswers:
     texts: dict[str, str]
     _numbers: dict[str, int]
     _shards: Shards
+    _has_states: bool
 
-    def generated(self, records: Sequence[Record], tokens: list[list[int]]) -> bool:
-        """Return whether the teacher generated these answer `tokens` for the records.
+    def has_states(self, records: Sequence[Record], tokens: list[list[int]]) -> bool:
+        """Return whether `states` has what the teacher computed for these answer `tokens` of the records.
 
-        If not, the records were answered already, or an answer was cut or is encoded otherwise than it was generated.
+        It has not where the data has an answer, where the teacher's was cut or is encoded otherwise than it was
+        generated, and for targets of another kind than "hidden".
         """
         numbers = [self._numbers.get(record.id) for record in records]
-        return all(
+        return self._has_states and all(
             number is not None and self._shards.tokens(number) == answer
             for number, answer in zip(numbers, tokens, strict=True)
         )
@@ -75,7 +77,8 @@ def generate_answers(
         for batch in batches[writer.batches :]:
             given = list(generated_answers(model, processor, batch, len(batch), settings.max_answer_tokens))
             tensors = {"answers": torch.tensor([token for answer in given for token in answer.tokens])}
-            if settings.kind != "online":
+            # Not for "topk", whose user may have no room for states: they are as large as targets of kind "hidden".
+            if settings.kind == "hidden":
                 tensors["hidden"] = torch.cat([answer.states for answer in given])
             writer.write(tensors, [len(answer.tokens) for answer in given], {})
             shown.update(len(batch))
@@ -95,7 +98,8 @@ def generate_answers(
                 "data, found no usable one; take a teacher that knows the task, or set finetune_teacher.enabled to "
                 "true, or data.unanswered to refuse"
             )
-    return TeacherAnswers(texts, {record.id: number for number, (_, record) in enumerate(questions)}, shards)
+    numbers = {record.id: number for number, (_, record) in enumerate(questions)}
+    return TeacherAnswers(texts, numbers, shards, settings.kind == "hidden")
 
 
 def _batches(questions: list[Question], samples: int) -> Iterator[list[Question]]:

@@ -196,6 +196,7 @@ def test_a_process_for_each_gpu_is_started_without_a_warning(tmp_path):
 def probe(folder: Path, launched_by: list[str]) -> str:
     """What a stage prints; nothing else is said."""
     (folder / "stages").mkdir()
+    (folder / "stages/__init__.py").touch()  # the whole package, in place of the repository's
     (folder / "stages/probe.py").write_text(LAUNCHED)
     words = [*launched_by, "-m", "stages.probe"]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}

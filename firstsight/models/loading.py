@@ -26,6 +26,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.stage import log
 from firstsight.core.variants import METHODS
 from firstsight.models.architecture import auto_class
+from firstsight.models.vision_attention import attend_by_size
 
 # It warns for every layer that inputs are cast to float16, which LLM.int8 always does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -195,6 +196,7 @@ def load_model(
         if quantizing or stored:
             keep_weights_as_stored(model)
         align_weights(model)
+    attend_by_size(model)
     if (folder / ADAPTER).is_dir():
         model = _with_adapter(model, folder / ADAPTER, merge=not (quantizing or stored))
     return model.eval()

@@ -23,7 +23,8 @@ from firstsight.core.errors import UserError
 from firstsight.models.loading import language_model_prefix, load_model, load_processor
 from firstsight.packing.forward import answer_states
 from firstsight.packing.pack import collate, encode, pack
-from firstsight.planning import arithmetic, gpu_memory, plan_table
+from firstsight.planning import arithmetic, gpu_memory, hours, plan_table
+from firstsight.planning.hours import Effort
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Sizes, patches_and_tokens, reads_text_alone, workload
@@ -148,7 +149,7 @@ def test_a_local_checkpoint_is_planned_by_what_it_has(checkpoint):
     rows = plan_table.rows(loaded, work)
     assert "evaluate student-nf4" in plan_table.render(rows)
     distill = next(row for row in rows if row.stage == "distill")
-    assert (distill.memory.activations > 0) and all(row.operations >= 0 for row in rows)
+    assert (distill.memory.activations > 0) and distill.effort.operations > 0
 
 
 def test_what_egogpt_leaves_behind_is_fetched_all_the_same():
@@ -172,7 +173,7 @@ def test_every_preset_has_a_table(path, in_root):
     printed = plan_table.render(rows)
     for row in rows:
         assert row.stage in printed
-        assert row.operations >= 0
+        assert row.effort is None or row.effort.operations > 0
         assert row.memory is None or row.memory.total > gpu_memory.OVERHEAD
     assert {"download-models", "distill", "quantize-student nf4", "evaluate teacher"} <= {row.stage for row in rows}
     assert ("finetune-teacher" in printed) == loaded.finetune_teacher.enabled
@@ -484,12 +485,75 @@ def test_a_text_only_model_is_said_to_see_nothing(settings, processor, tmp_path,
     assert f"{tmp_path} reads text alone: for it media are not counted" in capsys.readouterr().out
 
 
+# 1,532 tokens of four images of 448 x 448 pixels, 52 of them answers, as in docs/benchmarks.md.
+STEP = Sizes("image", frames=4, pixels=448**2, questions=1, question_tokens=432, answer_tokens=52)
+
+
+@pytest.mark.parametrize(
+    ("method", "vision", "seconds"), [("full", True, 0.273), ("full", False, 0.189), ("lora", False, 0.213)]
+)
+def test_the_hours_of_a_step_are_what_was_measured(method, vision, seconds, student, preset):
+    work = workload(preset.data, Path("other.yaml"))
+    work = replace(work, samples={"train": 1, "validation": 0, "test": 0}, typical=STEP)
+    assert patches_and_tokens(student.model, STEP) == (4096, 1532)
+    settings = but(preset.train, method=method, train_vision=vision, epochs=1, gradient_checkpointing=False)
+    low, high = Effort(arithmetic.finetuning(student, settings, work), trains=True).hours(
+        hours.known("NVIDIA H100 80GB HBM3")
+    )
+    assert 0.99 * low <= seconds / 3600 <= 1.01 * high
+
+
+def test_the_hours_of_targets_and_answers_are_what_was_measured(teacher, preset):
+    h100 = hours.known("NVIDIA H100 80GB HBM3")
+    work = workload(preset.data, Path("other.yaml"))
+    work = replace(work, samples={"train": 4.96, "validation": 0, "test": 0}, typical=VIDEO)
+    assert Effort(arithmetic.caching(teacher, work)).hours(h100) == pytest.approx([1 / 3600] * 2, rel=0.01)
+    work = replace(work, questions={"test": 1})
+    operations = arithmetic.answering(teacher, work, 16)
+    for precision, seconds in (("bfloat16", 0.454), ("int8", 1.405)):
+        low, high = Effort(operations, tokens=16, precision=precision).hours(h100)
+        assert low <= seconds / 3600 <= high
+
+
+def test_questions_that_the_teacher_answers_take_hours_of_their_own(in_root, preset):
+    preset = but(preset, data=but(preset.data, unanswered="teacher", labelled_fraction=0.25))
+    work = workload(preset.data, Path("other.yaml"))
+    caching = next(row for row in plan_table.rows(preset, work) if row.stage == "cache-teacher-targets")
+    batches = -(-work.questions["train"] * 0.75 // preset.targets.batch_size)
+    assert caching.effort.tokens == batches * work.typical.answer_tokens
+
+
+def test_gpus_are_known_by_the_names_that_pytorch_gives_them():
+    names = {
+        "NVIDIA H100 80GB HBM3": "NVIDIA H100",
+        "NVIDIA A100-SXM4-40GB": "NVIDIA A100",
+        "NVIDIA GeForce RTX 4090": "RTX 4090",
+        "NVIDIA L4": "NVIDIA L4",
+    }
+    assert {name: hours.known(name).name for name in names} == names
+    # The PCIe model has three quarters of the other's peak; the L40 is no L4; RTX 8000 has no bfloat16.
+    assert [hours.known(name) for name in ("NVIDIA H100 PCIe", "NVIDIA L40", "Quadro RTX 8000", "")] == [None] * 4
+
+
+def test_ranges_of_hours_have_the_digits_that_matter():
+    assert hours.between(0.612, 1.54) == "0.61-1.5"
+    assert hours.between(9.94, 1234.5) == "9.9-1,234"
+    assert hours.between(0.051, 0.0512) == "0.05"
+
+
+def test_models_that_are_too_small_for_hours_have_none(in_root, capsys):
+    plan(ROOT / "presets/smoke.yaml")
+    assert "hours on" not in capsys.readouterr().out
+    plan(ROOT / "presets/qwen2-vl-7b.yaml")
+    assert re.search(r"hours on +cache-teacher-targets +distill +evaluate +all\n", capsys.readouterr().out)
+
+
 @pytest.mark.system
 def test_the_command_prints_a_table_and_a_verdict():
     command = [sys.executable, "-m", "firstsight", "plan", "presets/qwen2-vl-7b-24gb.yaml"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "cache-teacher-targets" in printed
-    assert "fits" in printed.splitlines()[-5]
+    assert re.search(r"\nfits 80 GiB with .* to spare\n", printed)
     refused = subprocess.run([*command[:-1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: nowhere.yaml: expected a parameter file")

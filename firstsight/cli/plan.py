@@ -2,9 +2,12 @@
 
 from contextlib import chdir
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from firstsight.planning.hours import Card
 
 # GPUs that are common, in GiB, for a machine that has none.
 COMMON_GIB = (24, 48, 80)
@@ -17,13 +20,13 @@ def plan(
 ) -> None:
     """Estimate memory, disk and time of a run.
 
-    The table has memory, disk and relative time of every stage; below it is which GPU the run fits.
+    The table has memory, disk and share of time of every stage; below it are which GPU the run fits, and the hours.
 
     Nothing is downloaded and nothing is computed but sizes, on any machine. GPU memory is in GiB, as GPUs are sold;
     disk in GB. Paths in the file are relative to the repository that it lies in, else to the current folder.
     """
     from firstsight.core import params
-    from firstsight.planning import plan_table
+    from firstsight.planning import hours, plan_table
     from firstsight.planning.shapes import on_meta
     from firstsight.planning.workload import reads_text_alone, workload
 
@@ -38,6 +41,9 @@ def plan(
     print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
     for name, memory in _gpus():
         print(plan_table.verdict(rows, name, memory))
+    if student.num_parameters() >= hours.FEWEST_PARAMETERS:
+        print(f"\n{plan_table.render_hours(rows, _cards())}")
+        print(f"measured on one {hours.MEASURED}, carried over to others; how: firstsight/planning/hours.py")
     for source, built in ((loaded.models.teacher.source, teacher), (loaded.models.student.source, student)):
         if reads_text_alone(built.config):
             print(f"\n{source} reads text alone: for it media are not counted, and its stages refuse them")
@@ -49,7 +55,7 @@ def plan(
     print(
         "\ncached is what freed tensors leave behind; PyTorch gives it back when it runs short, so fits is without it"
     )
-    print("time is a stage's share of the arithmetic, not hours")
+    print("time is a stage's share of the arithmetic")
     print("how GPU memory is estimated, and what is left out: firstsight/planning/gpu_memory.py")
 
 
@@ -67,3 +73,11 @@ def _gpus() -> list[tuple[str, int]]:
     if found:
         return [(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)", gpu.total_memory) for gpu in found]
     return [(f"{size} GiB", size << 30) for size in COMMON_GIB]
+
+
+def _cards() -> "list[Card]":
+    """Return the GPUs of this machine whose peak is known, or common ones."""
+    from firstsight.planning.hours import CARDS, known
+
+    names = {name.rsplit(" (", 1)[0] for name, _ in _gpus()}
+    return [card for card in map(known, names) if card] or list(CARDS)

@@ -1,6 +1,7 @@
 """Make the plan: a table with one row per stage, and whether it fits a GPU."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from firstsight.core.params import Evaluate, Optimisation, Params
@@ -8,8 +9,9 @@ from firstsight.core.variants import CONTROL, DISTILLED
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.egogpt import EgoGptConfig
 from firstsight.models.loading import TRAINING_PRECISIONS
-from firstsight.planning import arithmetic, gpu_memory
+from firstsight.planning import arithmetic, gpu_memory, hours
 from firstsight.planning.gpu_memory import Memory
+from firstsight.planning.hours import Card, Effort
 from firstsight.planning.model_shape import Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Workload
@@ -20,7 +22,8 @@ HEADER = ("stage", "loads", "weights", "training", "activations", "cached", "GPU
 
 @dataclass(frozen=True)
 class Row:
-    """Describe a stage: what it loads, bytes on the GPU (None: it uses none), bytes on disk, floating-point operations.
+    """Describe a stage: what it loads, bytes on the GPU (None: it uses none), bytes on disk, what it computes
+    (None: nothing that takes long).
 
     `scratch` is the bytes of its training checkpoints, which are on disk while the stage runs.
     """
@@ -30,7 +33,7 @@ class Row:
     memory: Memory | None = None
     disk: float = 0.0
     scratch: float = 0.0
-    operations: float = 0.0
+    effort: Effort | None = None
 
 
 def rows(params: Params, work: Workload) -> list[Row]:
@@ -75,7 +78,7 @@ def _finetuning(stage: str, shape: Shape, settings: Optimisation, work: Workload
         gpu_memory.finetuning(shape, settings, work.largest),
         disk=shape.stored_bytes if settings.method == "full" else 4 * shape.trained(settings),
         scratch=_checkpoints(shape, settings),
-        operations=arithmetic.finetuning(shape, settings, work),
+        effort=Effort(arithmetic.finetuning(shape, settings, work), trains=True),
     )
 
 
@@ -85,7 +88,7 @@ def _cache_teacher_targets(student: Shape, teacher: Shape, params: Params, work:
         _loaded(teacher, params.targets.precision),
         gpu_memory.caching(student, teacher, params, work.largest),
         disk=_targets(student, teacher, params, work),
-        operations=arithmetic.caching(teacher, work),
+        effort=Effort(arithmetic.caching(teacher, work), tokens=_generated(params, work)),
     )
 
 
@@ -97,7 +100,7 @@ def _distill(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
         gpu_memory.distilling(student, teacher, params, work.largest),
         disk=student.stored_bytes,
         scratch=_checkpoints(student, params.train),
-        operations=arithmetic.distilling(student, teacher, params, work),
+        effort=Effort(arithmetic.distilling(student, teacher, params, work), trains=True),
     )
 
 
@@ -122,18 +125,47 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
             max(tokens, settings.latency_new_tokens),
             work.largest,
         ),
-        operations=arithmetic.answering(shape, work, tokens),
+        effort=Effort(
+            arithmetic.answering(shape, work, tokens),
+            tokens=math.ceil(work.questions["test"] / settings.batch_size) * tokens
+            + settings.latency_runs * settings.latency_new_tokens,
+            precision=precision,
+        ),
     )
+
+
+def _generated(params: Params, work: Workload) -> float:
+    """Return how many times the teacher computes a next token for questions without an answer, in batches."""
+    if params.data.unanswered != "teacher":
+        return 0
+    open_questions = work.questions["train"] * (1 - params.data.labelled_fraction)
+    return math.ceil(open_questions / params.targets.batch_size) * work.typical.answer_tokens
 
 
 def render(found: list[Row]) -> str:
     """Return the rows as a plain-text table, with the total on disk below it."""
     from firstsight.reporting import text_table  # imported here because benchmarks plan without its library
 
-    operations = sum(row.operations for row in found)
+    operations = sum(row.effort.operations for row in found if row.effort)
     table = text_table.render([HEADER, *(_cells(row, operations) for row in found)], left=2)
     kept, scratch = sum(row.disk for row in found), max(row.scratch for row in found)
     return f"{table}\n\ndisk  {_disk(kept)} kept, and {_disk(scratch)} of checkpoints while a stage trains"
+
+
+def render_hours(found: list[Row], cards: Sequence[Card]) -> str:
+    """Return a plain-text table of hours: a row for each GPU, a column for each stage, evaluations as one."""
+    from firstsight.reporting import text_table  # as in `render`
+
+    stages: dict[str, list[Effort]] = {}
+    for row in found:
+        if row.effort:
+            stages.setdefault(row.stage.split()[0], []).append(row.effort)
+    everything = [effort for efforts in stages.values() for effort in efforts]
+    cells = [
+        (card.name, *(hours.between(*hours.total(one, card)) for one in (*stages.values(), everything)))
+        for card in cards
+    ]
+    return text_table.render([("hours on", *stages, "all"), *cells])
 
 
 def verdict(found: list[Row], name: str, memory_bytes: float) -> str:
@@ -155,7 +187,7 @@ def _cells(row: Row, operations: float) -> tuple[str, ...]:
         row.loads.replace(", ", ",\n"),
         *(_memory(one) if one else "-" for one in parts),
         *(_disk(one) if one else "-" for one in (row.disk, row.scratch)),
-        f"{row.operations / operations:.1%}" if row.operations else "-",
+        f"{row.effort.operations / operations:.1%}" if row.effort else "-",
     )
 
 

@@ -34,12 +34,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # The vision tower loses most from 8 and 4 bits and has the fewest weights. Full names, because "visual" alone would not
 # match the tower's blocks; lm_head too, because naming any module replaces the default list, which skips it.
 MODULES_NOT_QUANTIZED = ["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"]
-# What the precision "auto" means on each device, for weights that are not quantized.
-AUTO = {"cuda": "bfloat16", "cpu": "float32"}
 # The precision in which each method of training loads a model: float32 for weights that are trained themselves.
 TRAINING_PRECISIONS = {"full": "float32", "lora": "auto", "adalora": "auto", "qlora": "nf4"}
-# Where training computes under bfloat16 autocast.
-AUTOCAST = {"cuda": True, "cpu": False}
 # The subfolder of a model folder that holds the model's adapter.
 ADAPTER = "adapter"
 
@@ -66,11 +62,43 @@ def pick_device(wanted: str) -> str:
     state = PartialState(cpu=device == "cpu")
     if device == "cuda":
         log.info("running on %s", torch.cuda.get_device_name(state.device))
+        if not has_bfloat16(device):
+            log.info("it computes no bfloat16: precision auto is float16, and training computes in float32")
     else:
         # `accelerate launch` leaves each process one thread; divide all that this process may use.
         torch.set_num_threads(max(1, cores() // state.num_processes))
         log.info("running on the CPU, %d threads", torch.get_num_threads())
     return device
+
+
+def has_bfloat16(device: str) -> bool:
+    """Return whether the device computes in bfloat16: NVIDIA's GPUs do from compute capability 8.0 (Ampere)."""
+    return device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def auto_dtype(device: str) -> torch.dtype:
+    """Return what the precision "auto" means on a device, for weights that are not quantized."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
+
+
+def training_precision(method: str, device: str) -> str:
+    """Return the precision in which a method of training loads a model on the device.
+
+    Without bfloat16 it is float32 for adapters too: gradients of float16 would be rounded to zero.
+
+    Raises:
+        UserError: `method` is qlora on a GPU without bfloat16.
+    """
+    if device == "cuda" and not has_bfloat16(device):
+        if method == "qlora":
+            raise UserError(
+                f"method: expected full, lora or adalora on {torch.cuda.get_device_name()}, which computes no "
+                "bfloat16, found qlora; set method to lora"
+            )
+        return "float32"
+    return TRAINING_PRECISIONS[method]
 
 
 class TextProcessor:
@@ -151,7 +179,8 @@ def load_model(
 
     Args:
         precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantizes the language model alone on
-            loading; "auto" is bfloat16 on CUDA and float32 on the CPU, and the stored precision for a quantized folder.
+            loading; "auto" is bfloat16 on CUDA (float16 on GPUs without it), float32 on the CPU, and the stored
+            precision for a quantized folder.
         double_quantization: for "nf4", whether its scales are quantized too.
         compute_dtype: for "nf4", the dtype of its matrix products; "auto" is that of the other weights.
 
@@ -292,7 +321,7 @@ def _dtype(precision: str, device: str, config: PretrainedConfig) -> torch.dtype
     quantized = precision in METHODS or hasattr(config, "quantization_config")
     if quantized and device == "cpu" and config.dtype:
         return config.dtype
-    return getattr(torch, AUTO[device])
+    return auto_dtype(device)
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import AUTO
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
@@ -25,7 +24,7 @@ _KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2}
 
 def on_gpu(precision: str) -> str:
     """Return the precision that weights have on CUDA: that of "auto" by name."""
-    return AUTO["cuda"] if precision == "auto" else precision
+    return "bfloat16" if precision == "auto" else precision
 
 
 class Shape:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import ADAPTER, TRAINING_PRECISIONS, language_model_prefix, load_model, stored_method
+from firstsight.models.loading import ADAPTER, language_model_prefix, load_model, stored_method, training_precision
 
 # AdaLoRA's state per adapter weight: sensitivity, its moving average, and the moving average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -53,7 +53,7 @@ class TrainableModel:
             )
         self._folder, self._method, self._device = folder, settings.method, device
         set_seed(settings.seed)  # for the adapters' initial weights
-        model = load_model(folder, TRAINING_PRECISIONS[settings.method], device)
+        model = load_model(folder, training_precision(settings.method, device), device)
         self._peft: PeftModel | None = None
         if settings.method == "full":
             prefix = language_model_prefix(model)

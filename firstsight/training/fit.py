@@ -17,7 +17,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
-from firstsight.models.loading import AUTOCAST
+from firstsight.models.loading import has_bfloat16
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
@@ -151,7 +151,7 @@ def _trainer(
         lr_scheduler_type="cosine",
         seed=optimisation.seed,
         use_cpu=device == "cpu",
-        bf16=AUTOCAST[device],
+        bf16=has_bfloat16(device),
         eval_strategy="epoch",
         save_strategy="epoch",
         restore_callback_states_from_checkpoint=True,

@@ -69,7 +69,7 @@ def arms(settings: params.Params) -> list[list[Arm]]:
 
     grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS if (t, a) != point]
     noisy = [[Arm(1.0, noise, LABELS), Arm(1.0, noise, DISTRIBUTIONS, *point)] for noise in NOISES]
-    return [clean(own), grid, *(clean(share) for share in reversed(SHARES) if share != own), *noisy]
+    return [clean(own), *(clean(share) for share in SHARES if share != own), grid, *noisy]
 
 
 def run() -> None:

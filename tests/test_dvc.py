@@ -165,3 +165,14 @@ def test_a_local_model_is_left_as_it_is_and_kept_once(settings, tmp_path, monkey
     assert weights.read_bytes() == before["model.safetensors"][1]
     (mine / "model.safetensors").write_bytes(before["model.safetensors"][1])
     assert before == {path.name: (path.stat().st_mode, path.read_bytes()) for path in mine.iterdir()}
+
+
+def test_an_embedded_model_that_changes_is_copied_again(tmp_path):
+    project = new_project(tmp_path / "project")
+    name_source(project, "student", "embedded/student")
+    command(project, "git", "init", "--quiet")
+    stage = "download-models@student"
+    assert stages_run(project, "repro", stage) == {stage}
+    (project / "embedded/student/notes.txt").write_text("trained for longer")
+    assert stages_run(project, "repro", stage) == {stage}
+    assert (project / "models/student/notes.txt").exists()

@@ -71,6 +71,12 @@ def test_too_few_rows_for_the_tokens_are_refused(settings, tmp_path, monkeypatch
         initialise(init, tmp_path)
 
 
+@pytest.mark.parametrize("load", [load_processor, lambda folder: load_model(folder, "auto", "cpu")])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(load, tmp_path):
+    with pytest.raises(UserError, match=r"models/student: expected a complete .*, found no folder; make it again"):
+        load(tmp_path / "models/student")
+
+
 def damage_truncated(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -141,6 +141,8 @@ def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) 
             `remedy`.
     """
     place = place or str(folder)
+    if not folder.is_dir():  # transformers would look for it on the hub
+        raise _load_error(place, "no folder", remedy)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(processor, PreTrainedTokenizerBase):
@@ -189,6 +191,8 @@ def load_model(
             does not know the architecture, or the folder is quantized by a method other than `precision`.
         RuntimeError: a layer outside the language model was quantized, or none was: a defect, not a user's mistake.
     """
+    if not folder.is_dir():  # as in `load_processor`
+        raise _load_error(folder, "no folder")
     if (stored := stored_method(folder)) and precision not in ("auto", stored):
         raise UserError(
             f"{folder}: expected weights that can be loaded as {precision}, found them quantized to {stored}; set the "

@@ -4,11 +4,12 @@
     python -m benchmarks.pays table          print benchmarks/pays.csv as a table and draw benchmarks/pays.png
 
 A seed draws its own scenes, test split, labelled scenes and order of samples; teacher and student are those of models/.
-For each share of labelled scenes, a student learns from the labels alone, one also from the teacher's answers to the
-other questions, and one from the teacher's distributions; at the share of params.yaml the latter at several
-temperatures and alphas. Where all scenes are labelled, students also learn from labels of which a share is wrong. Each
-row of benchmarks/pays.csv is a student: its exact match on the seed's test split. Rows that are there already are kept,
-so that an interrupted study continues.
+First come the models that others are compared with: the teacher, and the student before it learns anything. For each
+share of labelled scenes, a student learns from the labels alone, one also from the teacher's answers to the other
+questions, and one from the teacher's distributions; at the share of params.yaml the latter at several temperatures and
+alphas. Where all scenes are labelled, students also learn from labels of which a share is wrong. Each row of
+benchmarks/pays.csv is a model: its exact match on the seed's test split. Rows that are there already are kept, so that
+an interrupted study continues.
 """
 
 import csv
@@ -45,6 +46,8 @@ TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0), (0.5, 0.9, 1.0)
 # The 0.975 quantile of Student's t distribution, by the number of seeds.
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 LABELS, ANSWERS, DISTRIBUTIONS = "labels", "teacher's answers", "teacher's distributions"
+# Models that learn nothing, for comparison, and their folders.
+UNTRAINED = {"the teacher itself": cache_teacher_targets.TEACHER, "the student before": Path("models/student")}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def arms(settings: params.Params) -> list[list[Arm]]:
 
     grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS if (t, a) != point]
     noisy = [[Arm(1.0, noise, LABELS), Arm(1.0, noise, DISTRIBUTIONS, *point)] for noise in NOISES]
-    return [clean(own), *(clean(share) for share in SHARES if share != own), grid, *noisy]
+    untrained = [Arm(own, 0.0, name) for name in UNTRAINED]
+    return [[*untrained, *clean(own)], *(clean(share) for share in SHARES if share != own), grid, *noisy]
 
 
 def run() -> None:
@@ -120,12 +124,12 @@ def students(settings: params.Params, seed: int, wanted: list[Arm], device: str)
             cache_teacher_targets.run()
             for arm in wanted:
                 started = time.perf_counter()
-                model = student(values, arm)
+                model = UNTRAINED.get(arm.learns_from) or student(values, arm)
                 row = {
                     "seed": seed,
                     **asdict(arm),
                     "exact_match": round(exact_match(model, settings.evaluate, device), 4),
-                    "steps": json.loads((model / "history.json").read_text(encoding="utf-8"))[-1]["step"],
+                    "steps": 0 if arm.learns_from in UNTRAINED else last_step(model),
                     "seconds": round(time.perf_counter() - started),
                     **environment(device),
                 }
@@ -144,6 +148,10 @@ def student(values: dict, arm: Arm) -> Path:
     save(values)
     finetune_student.run()
     return finetune_student.OUTPUT
+
+
+def last_step(model: Path) -> int:
+    return json.loads((model / "history.json").read_text(encoding="utf-8"))[-1]["step"]
 
 
 def save(values: dict) -> None:
@@ -187,7 +195,14 @@ def show(rows: list[dict]) -> None:
         by_arm[identity(row | {"seed": ""})[1:]].append(float(row["exact_match"]))
     means = {arm: interval(found) for arm, found in by_arm.items()}
     cells = [
-        (f"{float(arm[0]):.0%}", f"{float(arm[1]):.0%}", *arm[2:], f"{mean:.3f}", f"{low:.3f} to {high:.3f}", str(n))
+        (
+            f"{float(arm[0]):.0%}",
+            f"{float(arm[1]):.0%}",
+            *arm[2:],
+            f"{mean:.3f}",
+            f"{low:.3f} to {high:.3f}" if n > 1 else "-",
+            str(n),
+        )
         for arm, (mean, low, high, n) in sorted(means.items())
     ]
     header = ("labelled", "wrong", "learns from", "T", "alpha", "exact match", "95% over seeds", "seeds")

@@ -2,15 +2,15 @@
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from qwen_vl_utils import fetch_image, smart_resize
 
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError, reason
 from firstsight.readers.suffixes import VIDEOS
+from firstsight.records.resizing import fitted_size
 
 # A side of a visual token in pixels, and the fewest pixels of an image: four of them.
 _TOKEN_SIDE = 28
@@ -25,13 +25,20 @@ def encode(image: Image.Image, data: Data, size: tuple[int, int] | None = None) 
     `size` is the width and height that it is shown with, where its pixels are not square.
     """
     width, height = size or image.size
-    height, width = smart_resize(height, width, _TOKEN_SIDE, _LEAST_PIXELS, data.max_pixels)
-    # fetch_image puts RGBA on white, and ignores the transparency of other modes.
-    shown = image.convert("RGBA") if image.has_transparency_data else image
-    described: dict[str, Any] = {"image": shown, "resized_height": height, "resized_width": width}
+    height, width = fitted_size(height, width, _TOKEN_SIDE, _LEAST_PIXELS, data.max_pixels)
     buffer = io.BytesIO()
-    fetch_image(described).save(buffer, "JPEG", quality=data.jpeg_quality)
+    _on_white(image).resize((width, height)).save(buffer, "JPEG", quality=data.jpeg_quality)
     return buffer.getvalue()
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return the image as RGB, on white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    shown = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(shown, mask=shown.getchannel("A"))
+    return white
 
 
 def read_image(path: Path | BinaryIO, data: Data, name: str | None = None) -> bytes:

@@ -18,7 +18,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from transformers import PreTrainedModel
 
-from firstsight.asking.asked_model import Answer, AskedModel, question_about, seen
+from firstsight.asking.asked_model import Answer, AskedModel
+from firstsight.asking.question import question_about, seen
 from firstsight.asking.side_by_side import answered
 from firstsight.cli import app, quiet
 from firstsight.cli.ask import second_answer
@@ -108,7 +109,7 @@ def test_what_cannot_be_asked_is_said_before_any_model_is_loaded(
     smoke, media, monkeypatch, model, file, question, expected
 ):
     monkeypatch.chdir(smoke)
-    monkeypatch.setattr("firstsight.asking.asked_model.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("firstsight.models.loading.load_model", lambda *_: pytest.fail("loaded"))
     model = model.format(media=media)
     with pytest.raises(UserError) as error:
         app.run(["ask", STUDENT, str(media / file), question, "--compare", model])

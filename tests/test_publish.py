@@ -22,7 +22,7 @@ from firstsight.cli import app, quiet
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json, write_json
-from firstsight.core.variants import DISTILLED, STUDENTS
+from firstsight.core.variants import DISTILLED, PUBLISHED
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
 from firstsight.publishing import checks, model_card
@@ -32,7 +32,7 @@ from firstsight.records.sample import Record
 NAME = "me/tiny"
 TOKEN = "hf_secretsecretsecret"
 STUDENT = "models/student-distilled"
-QUANTIZED = STUDENTS[-1]  # the one that the smoke preset asks for
+QUANTIZED = PUBLISHED[-1]  # the one that the smoke preset asks for
 
 pytestmark = pytest.mark.system
 

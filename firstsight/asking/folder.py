@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from firstsight.acquisition.checks import CONFIG
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import LEFT_OUT
+
+# As in firstsight.acquisition.checks, which imports torch.
+_CONFIG = "config.json"
 
 
 def check_there(folder: Path) -> None:
@@ -15,7 +17,7 @@ def check_there(folder: Path) -> None:
             f"{folder}: expected a model, found it left out ({read_json(note, 'quantize-student')}); "
             "ask for it in params.yaml, and dvc repro makes it"
         )
-    if not (folder / CONFIG).is_file():
+    if not (folder / _CONFIG).is_file():
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder}: expected a model folder, found {found}; name one, such as models/student-distilled, "

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from firstsight.asking.asked_model import AskedModel, question_about
+from firstsight.asking.asked_model import AskedModel
+from firstsight.asking.question import question_about
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
 

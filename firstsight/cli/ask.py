@@ -25,21 +25,19 @@ def ask(
 
     The data section of params.yaml says how media are sampled and resized, the evaluate section how models are
     loaded and how long answers may be. Models are loaded one after the other; each answers twice, and the second
-    answer is timed.
+    answer is timed. Exported models, such as models/student-onnx, need neither torch nor transformers.
     """
-    from firstsight.asking.asked_model import question_about, seen
     from firstsight.asking.folder import check_there
-    from firstsight.cli.quiet import quiet_transformers
+    from firstsight.asking.question import question_about, seen
+    from firstsight.cli.devices import device_of
     from firstsight.core import params
-    from firstsight.models.loading import pick_device
 
-    quiet_transformers()
     loaded = params.load()
     sample = question_about(media, question, loaded.data)
     folders = [model, *(compare or [])]
     for folder in folders:
         check_there(folder)
-    device = pick_device(loaded.runtime.device)
+    device = device_of(folders, loaded.runtime.device)
 
     width = max(len("model"), *(len(str(folder)) for folder in folders))
     header = ROW.format("model", "time", "loading", "answer", width=width)

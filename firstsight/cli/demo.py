@@ -23,13 +23,11 @@ def demo(
     """
     from firstsight.asking.asked_model import AskedModel
     from firstsight.asking.folder import check_there
-    from firstsight.cli.quiet import quiet_transformers
+    from firstsight.cli.devices import device_of
     from firstsight.core import params
     from firstsight.core.errors import UserError
     from firstsight.core.stage import log
-    from firstsight.models.loading import pick_device
 
-    quiet_transformers()
     with tempfile.TemporaryDirectory() as uploads:
         # Read when gradio is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
@@ -43,7 +41,7 @@ def demo(
         loaded = params.load()
         for folder in models:
             check_there(folder)
-        device = pick_device(loaded.runtime.device)
+        device = device_of(models, loaded.runtime.device)
         blocks = page([AskedModel(folder, loaded.evaluate, device) for folder in models], loaded.data)
         try:
             _, address, _ = blocks.launch(

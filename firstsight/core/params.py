@@ -16,7 +16,8 @@ from firstsight.core.validation import mistakes
 PARAMS_FILE = Path("params.yaml")
 # Folders of models/ that stages write, and therefore replace or remove.
 STUDENT_OUTPUTS = ("student-finetuned", "student-distilled", "student-int8", "student-nf4")
-MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", *STUDENT_OUTPUTS)
+EXPORT_OUTPUTS = ("student-onnx", "student-onnx-int8", "student-onnx-w4a8", "teacher-onnx")
+MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", *STUDENT_OUTPUTS, *EXPORT_OUTPUTS)
 
 # Keys that had another name in earlier versions, with the section that holds them, and their names now.
 RENAMED = {
@@ -35,6 +36,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["int8", "nf4"]
 Precision = Literal[Dtype, Method]
+Format = Literal["onnx", "onnx-int8", "onnx-w4a8"]
 
 
 def _distinct(values: list) -> list:
@@ -325,6 +327,18 @@ class Quantize(Section):
     calibration_samples: Count
 
 
+class Export(Section):
+    """Say which exports are made of the distilled student, and whether one is of the teacher, to compare them with.
+
+    Each is a folder of ONNX graphs that onnxruntime runs without torch: with float32 weights (onnx), with those of all
+    layers in 8 bits (onnx-int8), or with those of the language model in 4 bits (onnx-w4a8); of the last two, products
+    are computed in int8. The teacher is exported with float32 weights.
+    """
+
+    formats: Annotated[list[Format], AfterValidator(_distinct)]
+    teacher: bool
+
+
 ASKED_TOKENS = 128
 
 
@@ -399,6 +413,7 @@ class Params(Section):
     train: Train
     control: Control
     quantize: Quantize
+    export: Export
     evaluate: Evaluate
     report: Report
     runtime: Runtime

@@ -18,16 +18,24 @@ class Variant:
 # To add a quantization method, extend `Method` in params.py, from which all of this follows; CONTRIBUTING.md names the
 # other places.
 METHODS: tuple[str, ...] = get_args(Method)
+# The formats of exports, and the precision of their weights.
+FORMATS = {"onnx": "float32", "onnx-int8": "int8", "onnx-w4a8": "w4a8"}
 TEACHER = "teacher"
+# The teacher in the engine of the exported students.
+EXPORTED_TEACHER = "teacher-onnx"
 DISTILLED = "student-distilled"
 # The student trained without a teacher, to which the distilled one is compared.
 CONTROL = "student-finetuned"
-# The distilled students that the pipeline makes, each a folder of models/, which can be published.
-STUDENTS = (DISTILLED, *(f"student-{method}" for method in METHODS))
+# The distilled students that the pipeline makes, each a folder of models/: those that transformers loads, which can be
+# published, and those that are exported.
+PUBLISHED = (DISTILLED, *(f"student-{method}" for method in METHODS))
+EXPORTED = tuple(f"student-{name}" for name in FORMATS)
+STUDENTS = (*PUBLISHED, *EXPORTED)
 _TEACHER = Path("models/teacher-finetuned")
 VARIANTS = {
     TEACHER: Variant(_TEACHER),
     **{f"teacher-{method}": Variant(_TEACHER, method) for method in METHODS},
+    EXPORTED_TEACHER: Variant(Path("models") / EXPORTED_TEACHER),
     "student": Variant(Path("models/student")),
     CONTROL: Variant(Path("models") / CONTROL),
     **{student: Variant(Path("models") / student) for student in STUDENTS},

@@ -66,7 +66,7 @@ def generated_answers(
 
 def answer_texts(model: PreTrainedModel, processor: Any, tokens: Sequence[list[int]]) -> list[str]:
     """Return the answers whose tokens are given, with or without an end token, as text without special tokens."""
-    stop = _end_tokens(model, processor)
+    stop = end_tokens(model, processor)
     contents = [answer[:-1] if answer and answer[-1] in stop else answer for answer in tokens]
     return [text.strip() for text in processor.batch_decode(contents, skip_special_tokens=True)]
 
@@ -98,7 +98,7 @@ def _decode(
     cache = DynamicCache(config=model.config.get_text_config())
     hidden = last_hidden_states(model, batch, cache)
     positions = position_ids(model, batch)[..., rows, ends]
-    head, stop = model.get_output_embeddings(), torch.tensor(sorted(_end_tokens(model, processor)), device=model.device)
+    head, stop = model.get_output_embeddings(), torch.tensor(sorted(end_tokens(model, processor)), device=model.device)
     states = [hidden[rows, ends]]
     token = head(states[0]).argmax(-1)
     chosen = [token]
@@ -134,7 +134,7 @@ def _to_end(tokens: list[int], stop: list[int]) -> list[int]:
     return tokens[: next((place for place, token in enumerate(tokens, 1) if token in stop), len(tokens))]
 
 
-def _end_tokens(model: PreTrainedModel, processor: Any) -> set[int]:
+def end_tokens(model: PreTrainedModel, processor: Any) -> set[int]:
     """Return the tokens that end an answer: the model's, and the tokenizer's end of turn."""
     named = model.generation_config.eos_token_id
     return {processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}

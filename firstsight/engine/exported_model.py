@@ -1,0 +1,166 @@
+"""Answer questions from an exported folder with onnxruntime: greedy decoding with a key-value cache, in batches.
+
+Nothing here imports torch or transformers: `firstsight ask` runs where neither is installed.
+"""
+
+import platform
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firstsight.core.cores import cores
+from firstsight.core.errors import UserError
+from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, missing_file, read_layout
+from firstsight.engine.prompts import Batch, Prompts, Question
+
+
+class ExportedModel:
+    """Load an exported folder; `layout` says what it holds.
+
+    Raises:
+        UserError: onnxruntime is not installed, the folder lacks a file, is of another version, or a graph is broken.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.layout = folder, read_layout(folder)
+        if (missing := missing_file(folder, self.layout)) is not None:
+            raise UserError(f"{folder}: expected an exported model, found no {missing}; export it again (dvc repro)")
+        self._runtime = runtime()
+        self._prompts = Prompts(folder, self.layout)
+        self._threads = cores()
+        self._embeddings, self._decoder = self._session(EMBEDDINGS), self._session(DECODER)
+        self._vision = self._session(VISION) if self.layout.pictures else None
+        self._past = [one.name for one in self._decoder.get_inputs() if one.name.startswith("past.")]
+
+    def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
+        """Yield the greedy answers as text without special tokens, in the order of the questions.
+
+        An answer ends at an end token, or after `max_new_tokens` tokens.
+
+        Raises:
+            UserError: a question with its media and answer is longer than the model's context.
+        """
+        for start in range(0, len(questions), batch_size):
+            batch = self.inputs(questions[start : start + batch_size])
+            yield from (self._prompts.text(tokens) for tokens in self.decode(batch, max_new_tokens))
+
+    def inputs(self, questions: Sequence[Question]) -> Batch:
+        """Return the model's inputs for a batch of questions."""
+        return self._prompts.batch(questions)
+
+    def decode(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy answer tokens of each question, without the end token."""
+        ends = self.layout.end_tokens
+        columns, ended = [], np.zeros(len(batch.tokens), bool)
+        for chosen in self._chosen(batch, max_new_tokens):
+            columns.append(chosen)
+            ended |= np.isin(chosen, ends)
+            if ended.all():
+                break
+        return [list(takewhile(lambda token: token not in ends, row)) for row in np.stack(columns, axis=1).tolist()]
+
+    def generate(self, batch: Batch, tokens: int) -> np.ndarray:
+        """Return exactly `tokens` greedy tokens [B, tokens] of each question, end tokens among them; for timing."""
+        return np.stack(list(self._chosen(batch, tokens)), axis=1)
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters of the model that was exported."""
+        return self.layout.parameters
+
+    def environment(self) -> dict[str, str]:
+        """Return what computes: the device's name with its threads, the engine with its version, the precision."""
+        return {
+            "device": f"{platform.machine()} CPU, {self._threads} threads",
+            "engine": f"onnxruntime {self._runtime.__version__}",
+            "precision": self.layout.weights,
+        }
+
+    def first_logits(self, batch: Batch) -> np.ndarray:
+        """Return the logits [B, V] of the first token of each answer."""
+        logits, _ = self._step(self._embedded(batch), batch.positions, batch.mask, self._no_past(len(batch.tokens)))
+        return logits
+
+    def _chosen(self, batch: Batch, most: int) -> Iterator[np.ndarray]:
+        """Yield the most likely next token of each question [B], `most` times."""
+        if (length := batch.tokens.shape[1] + most) > self.layout.context:
+            raise UserError(
+                f"{self.folder}: expected at most {self.layout.context} tokens of media, question and answer, found "
+                f"{length}; lower data.max_pixels, data.max_frames or evaluate.max_new_tokens"
+            )
+        states, positions, mask = self._embedded(batch), batch.positions, batch.mask
+        past = self._no_past(len(batch.tokens))
+        for number in range(most):
+            logits, past = self._step(states, positions, mask, past)
+            chosen = logits.argmax(axis=1)
+            yield chosen
+            if number + 1 < most:
+                states = self._embeddings.run(None, {"tokens": chosen[:, None]})[0]
+                positions = positions[..., -1:] + 1
+                mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+
+    def _step(
+        self, states: np.ndarray, positions: np.ndarray, mask: np.ndarray, past: list[np.ndarray]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Run the decoder over `states` [B, S, H] after the keys and values `past`; return logits and the new ones."""
+        given = {"embeddings": states, "positions": positions, "mask": mask}
+        logits, *present = self._decoder.run(None, given | dict(zip(self._past, past, strict=True)))
+        return logits, present
+
+    def _no_past(self, rows: int) -> list[np.ndarray]:
+        return [np.zeros((rows, self.layout.kv_heads, 0, self.layout.head_dim), np.float32)] * len(self._past)
+
+    def _embedded(self, batch: Batch) -> np.ndarray:
+        """Return the embeddings [B, S, H] of the tokens, with those of images and clips in their places."""
+        states = self._embeddings.run(None, {"tokens": batch.tokens})[0]
+        if batch.media:
+            features = self._features(batch)
+            states[self._prompts.visual(batch.tokens)] = np.concatenate([features[index] for index in batch.shown])
+        return states
+
+    def _features(self, batch: Batch) -> list[np.ndarray]:
+        """Return the visual tokens [n, H] of each of the batch's media; those of one size are computed together."""
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, one in enumerate(batch.media):
+            by_size[one.grid[1:]].append(index)
+        found: list[np.ndarray] = [np.empty(0)] * len(batch.media)
+        for (height, width), indices in by_size.items():
+            pixels = np.concatenate([batch.media[index].pixels for index in indices])
+            fed = {"pixels": pixels, "positions": self._patch_positions(height, width)}
+            steps = iter(self._vision.run(None, fed)[0])
+            for index in indices:
+                found[index] = np.concatenate([next(steps) for _ in range(batch.media[index].grid[0])])
+        return found
+
+    def _patch_positions(self, height: int, width: int) -> np.ndarray:
+        """Return the row and column [height * width, 2] of each patch; those of a merged token follow each other."""
+        merge = self.layout.pictures.merge_size
+        places = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
+        return np.ascontiguousarray(places.transpose(1, 3, 2, 4, 0).reshape(-1, 2))
+
+    def _session(self, name: str) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3  # errors alone
+        try:
+            return self._runtime.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the engine raises nothing more specific over a damaged file
+            raise UserError(
+                f"{self.folder / name}: expected a graph that onnxruntime runs, found "
+                f"{' '.join(str(error).split())[:200]}; export it again (dvc repro)"
+            ) from None
+
+
+def runtime() -> Any:
+    """Return onnxruntime. Raises UserError where it is not installed."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise UserError(
+            "onnxruntime: expected the engine that runs exported models, found it missing; pip install -r "
+            "requirements-device.txt, or ask a folder that PyTorch loads, such as models/student-distilled"
+        ) from None
+    return onnxruntime

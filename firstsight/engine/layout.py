@@ -1,0 +1,113 @@
+"""Describe an exported folder: graphs and tokenizer, and `export.json`, which holds all that is needed to run them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
+from firstsight.core.validation import describe
+
+# Raised when a folder written before can no longer be run as it is.
+VERSION = 1
+LAYOUT, CHAT_TEMPLATE, TOKENIZER = "export.json", "chat_template.jinja", "tokenizer.json"
+VISION, EMBEDDINGS, DECODER = "vision.onnx", "embeddings.onnx", "decoder.onnx"
+
+_REMEDY = "export the model again (dvc repro)"
+
+
+class Part(BaseModel):
+    """Refuse keys that this version does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Pictures(Part):
+    """Say how Qwen2-VL's processor turns images and clips into patches, and which tokens stand for them.
+
+    `image_pixels` and `video_pixels` are the fewest and the most pixels of an image or of a frame.
+    """
+
+    image_token: int
+    video_token: int
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+    image_pixels: tuple[int, int]
+    video_pixels: tuple[int, int]
+
+
+class Check(Part):
+    """Hold how the exported model compared with the original on `questions` questions when it was made.
+
+    `same_answers` of its greedy answers had the same tokens; `logit_difference` is the largest of the first token's
+    logits.
+    """
+
+    questions: int
+    same_answers: int
+    logit_difference: float
+
+
+class Layout(Part):
+    """Hold the contents of export.json.
+
+    `weights` is the precision of the decoder's weights. `context` is the most tokens of a question with its answer.
+    `special_tokens` are the variables that the chat template may use. `pictures` is None for a model of text alone.
+    """
+
+    version: Literal[1]
+    weights: Literal["float32", "int8", "w4a8"]
+    model_type: str
+    parameters: int
+    weights_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    end_tokens: tuple[int, ...]
+    pad_token: int
+    special_tokens: dict[str, str]
+    pictures: Pictures | None
+    check: Check | None
+
+    def summary(self) -> str:
+        """Return in words how large the weights are, and how the exported model compared with the original."""
+        size = f"{self.weights} weights of {self.weights_bytes / 1e6:.1f} MB"
+        if self.check is None:
+            return f"{size}; not compared, for want of questions"
+        return (
+            f"{size}; {self.check.same_answers} of {self.check.questions} answers are the original's, logits within "
+            f"{self.check.logit_difference:.1e}"
+        )
+
+
+def is_exported(folder: Path) -> bool:
+    """Return whether `folder` holds an exported model."""
+    return (folder / LAYOUT).is_file()
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read the folder's export.json.
+
+    Raises:
+        UserError: it is broken, or of another version.
+    """
+    values = read_json(folder / LAYOUT, "export-student")
+    found = values.get("version") if isinstance(values, dict) else None
+    if found != VERSION:
+        raise UserError(f"{folder / LAYOUT}: expected version {VERSION}, found {found!r}; {_REMEDY}")
+    try:
+        return Layout.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{folder / LAYOUT}: {describe(error)}; {_REMEDY}") from None
+
+
+def missing_file(folder: Path, layout: Layout) -> str | None:
+    """Return the name of a file that the folder lacks, or None."""
+    graphs = [EMBEDDINGS, DECODER, *([VISION] if layout.pictures else [])]
+    return next((name for name in (*graphs, TOKENIZER, CHAT_TEMPLATE) if not (folder / name).is_file()), None)

@@ -1,0 +1,175 @@
+"""Export a model folder to one that runs without torch, and compare the two before it is kept."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from firstsight.core.errors import UserError
+from firstsight.core.faults import check_disk_space
+from firstsight.core.files import write_json
+from firstsight.engine.exported_model import ExportedModel
+from firstsight.engine.layout import CHAT_TEMPLATE, LAYOUT, VERSION, Check, Layout, Pictures
+from firstsight.export.graphs import cache_shape, write_graphs
+from firstsight.generation.answering import Question, answers, end_tokens, model_inputs
+from firstsight.models.architecture import auto_class
+from firstsight.models.loading import load_model, load_processor
+from firstsight.records.parquet import Split
+
+# What torch.onnx, the quantizer and the comparison need.
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# The one vision-language model whose vision tower and processor are known here.
+_VISION = "qwen2_vl"
+# What the processor must do with pictures, because `firstsight.engine.pictures` does it.
+_PROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
+# The largest difference of float32 logits, as a share of the largest logit: more is no rounding.
+_TOLERANCE = 1e-3
+# How many questions are compared at once, so that padding is; and the most tokens of their answers.
+_BATCH, _TOKENS = 4, 16
+_COMPARED = 32
+
+
+def export_folder(source: Path, target: Path, weights: str, questions: Sequence[Question]) -> Layout:
+    """Export the model in `source` into the folder `target`, compare it on `questions`, and return its layout.
+
+    Args:
+        weights: the precision of the decoder's weights, "float32", "int8" or "w4a8".
+
+    Raises:
+        UserError: a package is missing, the architecture or its processor is not one that is exported, or the disk is
+            too small.
+        RuntimeError: float32 graphs do not compute what the model computes: a defect, not a user's mistake.
+    """
+    check_packages()
+    check_architecture(source)
+    processor, model = load_processor(source), load_model(source, "float32", "cpu")
+    check_disk_space(
+        target, _needed_bytes(model), "free some, or take this format out of export (its section in params.yaml)"
+    )
+    write_graphs(model, target)
+    if weights != "float32":
+        from firstsight.export.weights import quantize_graphs  # onnx takes a second to import
+
+        quantize_graphs(target, weights)
+    processor.save_pretrained(target)
+    model.config.save_pretrained(target)
+    if not (target / CHAT_TEMPLATE).is_file():
+        raise UserError(
+            f"{source}: expected one chat template, found several or none; give the model a chat_template.jinja"
+        )
+    layout = _layout(model, processor, weights, sum(path.stat().st_size for path in target.glob("*.onnx.data")))
+    write_json(target / LAYOUT, layout.model_dump())
+    if questions:
+        check = compare(model, processor, ExportedModel(target), questions)
+        layout = layout.model_copy(update={"check": check})
+        write_json(target / LAYOUT, layout.model_dump())
+    return layout
+
+
+def check_packages() -> None:
+    """Raise UserError unless everything that exporting needs is installed."""
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise UserError(
+            f"{missing[0]}: expected what exporting to ONNX needs, found it missing; pip install -r requirements.txt, "
+            "or leave the exports out (export.formats: [] and export.teacher: false in params.yaml)"
+        )
+
+
+def check_architecture(source: Path) -> None:
+    """Raise UserError unless the model in `source` is Qwen2-VL or one of text alone."""
+    kind = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False).model_type
+    if auto_class(kind) is AutoModelForImageTextToText and kind != _VISION:
+        raise UserError(
+            f"{source}: expected Qwen2-VL or a model of text alone, which are exported to ONNX, found model_type "
+            f"{kind!r}; leave its export out (export.formats: [], or export.teacher: false, in params.yaml)"
+        )
+
+
+def compared_questions(path: Path) -> list[Question]:
+    """Return questions to compare on: of at most `_COMPARED` samples, evenly spread over a split, the first each."""
+    split = Split(path)
+    samples = (split[index] for index in range(0, len(split), max(1, len(split) // _COMPARED)))
+    return [(sample, sample.records[0]) for sample in islice(samples, _COMPARED)]
+
+
+@torch.inference_mode()
+def compare(model: PreTrainedModel, processor: Any, exported: ExportedModel, questions: Sequence[Question]) -> Check:
+    """Compare logits and greedy answers of the exported model with those of the original.
+
+    Raises:
+        RuntimeError: float32 graphs compute other logits.
+    """
+    difference = 0.0
+    for start in range(0, len(questions), _BATCH):
+        some = questions[start : start + _BATCH]
+        expected = model(**model_inputs(processor, some, "cpu"), logits_to_keep=1).logits[:, -1].numpy()
+        worst = float(np.abs(exported.first_logits(exported.inputs(some)) - expected).max())
+        difference = max(difference, worst)
+        if exported.layout.weights == "float32" and worst > _TOLERANCE * max(1.0, np.abs(expected).max()):
+            raise RuntimeError(f"expected the logits of the exported model, found them {worst:.3g} apart")
+    both = (
+        answers(model, processor, questions, _BATCH, _TOKENS),
+        exported.answers(questions, _BATCH, _TOKENS),
+    )
+    same = sum(one == other for one, other in zip(*both, strict=True))
+    return Check(questions=len(questions), same_answers=same, logit_difference=difference)
+
+
+def _needed_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the float32 graphs, which are written first, and of their quantized copy.
+
+    The embedding is counted twice, because the decoder's graph holds it as the output head even where both are one.
+    """
+    return 6 * (model.num_parameters() + model.get_input_embeddings().weight.numel())
+
+
+def _layout(model: PreTrainedModel, processor: Any, weights: str, weights_bytes: int) -> Layout:
+    layers, heads, width = cache_shape(model)
+    tokenizer = processor.tokenizer
+    ends = end_tokens(model, processor)
+    pad = tokenizer.pad_token_id
+    return Layout(
+        version=VERSION,
+        weights=weights,
+        model_type=model.config.model_type,
+        parameters=model.num_parameters(),
+        weights_bytes=weights_bytes,
+        layers=layers,
+        kv_heads=heads,
+        head_dim=width,
+        context=model.config.get_text_config().max_position_embeddings,
+        end_tokens=tuple(sorted(ends)),
+        pad_token=min(ends) if pad is None else pad,
+        special_tokens={name: one for name, one in tokenizer.special_tokens_map.items() if isinstance(one, str)},
+        pictures=_pictures(model, processor) if model.config.model_type == _VISION else None,
+        check=None,
+    )
+
+
+def _pictures(model: PreTrainedModel, processor: Any) -> Pictures:
+    image, video = processor.image_processor, processor.video_processor
+    for one in (image, video):
+        found = {name: getattr(one, name) for name in _PROCESSING}
+        alike = all(getattr(image, name) == getattr(one, name) for name in ("patch_size", "merge_size", "image_mean"))
+        if found != _PROCESSING or not alike or getattr(one, "cap_pixels_per_frame", False):
+            raise UserError(
+                f"{type(one).__name__}: expected Qwen2-VL's processing of pictures ({_PROCESSING}, images and videos "
+                f"alike, cap_pixels_per_frame false), found {found}; correct the model's processor_config.json"
+            )
+    return Pictures(
+        image_token=model.config.image_token_id,
+        video_token=model.config.video_token_id,
+        patch_size=image.patch_size,
+        merge_size=image.merge_size,
+        temporal_patch_size=image.temporal_patch_size,
+        mean=tuple(image.image_mean),
+        std=tuple(image.image_std),
+        rescale_factor=image.rescale_factor,
+        image_pixels=(image.size["shortest_edge"], image.size["longest_edge"]),
+        video_pixels=(video.size["shortest_edge"], video.size["longest_edge"]),
+    )

@@ -1,0 +1,64 @@
+"""Store the weights of exported graphs in 8 or 4 bits, rounded to the nearest; products are then computed in int8.
+
+`MatMulNBits`, an operator of onnxruntime, holds blocks of a matrix with a scale each; at accuracy level 4 it rounds
+activations to int8, block by block, as they come, and multiplies integers. docs/export.md has the figures by which it
+was preferred to onnxruntime's dynamic quantization, whose answers are further from the model's.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION
+
+# It tells of every node.
+logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+
+# Bits of each graph's matrices. The vision tower loses most from 4 bits.
+BITS = {"int8": {VISION: 8, DECODER: 8}, "w4a8": {VISION: 8, DECODER: 4}}
+# Weights that share a scale.
+BLOCK = 64
+# Of MatMulNBits: activations in int8.
+_INT8 = 4
+
+
+def quantize_graphs(folder: Path, weights: str) -> None:
+    """Replace the float32 graphs in `folder` by those whose weights are "int8" or "w4a8"."""
+    for name, bits in BITS[weights].items():
+        if (folder / name).exists():
+            config = DefaultWeightOnlyQuantConfig(
+                block_size=BLOCK, is_symmetric=True, accuracy_level=_INT8, bits=bits, op_types_to_quantize=("MatMul",)
+            )
+            quantizer = MatMulNBitsQuantizer(onnx.load(folder / name), algo_config=config)
+            quantizer.process()
+            _replace(folder / name, quantizer.model.model)
+    _replace(folder / EMBEDDINGS, _embeddings(onnx.load(folder / EMBEDDINGS)))
+
+
+def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph that looks rows up in int8, and multiplies each by its scale."""
+    (table,) = (numpy_helper.to_array(one) for one in model.graph.initializer)
+    scales = np.abs(table).max(axis=1, keepdims=True).clip(np.finfo(np.float32).tiny) / np.float32(127)
+    rows = np.rint(table / scales).astype(np.int8)
+    (tokens,), (embeddings,) = model.graph.input, model.graph.output
+    nodes = [
+        helper.make_node("Gather", ["table", tokens.name], ["rows"]),
+        helper.make_node("Gather", ["scales", tokens.name], ["row_scales"]),
+        helper.make_node("Cast", ["rows"], ["levels"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["levels", "row_scales"], [embeddings.name]),
+    ]
+    weights = [numpy_helper.from_array(rows, "table"), numpy_helper.from_array(scales, "scales")]
+    graph = helper.make_graph(nodes, "embeddings", [tokens], [embeddings], weights)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _replace(path: Path, model: onnx.ModelProto) -> None:
+    """Write a graph in place of another: onnx would append to the other's weights."""
+    weights = path.with_name(f"{path.name}.data")
+    weights.unlink()
+    onnx.save_model(model, path, save_as_external_data=True, location=weights.name)
+    weights.chmod(path.stat().st_mode)  # onnx makes it private

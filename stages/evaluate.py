@@ -10,6 +10,7 @@ writes evaluations/{variant}/{predictions,quality,performance}.json; for a varia
 import importlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
 from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, VARIANTS
+from firstsight.core.variants import LEFT_OUT, VARIANTS, Variant
 
 if TYPE_CHECKING:
-    from firstsight.generation.answering import Question
+    from firstsight.profiling.cost import Question
 
 TEST = Path("data/egoqa/test.parquet")
 
@@ -39,10 +40,10 @@ def run(name: str) -> None:
 def measure(name: str, loaded: params.Params, folder: Path) -> None:
     """Measure a variant, and write its files into `folder`."""
     # Imported here, because they take seconds, and a variant that is left out needs none of them.
+    from firstsight.engine.layout import is_exported
     from firstsight.evaluation.answer_limit import answer_limit
     from firstsight.evaluation.quality import summarise
-    from firstsight.models.footprint import weights_bytes
-    from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
+    from firstsight.models.loading import load_processor, pick_device
     from firstsight.profiling import cost
     from firstsight.profiling.peak_memory import PeakMemory
     from firstsight.records.parquet import Split
@@ -51,33 +52,30 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
     questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-    device = pick_device(loaded.runtime.device)
+    exported = is_exported(variant.model)
+    device = pick_device("cpu" if exported else loaded.runtime.device)
 
     processor = load_processor(variant.model)
     tokens = answer_limit(processor.tokenizer, [record for _, record in questions], settings.max_new_tokens)
     settings = settings.model_copy(update={"max_new_tokens": tokens})
-    stored = stored_method(variant.model)
-    if stored or variant.quantized_on_loading:
-        importlib.import_module("bitsandbytes")  # takes seconds that are not part of a model's load time
+    # Imported first, because that takes seconds which are not part of a model's load time.
+    load = exported_loader(variant) if exported else pytorch_loader(variant, processor, settings.precision, device)
     memory = PeakMemory(device)
     started = time.perf_counter()
-    # A checkpoint that is stored quantized keeps its precision.
-    precision = "auto" if stored else settings.precision
-    model = load_model(variant.model, variant.quantized_on_loading or precision, device)
+    model, weights = load()
     load_seconds = time.perf_counter() - started
-    weights = weights_bytes(model)  # before the first answer, when bitsandbytes moves scales out of reach
     # Batch 1 first: memory that larger batches leave in the process would otherwise count.
     memory.reset()
-    latency = cost.measure_latency(model, processor, questions, settings)
+    latency = cost.measure_latency(model, questions, settings)
     performance = {
-        "parameters": cost.parameter_count(model),
+        "parameters": model.parameter_count(),
         "disk_bytes": cost.folder_bytes(variant.model),
         "weights_bytes": weights,
         "peak_bytes": memory.peak(),
         "load_seconds": load_seconds,
         **latency,
-        "throughput": cost.measure_throughput(model, processor, questions, settings, memory),
-        **cost.environment(device),
+        "throughput": cost.measure_throughput(model, questions, settings, memory),
+        **model.environment(),
     }
     work = {
         "model": fingerprint_folder(variant.model),
@@ -86,7 +84,7 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
         "device": device,
     }
     with scratch.kept_folder(f"evaluate-{name}", work) as kept:
-        predicted = answer(name, model, processor, questions, settings, kept)
+        predicted = answer(name, model, questions, settings, kept)
     records = [record for _, record in questions]
     groups = [sample.group for sample, _ in questions]
     quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
@@ -105,6 +103,40 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
     )
 
 
+def exported_loader(variant: Variant) -> Callable[[], tuple[Any, int]]:
+    """Return a function that loads an exported model, and returns it with the bytes of its weights."""
+    from firstsight.engine.exported_model import ExportedModel, runtime
+
+    runtime()
+
+    def load() -> tuple[Any, int]:
+        model = ExportedModel(variant.model)
+        return model, model.layout.weights_bytes
+
+    return load
+
+
+def pytorch_loader(variant: Variant, processor: Any, precision: str, device: str) -> Callable[[], tuple[Any, int]]:
+    """Return a function that loads a model in PyTorch, and returns it with the bytes of its weights."""
+    from firstsight.generation.pytorch_model import PyTorchModel
+    from firstsight.models.footprint import weights_bytes
+    from firstsight.models.loading import load_model, stored_method
+
+    stored = stored_method(variant.model)
+    method = variant.quantized_on_loading
+    if stored or method:
+        importlib.import_module("bitsandbytes")
+
+    def load() -> tuple[Any, int]:
+        # A checkpoint that is stored quantized keeps its precision.
+        model = load_model(variant.model, method or ("auto" if stored else precision), device)
+        named = method or stored or str(model.dtype).removeprefix("torch.")
+        # Before the first answer, when bitsandbytes moves scales out of reach.
+        return PyTorchModel(model, processor, named), weights_bytes(model)
+
+    return load
+
+
 def left_out(name: str, settings: params.Evaluate) -> str | None:
     """Return the reason why the variant is not measured, or None if it is."""
     method = VARIANTS[name].quantized_on_loading
@@ -114,12 +146,8 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
     return read_json(note, "the stage that makes it") if note.exists() else None
 
 
-def answer(
-    name: str, model: Any, processor: Any, questions: list["Question"], settings: params.Evaluate, kept: Path
-) -> list[str]:
+def answer(name: str, model: Any, questions: list["Question"], settings: params.Evaluate, kept: Path) -> list[str]:
     """Return the model's answers, continuing from those that an interrupted run has saved in the folder `kept`."""
-    from firstsight.generation.answering import answers  # as in `measure`
-
     path = kept / "answers.json"
     given: list[str] = []
     if path.exists():
@@ -129,7 +157,7 @@ def answer(
             log.warning("%s is damaged (%s); all questions are asked again", path, error)
     if given:
         log.info("%s: resuming at question %d of %d, from %s", name, len(given), len(questions), kept)
-    asked = answers(model, processor, questions[len(given) :], settings.batch_size, settings.max_new_tokens)
+    asked = model.answers(questions[len(given) :], settings.batch_size, settings.max_new_tokens)
     for text in progress(asked, desc=f"evaluate {name}", unit="questions", total=len(questions), initial=len(given)):
         given.append(text)
         if len(given) % settings.batch_size == 0:

@@ -71,7 +71,7 @@ def run() -> None:
     ]
     curves = {stage: summary.training_curve(history) for stage, history in histories.items()}
     environments = {
-        variant: {name: one.performance[name] for name in ("device", "torch", "transformers")}
+        variant: {name: one.performance[name] for name in ("device", "engine", "precision")}
         for variant, one in variants.items()
     }
 

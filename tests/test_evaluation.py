@@ -15,6 +15,7 @@ from firstsight.core.variants import LEFT_OUT
 from firstsight.evaluation.answer_limit import answer_limit
 from firstsight.generation import answering
 from firstsight.generation.answering import answers, model_inputs
+from firstsight.generation.pytorch_model import PyTorchModel
 from firstsight.profiling import cost
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.parquet import SplitWriter
@@ -87,17 +88,20 @@ def test_decoding_is_greedy_whatever_a_model_asks_for(model, processor, monkeypa
 def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, monkeypatch):
     made = []
 
+    generate = answering.generate
+
     def noted(*given, **limits):
-        produced = answering.generate(*given, **limits)
+        produced = generate(*given, **limits)
         made.append(tuple(produced.shape))
         return produced
 
-    monkeypatch.setattr(cost, "generate", noted)
+    monkeypatch.setattr(answering, "generate", noted)
+    measured = PyTorchModel(model, processor, "float32")
     wanted = settings.evaluate.model_copy(
         update={"latency_runs": 3, "latency_new_tokens": 5, "throughput_batch_sizes": [2, 7]}
     )
     questions = [(sample, sample.records[0]) for sample in SAMPLES[:2]]
-    found = cost.measure_latency(model, processor, questions, wanted)
+    found = cost.measure_latency(measured, questions, wanted)
     rounds = 6  # one to warm up, five that count
     assert made == ([(1, 1)] * 3 + [(1, 5)] * 3) * rounds
     many = [(sample, None) for sample in [*SAMPLES[:2] * 20, SAMPLES[2], *SAMPLES[:2] * 20]]
@@ -106,7 +110,7 @@ def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, 
     assert found["prefill_ms_p50"] < found["latency_ms_p50"] <= found["latency_ms_p90"]
     assert found["latency_spread"] >= 0
     made.clear()
-    together = cost.measure_throughput(model, processor, questions, wanted, PeakMemory("cpu"))
+    together = cost.measure_throughput(measured, questions, wanted, PeakMemory("cpu"))
     assert made == [(2, 5)] * rounds + [(7, 5)] * rounds
     assert list(together) == ["2", "7"]
 
@@ -117,10 +121,11 @@ def test_a_batch_that_does_not_fit_is_left_out(model, processor, settings, monke
             raise torch.OutOfMemoryError
         return torch.zeros(2, 1)
 
-    monkeypatch.setattr(cost, "generate", full)
+    monkeypatch.setattr(answering, "generate", full)
+    measured = PyTorchModel(model, processor, "float32")
     wanted = settings.evaluate.model_copy(update={"throughput_batch_sizes": [2, 4]})
     question = (SAMPLES[0], SAMPLES[0].records[0])
-    assert list(cost.measure_throughput(model, processor, [question], wanted, PeakMemory("cpu"))) == ["2"]
+    assert list(cost.measure_throughput(measured, [question], wanted, PeakMemory("cpu"))) == ["2"]
 
 
 def test_peak_memory_is_what_was_held_at_most_and_not_at_the_end():
@@ -168,6 +173,7 @@ def test_a_method_that_is_not_asked_for_is_left_out_and_comes_when_it_is(smoke_c
         "student-distilled",
         "student-int8",
         "student-nf4",
+        "student-onnx-w4a8",
     ]
     # Loaded from the same files, and smaller.
     assert performance["teacher-int8"]["disk_bytes"] == performance["teacher"]["disk_bytes"]

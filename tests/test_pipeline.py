@@ -35,6 +35,8 @@ def test_each_stage_depends_on_its_own_parameters_alone():
             ),
         ],
         "quantize-student": ["quantize"],
+        "export-student": ["export.formats"],
+        "export-teacher": ["export.teacher"],
         "evaluate": ["evaluate"],
         "report": [
             "report",
@@ -51,7 +53,9 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     metrics = smoke / "metrics"
     quality = json.loads((metrics / "quality.json").read_text())
     baselines = {"majority-answer", "question-only"}
-    assert set(quality) == baselines | {"teacher", "student", CONTROL, "student-distilled", "student-nf4"}
+    assert set(quality) == baselines | {"teacher", "student", CONTROL, "student-distilled", "student-nf4"} | {
+        "student-onnx-w4a8"
+    }
     assert 0 <= quality["majority-answer"]["exact_match"] < quality["question-only"]["exact_match"] < 0.6
     assert quality["teacher"]["teacher_agreement"] == 1
     models = json.loads((metrics / "models.json").read_text())
@@ -76,8 +80,8 @@ def test_the_smoke_run_leaves_metrics_plots_and_a_page(smoke):
     assert curve[0] == "step,loss"
     assert len(curve) == 3  # an evaluation an epoch
     types = card["splits"]["test"]["question_types"]
-    assert (metrics / "plots/variants.csv").read_text().count("\n") == 1 + 5
-    assert (metrics / "plots/by-type.csv").read_text().count("\n") == 1 + 5 * len(types)
+    assert (metrics / "plots/variants.csv").read_text().count("\n") == 1 + 6
+    assert (metrics / "plots/by-type.csv").read_text().count("\n") == 1 + 6 * len(types)
     assert quality["student-nf4"]["gain_by_type"].keys() == types.keys()
     assert len(list((metrics / "plots").glob("*.png"))) == 8
     predictions = json.loads((smoke / "evaluations/teacher/predictions.json").read_text())

@@ -10,6 +10,7 @@ from conftest import ROOT, YAML_SAFE, as_wide_as, change, command, run_stage
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
+from firstsight.core import params
 from firstsight.core.files import write_json
 from firstsight.core.params import Control, Criteria, Levels
 from firstsight.core.variants import CONTROL, DISTILLED, LEFT_OUT, STUDENTS
@@ -19,7 +20,7 @@ from firstsight.records.sample import Record
 from firstsight.reporting import comparison
 from firstsight.reporting.criteria import conclusions, not_judged, verdicts
 from firstsight.reporting.headline import headline
-from firstsight.reporting.summary import Measured, key_figures, quality_table
+from firstsight.reporting.summary import COSTS, Measured, key_figures, performance_table, quality_table
 from firstsight.reporting.text_table import size
 
 LEVELS = Levels(minimum=1.0, target=2.0, stretch=3.0)
@@ -149,7 +150,7 @@ def test_one_sentence_says_what_distilling_added(quality, control, left_out, sai
 def test_dvc_compares_few_figures_under_short_names():
     good = {"exact_match": 0.8, "gain": 0.2, "gain_low": 0.1, "retention": 0.9, "f1": 0.85}
     fast = {"weights_bytes": 1_600_000, "latency_ms_p50": 12.5, "latency_ms_p90": 14.0}
-    variants = ("teacher", "teacher-int8", "teacher-nf4", "student", CONTROL, *STUDENTS)
+    variants = ("teacher", "teacher-int8", "teacher-nf4", "student", CONTROL, *STUDENTS)  # of exports, nothing
     training = {"distill": {"step": 9, "validation_objective": 0.1, "validation_ce": 0.2, "validation_agreement": 0.95}}
     table = key_figures(dict.fromkeys(variants, good), dict.fromkeys(variants, fast), training)
     student = {"exact_match": 0.8, "gain": 0.2, "retention": 0.9, "megabytes": 1.6, "latency_ms": 12.5}
@@ -162,6 +163,27 @@ def test_dvc_compares_few_figures_under_short_names():
         "training": {"loss": 0.1, "agreement": 0.95},
     }
     assert len(list(leaves("metrics", table))) == 19
+
+
+def test_exported_students_are_compared_with_the_exported_teacher():
+    def measured(latency: float) -> Measured:
+        figures = dict.fromkeys(COSTS, 1.0) | {"latency_ms_p50": latency}
+        return Measured({"exact_match": 0.5}, figures, [])
+
+    found = {"teacher": 30.0, "teacher-onnx": 8.0, DISTILLED: 25.0, "student-onnx": 2.0, "student-onnx-w4a8": 4.0}
+    variants = {name: measured(latency) for name, latency in found.items()}
+    table = performance_table(variants)
+    speed_ups = {"teacher": 1.0, "teacher-onnx": 1.0, DISTILLED: 1.2, "student-onnx": 4.0, "student-onnx-w4a8": 2.0}
+    assert {name: row["speed_up"] for name, row in table.items()} == speed_ups
+    criteria = params.load(ROOT / "params.yaml").report.criteria
+    judged = {one.variant: one.reached for one in verdicts(criteria, {}, table) if one.criterion == "speed_up"}
+    assert judged == {"student-onnx": "target", "student-onnx-w4a8": "minimum"}
+    # Without it they are compared with nothing, and PyTorch's student is judged.
+    del variants["teacher-onnx"]
+    table = performance_table(variants)
+    assert "speed_up" not in table["student-onnx"]
+    judged = [one.variant for one in verdicts(criteria, {}, table) if one.criterion == "speed_up"]
+    assert judged == [DISTILLED]
 
 
 @pytest.mark.parametrize(

@@ -3,34 +3,40 @@
 Decoding and preprocessing of images and videos are not part of the times.
 """
 
-import platform
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import transformers
-from transformers import PreTrainedModel
 
 from firstsight.core.params import Evaluate
 from firstsight.core.stage import log
-from firstsight.generation.answering import Question, generate, model_inputs
 from firstsight.profiling.peak_memory import PeakMemory
+from firstsight.records.sample import Record, Sample
+
+Question = tuple[Sample, Record]
 
 # Repeats of each question: one disturbance does not move their median, and their spread says how reliable it is.
 _REPEATS = 5
 
 
-def parameter_count(model: PreTrainedModel) -> int:
-    """Return the number of parameters, also where 4-bit storage packs two in a byte."""
-    return model.num_parameters()
+class Measured(Protocol):
+    """A model whose speed is measured, in PyTorch or in another engine."""
+
+    def inputs(self, questions: Sequence[Question]) -> Any:
+        """Return the model's inputs for a batch of questions, with decoded and prepared images and videos."""
+
+    def generate(self, inputs: Any, tokens: int) -> Any:
+        """Answer each question with exactly `tokens` tokens."""
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of the weights on disk."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Return the bytes of the weights on disk, with those of the graphs that an export has."""
+    found = (folder.glob(pattern) for pattern in ("*.safetensors", "*.onnx", "*.onnx.data"))
+    return sum(path.stat().st_size for path in chain.from_iterable(found))
 
 
 def representative(questions: Sequence[Question], count: int) -> list[Question]:
@@ -42,9 +48,7 @@ def representative(questions: Sequence[Question], count: int) -> list[Question]:
     return [*spread[:-1], max(questions, key=lambda question: len(question[0].frames))]
 
 
-def measure_latency(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate
-) -> dict[str, float]:
+def measure_latency(model: Measured, questions: Sequence[Question], settings: Evaluate) -> dict[str, float]:
     """Time `settings.latency_runs` questions at batch 1, answered with exactly `settings.latency_new_tokens` tokens.
 
     Returns percentiles over the questions, each represented by the median of its repeats, in milliseconds:
@@ -53,7 +57,7 @@ def measure_latency(
     interquartile range of the repeats divided by their median.
     """
     asked = representative(questions, settings.latency_runs)
-    batches = [model_inputs(processor, [question], model.device) for question in asked]
+    batches = [model.inputs([question]) for question in asked]
     lengths = (1, settings.latency_new_tokens)
     # Rounds over all questions, so that a temporary slowdown of the machine affects one repeat of each question. The
     # first round is the warm-up.
@@ -72,7 +76,7 @@ def measure_latency(
 
 
 def measure_throughput(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], settings: Evaluate, memory: PeakMemory
+    model: Measured, questions: Sequence[Question], settings: Evaluate, memory: PeakMemory
 ) -> dict[str, dict[str, float]]:
     """Return answers per second and peak bytes by batch size, for answers as long as those of `measure_latency`.
 
@@ -81,7 +85,7 @@ def measure_throughput(
     measured = {}
     for size in settings.throughput_batch_sizes:
         try:
-            inputs = model_inputs(processor, representative(questions, size), model.device)
+            inputs = model.inputs(representative(questions, size))
             memory.reset()
             timed = [_timed(model, inputs, settings.latency_new_tokens) for _ in range(1 + _REPEATS)]
         except torch.OutOfMemoryError:
@@ -95,9 +99,9 @@ def measure_throughput(
     return measured
 
 
-def _timed(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int) -> float:
+def _timed(model: Measured, inputs: Any, tokens: int) -> float:
     """Return the milliseconds that an answer of exactly `tokens` tokens takes."""
-    return _milliseconds(lambda: generate(model, inputs, max_new_tokens=tokens, min_new_tokens=tokens))
+    return _milliseconds(lambda: model.generate(inputs, tokens))
 
 
 def _milliseconds(work: Callable[[], Any]) -> float:
@@ -111,13 +115,3 @@ def _milliseconds(work: Callable[[], Any]) -> float:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def environment(device: str) -> dict[str, str]:
-    """Return what the figures were measured on: the device's name and the versions of torch and transformers."""
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from firstsight.core.params import Criteria, Levels
-from firstsight.core.variants import CONTROL, STUDENTS
+from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, STUDENTS
 
 MEANING = {
     "gain": f"its exact match - that of {CONTROL}",
     "retention": "its exact match / the teacher's",
     "compression": "the teacher's weights on disk / its own",
     "weights_saved": "share of the teacher's weights in memory that it does not take",
-    "speed_up": "the teacher's latency / its own",
+    "speed_up": "the teacher's latency / its own, of exported students the exported teacher's",
 }
 _NULL = (
     "speed up is not judged, because report.criteria.speed_up is null: with models as small as the default's, what "
@@ -45,11 +45,16 @@ class Verdict:
 
 
 def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdict]:
-    """Return a verdict per criterion and student for which it can be computed; the tables are as in metrics/."""
+    """Return a verdict per criterion and student for which it can be computed; the tables are as in metrics/.
+
+    Speed-up is judged of the exported students alone where the exported teacher was measured: it is the work of the
+    models that is compared there, not what PyTorch adds to each token.
+    """
     found = []
     for criterion in Criteria.model_fields:
         levels = getattr(criteria, criterion)
-        for variant in STUDENTS:
+        in_engine = criterion == "speed_up" and EXPORTED_TEACHER in performance
+        for variant in EXPORTED if in_engine else STUDENTS:
             row = quality.get(variant, {}) | performance.get(variant, {})
             if levels is None or criterion not in row:
                 continue

@@ -24,12 +24,15 @@ plt.rcParams["text.parse_math"] = False
 plt.rcParams["font.family"] = fonts.families()
 # As wide as a phone shows a figure, two of them side by side on a desktop, in inches; panels are below each other.
 _WIDTH, plt.rcParams["font.size"] = 4.4, 9
-# The palette of Okabe and Ito, distinguishable with any colour vision.
-_PALETTE = ("#0072B2", "#56B4E9", "#CC79A7", "#888888", "#000000", "#D55E00", "#009E73", "#E69F00")
+# The palette of Okabe and Ito, distinguishable with any colour vision; darker tones are of exports.
+_PALETTE = (
+    *("#0072B2", "#56B4E9", "#CC79A7", "#003D66", "#888888", "#000000", "#D55E00", "#009E73", "#E69F00"),
+    *("#7A2E00", "#00543A", "#8A5A00"),
+)
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
 # Most question types shown: more do not fit a page, or the first screen of it.
 _TYPES_SHOWN, _TYPES_FIRST = 24, 10
-_MARKERS = dict(zip(VARIANTS, "sPvXhoD^", strict=True))
+_MARKERS = dict(zip(VARIANTS, "sPvpXhoD^d<*", strict=True))
 
 
 def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:

@@ -60,7 +60,7 @@ def write(path: Path, shown: Shown) -> None:
         rows=rows(shown.quality, shown.performance),
         meanings=MEANING,
         conclusions=conclusions(shown.verdicts),
-        places=sorted({", torch ".join((one["device"], one["torch"])) for one in shown.environments.values()}),
+        places=sorted({", ".join((one["device"], one["engine"])) for one in shown.environments.values()}),
         figures={
             name: list(_figures(name, table))
             for name, table in (("quality", shown.quality), ("performance", shown.performance))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from firstsight.core.params import Train
-from firstsight.core.variants import CONTROL, DISTILLED, STUDENTS, TEACHER
+from firstsight.core.variants import CONTROL, DISTILLED, EXPORTED, EXPORTED_TEACHER, PUBLISHED, STUDENTS, TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, is_right, proportion_interval
 from firstsight.records.sample import Record, Sample
 
@@ -52,7 +52,7 @@ def unusable(quality: Any, performance: Any) -> str | None:
         value = table.get(name)
         if not isinstance(value, int | float) or not math.isfinite(value) or (table is performance and value < 0):
             return f"{value!r} for {name}"
-    if missing := [name for name in ("device", "torch", "transformers", "throughput") if name not in performance]:
+    if missing := [name for name in ("device", "engine", "precision", "throughput") if name not in performance]:
         return f"none for {missing[0]}"
     if not isinstance(quality.get("by_type"), dict):
         return "none by question type"
@@ -156,13 +156,17 @@ def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]
 
     `compression` is the teacher's bytes on disk over the variant's, `weights_saved` the share of the teacher's bytes of
     weights in memory that the variant does not take, and `speed_up` the teacher's median latency over the variant's.
+    The latency of an exported student is compared with that of the exported teacher, in the same engine; where that was
+    not measured, it has no `speed_up`.
     """
     teacher, table = measured[TEACHER].performance, {}
     for name, variant in measured.items():
         row = {key: variant.performance[key] for key in COSTS}
         row["compression"] = teacher["disk_bytes"] / row["disk_bytes"]
         row["weights_saved"] = 1 - row["weights_bytes"] / teacher["weights_bytes"]
-        row["speed_up"] = teacher["latency_ms_p50"] / row["latency_ms_p50"]
+        alike = EXPORTED_TEACHER if name in (EXPORTED_TEACHER, *EXPORTED) else TEACHER
+        if alike in measured:
+            row["speed_up"] = measured[alike].performance["latency_ms_p50"] / row["latency_ms_p50"]
         table[name] = row
     return table
 
@@ -170,12 +174,13 @@ def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]
 def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, dict[str, float]]:
     """Return metrics/metrics.json: of all figures the few that DVC compares, under short names; tables as in metrics/.
 
+    Those of exported students are left to metrics/performance.json and metrics/quality.json.
     `megabytes` are those of the weights in memory, `loss` and `agreement` those of the best epoch of distilling.
     """
     table = {TEACHER: {"exact_match": quality[TEACHER]["exact_match"]}}
     if CONTROL in quality:
         table[_short(CONTROL)] = {"exact_match": quality[CONTROL]["exact_match"]}
-    for student in STUDENTS:
+    for student in PUBLISHED:
         if student in performance:
             good, fast = quality[student], performance[student]
             row = {name: good[name] for name in ("exact_match", "gain", "retention") if name in good}

@@ -18,12 +18,7 @@ def summary(
     environments: dict[str, dict[str, str]],
 ) -> str:
     """Return the lines of `opening` as the first paragraph, which `firstsight table` prints, and all tables as text."""
-    places = sorted(
-        {
-            f"{where['device']}, torch {where['torch']}, transformers {where['transformers']}"
-            for where in environments.values()
-        }
-    )
+    places = sorted({f"{where['device']}, {where['engine']}" for where in environments.values()})
     sections = {
         "Size and compression": [
             ("", "parameters", "on disk", "compression"),
@@ -49,10 +44,14 @@ def summary(
                     f"{row['latency_spread']:.1%}",
                     f"{row['prefill_ms_p50']:.1f} ms",
                     f"{row['decode_tokens_per_second']:.0f}",
-                    f"{row['speed_up']:.2f} x",
+                    f"{row['speed_up']:.2f} x" if "speed_up" in row else "-",
                 )
                 for name, row in performance.items()
             ),
+        ],
+        "What computed": [
+            ("", "precision", "engine", "device"),
+            *((name, where["precision"], where["engine"], where["device"]) for name, where in environments.items()),
         ],
         f"Accuracy, {quality[TEACHER]['questions']} test questions, with 95% intervals": [
             ("", "exact match", "F1", "ROUGE-L", "BLEU", "options"),

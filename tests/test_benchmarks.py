@@ -15,7 +15,7 @@ from firstsight.records.parquet import Split
 
 # What a machine for benchmarks need not have: libraries of readers, reports, quantization and the pipeline.
 ABSENT = (
-    *("av", "qwen_vl_utils", "datasets", "bitsandbytes", "rouge_score", "sacrebleu"),
+    *("av", "onnx", "onnxruntime", "datasets", "bitsandbytes", "rouge_score", "sacrebleu"),
     *("dvc", "matplotlib", "pandas", "tabulate", "typer", "gradio", "liger_kernel", "trl"),
 )
 # As sitecustomize.py in a folder of PYTHONPATH, Python runs it in every process: these libraries are not found.

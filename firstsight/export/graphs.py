@@ -5,13 +5,16 @@ traced on a clip here, because a graph that is traced on an image may be silentl
 compute what the model's own forward pass computes, with its own modules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION
 
@@ -22,6 +25,35 @@ _OPSET = 23
 _STEPS, _SIDE = 3, 4
 _ROWS, _NEW, _PAST = 2, 5, 7
 _ANY = Dim.DYNAMIC
+
+
+# The name under which transformers knows `_grouped_attention`.
+_GROUPED = "grouped"
+
+
+def _grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attend with the cached keys and values as they are; transformers would repeat them for each head of a group."""
+    together = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return together.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_GROUPED, _grouped_attention)
+AttentionMaskInterface.register(_GROUPED, sdpa_mask)
+
+
+@contextmanager
+def _grouped(language_model: nn.Module) -> Iterator[None]:
+    """Compute the language model's attention by `_grouped_attention` in the block."""
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation(_GROUPED)
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)
 
 
 class VisionTower(nn.Module):
@@ -131,7 +163,9 @@ def write_graphs(model: PreTrainedModel, folder: Path) -> None:
     names = [f"{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
     taken = ["embeddings", "positions", "mask", *(f"past.{name}" for name in names)]
     given = ["logits", *(f"present.{name}" for name in names)]
-    _write(Decoder(model), example, shapes, taken, given, folder / DECODER)
+    decoder = Decoder(model)
+    with _grouped(decoder.language_model):
+        _write(decoder, example, shapes, taken, given, folder / DECODER)
 
 
 def _write(module: nn.Module, example: tuple, shapes: tuple, inputs: list[str], outputs: list[str], path: Path) -> None:

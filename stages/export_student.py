@@ -3,7 +3,7 @@
     python -m stages.export_student onnx        (or onnx-int8, onnx-w4a8)
 
 reads  models/student-distilled, the validation split, `export` in params.yaml
-writes models/student-{format}: graphs, tokenizer and export.json, which also holds how the graphs' logits and answers
+writes models/student-{format}: graphs, tokenizer and exported.json, which also holds how the graphs' logits and answers
        compared with the student's; for a format that `export.formats` does not list, only a note that it is left out
 """
 

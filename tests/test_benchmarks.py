@@ -124,6 +124,9 @@ SMALL = {
         10,
     ),
     "build": ([], "PICTURES = (4, 16)", 2),
+    "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 3),
+    # Of graphs that have few bits already: the smoke preset asks for no others.
+    "export_weights": (["0.2"], "FLOAT, BLOCKS = VARIANTS['student-onnx-w4a8'].model, ()", 3),
     "processes": (["0.2"], "PROCESSES = (1, 2)", 2),
     "repeat": (["student-nf4"], "FIGURES = FIGURES[:2]", 3),
     "settings": (["student-nf4"], "SETTINGS = {name: SETTINGS[name] for name in list(SETTINGS)[::5]}", 2),
@@ -255,3 +258,20 @@ def test_the_picture_is_drawn_from_the_committed_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(picture, "FOLDER", tmp_path)
     picture.run()
     assert (tmp_path / "distillation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.system
+def test_exports_are_compared_with_what_they_were_made_from(rows_of):
+    teacher, student, exported = rows_of("exported")
+    assert (teacher["variant"], student["variant"]) == ("teacher", "student-distilled")
+    assert (exported["variant"], exported["precision"]) == ("student-onnx-w4a8", "w4a8")
+    assert exported["engine"].startswith("onnxruntime")
+    assert exported["same_batch_1"] <= student["same_batch_1"] == student["questions"]
+    assert all(row["latency_ms"] > 0 for row in (teacher, student, exported))
+
+
+@pytest.mark.system
+def test_ways_to_store_weights_are_compared(rows_of):
+    first, *others = rows_of("export_weights")
+    assert (first["weights"], first["same_answers"]) == ("float32", first["questions"])
+    assert all(row["same_answers"] <= row["questions"] for row in others)

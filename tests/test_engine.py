@@ -1,5 +1,6 @@
 """An exported folder answers as PyTorch does, from the same pixels and tokens, and without torch."""
 
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from firstsight.engine.pictures import patches
 from firstsight.export.folder import export_folder
 from firstsight.export.weights import quantize_graphs
 from firstsight.generation.answering import answers, generate, model_inputs
+from firstsight.readers.image_decoding import encode
 from firstsight.records.resizing import fitted_size
 from firstsight.records.sample import Sample
 
@@ -104,6 +106,20 @@ def test_pictures_are_fitted_as_the_processor_does():
                 assert fitted_size(height, width, 28, least, most) == smart_resize(height, width, 28, least, most)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_images_of_a_data_set_are_resized_as_by_qwen_vl_utils(settings, mode):
+    fetch_image = pytest.importorskip("qwen_vl_utils").fetch_image
+    for number, size in enumerate([(84, 84), (300, 200), (57, 100), (1000, 40)]):
+        image = Image.fromarray(noise(number, *size)).convert(mode)
+        if mode == "RGBA":
+            image.putalpha(Image.linear_gradient("L").resize(size))
+        expected = fetch_image({"image": image, "max_pixels": settings.data.max_pixels})
+        found = Image.open(io.BytesIO(encode(image, settings.data)))
+        assert found.size == expected.size
+        expected.save(buffer := io.BytesIO(), "JPEG", quality=settings.data.jpeg_quality)
+        assert encode(image, settings.data) == buffer.getvalue()
+
+
 def test_a_picture_too_long_to_be_seen_is_refused(exported):
     with pytest.raises(UserError, match=r"picture: expected sides that a model can see, found sides of 2010 x 10"):
         patches([Image.new("RGB", (2010, 10))], False, exported.layout.pictures)
@@ -170,13 +186,13 @@ def test_what_is_longer_than_the_context_is_refused(exported, monkeypatch):
 def version_of_another(folder):
     values = json.loads((folder / LAYOUT).read_text())
     (folder / LAYOUT).write_text(json.dumps(values | {"version": 2}))
-    return "export.json: expected version 1, found 2; export the model again"
+    return "exported.json: expected version 1, found 2; export the model again"
 
 
 def key_of_another(folder):
     values = json.loads((folder / LAYOUT).read_text())
     (folder / LAYOUT).write_text(json.dumps(values | {"speech": True}))
-    return "export.json: speech: expected a known key, found an unknown one; export the model again"
+    return "exported.json: speech: expected a known key, found an unknown one; export the model again"
 
 
 def no_graph(folder):

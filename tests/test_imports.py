@@ -10,11 +10,13 @@ from conftest import ROOT, YAML_SAFE, change, workspace, write_params
 
 LARGE = {
     *("torch", "transformers", "accelerate", "torchvision", "peft", "bitsandbytes", "datasets", "huggingface_hub"),
-    *("pandas", "matplotlib", "nltk", "sacrebleu", "av", "pyarrow"),
+    *("pandas", "matplotlib", "nltk", "sacrebleu", "av", "pyarrow", "onnx", "onnxscript", "onnxruntime"),
 }
 MODELS = {"torch", "transformers", "accelerate", "torchvision", "huggingface_hub"}
 # The Trainer imports these, whether they are used or not; so does no other part of transformers.
 TRAINER = {"peft", "datasets", "pandas", "bitsandbytes"}
+# What torch.onnx and the quantizer import.
+EXPORTER = {"onnx", "onnxscript", "onnxruntime"}
 SCORES = {"pandas", "nltk", "sacrebleu"}
 
 
@@ -33,9 +35,11 @@ def imported(folder: Path, stage: str, *arguments: str) -> set[str]:
     [
         ("evaluate", {"teacher_methods": []}, ("evaluate", "teacher-int8")),
         ("quantize", {"methods": ["nf4"]}, ("quantize_student", "int8")),
+        ("export", {"formats": []}, ("export_student", "onnx")),
+        ("export", {"teacher": False}, ("export_teacher",)),
         ("finetune_teacher", {"enabled": False}, ("finetune_teacher",)),
     ],
-    ids=["evaluate", "quantize_student", "finetune_teacher"],
+    ids=["evaluate", "quantize_student", "export_student", "export_teacher", "finetune_teacher"],
 )
 def test_what_is_left_out_imports_no_large_library(tmp_path, section, values, stage):
     folder = workspace(tmp_path)
@@ -55,11 +59,13 @@ def test_a_control_that_is_left_out_reads_the_splits_alone(smoke_copy):
     ("stage", "needed"),
     [
         (("download_models", "teacher"), MODELS),
-        (("build_egoqa_dataset",), {"pyarrow", "av", "torch", "torchvision", "huggingface_hub", "pandas"}),
+        (("build_egoqa_dataset",), {"pyarrow", "av", "huggingface_hub", "pandas"}),
         (("finetune_teacher",), MODELS | TRAINER | {"pyarrow"}),
         (("cache_teacher_targets",), MODELS | {"pyarrow"}),
         (("distill",), MODELS | TRAINER | {"pyarrow"}),
         (("quantize_student", "nf4"), MODELS | {"pyarrow", "bitsandbytes"}),
+        (("export_student", "onnx-w4a8"), MODELS | EXPORTER | {"pyarrow"}),
+        (("evaluate", "student-onnx-w4a8"), MODELS | SCORES | {"pyarrow", "onnxruntime"}),
         (("evaluate", "student-distilled"), MODELS | SCORES | {"pyarrow"}),
         (("evaluate", "student-nf4"), MODELS | SCORES | {"pyarrow", "bitsandbytes"}),
         (("report",), {"pyarrow", "pandas", "matplotlib"}),

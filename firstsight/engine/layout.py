@@ -1,4 +1,4 @@
-"""Describe an exported folder: graphs and tokenizer, and `export.json`, which holds all that is needed to run them."""
+"""Describe an exported folder: graphs and tokenizer, and `exported.json`, which says how they are run."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from firstsight.core.validation import describe
 
 # Raised when a folder written before can no longer be run as it is.
 VERSION = 1
-LAYOUT, CHAT_TEMPLATE, TOKENIZER = "export.json", "chat_template.jinja", "tokenizer.json"
+LAYOUT, CHAT_TEMPLATE, TOKENIZER = "exported.json", "chat_template.jinja", "tokenizer.json"
 VISION, EMBEDDINGS, DECODER = "vision.onnx", "embeddings.onnx", "decoder.onnx"
 
 _REMEDY = "export the model again (dvc repro)"
@@ -54,7 +54,7 @@ class Check(Part):
 
 
 class Layout(Part):
-    """Hold the contents of export.json.
+    """Hold the contents of exported.json.
 
     `weights` is the precision of the decoder's weights. `context` is the most tokens of a question with its answer.
     `special_tokens` are the variables that the chat template may use. `pictures` is None for a model of text alone.
@@ -92,7 +92,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_layout(folder: Path) -> Layout:
-    """Read the folder's export.json.
+    """Read the folder's exported.json.
 
     Raises:
         UserError: it is broken, or of another version.

@@ -109,7 +109,7 @@ def test_pictures_are_fitted_as_the_processor_does():
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
 def test_images_of_a_data_set_are_resized_as_by_qwen_vl_utils(settings, mode):
     fetch_image = pytest.importorskip("qwen_vl_utils").fetch_image
-    for number, size in enumerate([(84, 84), (300, 200), (57, 100), (1000, 40)]):
+    for number, size in enumerate([(84, 84), (300, 200), (57, 100), (400, 40)]):
         image = Image.fromarray(noise(number, *size)).convert(mode)
         if mode == "RGBA":
             image.putalpha(Image.linear_gradient("L").resize(size))

@@ -64,7 +64,7 @@ def in_blocks(folder: Path, decoder: int, vision: int, block: int) -> None:
     bits = {DECODER: decoder, VISION: vision}
     weights.BITS["tried"] = {name: some for name, some in bits.items() if some < 32}
     weights.BLOCK = block
-    weights.quantize_graphs(folder, "tried")
+    weights.quantize_graphs(FLOAT, folder, "tried")
 
 
 def run() -> None:

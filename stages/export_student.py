@@ -1,12 +1,14 @@
-"""Export the distilled student to ONNX graphs, which onnxruntime runs without torch, with weights of one precision.
+"""Export the distilled student to ONNX graphs, which onnxruntime runs without torch, in each format asked for.
 
-    python -m stages.export_student onnx        (or onnx-int8, onnx-w4a8)
+    python -m stages.export_student
 
-reads  models/student-distilled, the validation split, `export` in params.yaml
-writes models/student-{format}: graphs, tokenizer and exported.json, which also holds how the graphs' logits and answers
-       compared with the student's; for a format that `export.formats` does not list, only a note that it is left out
+reads  models/student-distilled, the validation split, `export.formats` in params.yaml
+writes models/student-{format} for onnx, onnx-int8 and onnx-w4a8: graphs, tokenizer and exported.json, which also holds
+       how the graphs' logits and answers compared with the student's; for a format that `export.formats` does not list,
+       only a note that it is left out
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from firstsight.core import params
@@ -17,19 +19,23 @@ from firstsight.core.variants import FORMATS, LEFT_OUT, VARIANTS
 SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
 
 
-def run(name: str) -> None:
-    settings = params.load().export
-    with whole_folder(VARIANTS[f"student-{name}"].model) as folder:
-        if name not in settings.formats:
-            write_json(folder / LEFT_OUT, f"export.formats is {settings.formats}, without {name}")
-            log.info("%s is left out: export.formats is %s", name, settings.formats)
+def run() -> None:
+    formats = params.load().export.formats
+    with ExitStack() as outputs:
+        folders = {name: outputs.enter_context(whole_folder(VARIANTS[f"student-{name}"].model)) for name in FORMATS}
+        for name in FORMATS.keys() - set(formats):
+            write_json(folders[name] / LEFT_OUT, f"export.formats is {formats}, without {name}")
+        if not formats:
+            log.info("the student is not exported: export.formats is empty")
             return
-        # Imported here, because they take seconds, and a format that is left out needs none of them.
-        from firstsight.export.folder import compared_questions, export_folder
+        # Imported here, because they take seconds, and without a format none of them is needed.
+        from firstsight.export.folder import compared_questions, export_folders
 
-        layout = export_folder(SOURCE, folder, FORMATS[name], compared_questions(VALIDATION))
-    log.info("%s: %s", name, layout.summary())
+        targets = {FORMATS[name]: folders[name] for name in formats}
+        layouts = export_folders(SOURCE, targets, compared_questions(VALIDATION))
+    for name in formats:
+        log.info("%s: %s", name, layouts[FORMATS[name]].summary())
 
 
 if __name__ == "__main__":
-    main(run, FORMATS)
+    main(run, ())

@@ -24,10 +24,10 @@ def run() -> None:
             log.info("%s is left out: export.teacher is false", EXPORTED_TEACHER)
             return
         # Imported here, because they take seconds, and a teacher that is left out needs none of them.
-        from firstsight.export.folder import compared_questions, export_folder
+        from firstsight.export.folder import compared_questions, export_folders
 
-        layout = export_folder(SOURCE, folder, "float32", compared_questions(VALIDATION))
-    log.info("%s: %s", EXPORTED_TEACHER, layout.summary())
+        layouts = export_folders(SOURCE, {"float32": folder}, compared_questions(VALIDATION))
+    log.info("%s: %s", EXPORTED_TEACHER, layouts["float32"].summary())
 
 
 if __name__ == "__main__":

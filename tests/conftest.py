@@ -29,7 +29,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from firstsight.core import params
-from firstsight.core.variants import FORMATS, METHODS, VARIANTS
+from firstsight.core.variants import METHODS, VARIANTS
 from firstsight.records.sample import Record, Sample
 
 # The same cases every time, however slow the machine.
@@ -51,9 +51,7 @@ STAGES = (
     ("finetune_student",),
     ("quantize_student", "int8"),
     ("quantize_student", "nf4"),
-    ("export_student", "onnx"),
-    ("export_student", "onnx-int8"),
-    ("export_student", "onnx-w4a8"),
+    ("export_student",),
     ("export_teacher",),
     ("evaluate", "teacher"),
     ("evaluate", "teacher-int8"),
@@ -72,9 +70,13 @@ STAGES = (
 # The same as DVC names them.
 EVALUATIONS = {f"evaluate@{variant}" for variant in VARIANTS}
 QUANTIZATIONS = {f"quantize-student@{method}" for method in METHODS}
-EXPORTS = {f"export-student@{name}" for name in FORMATS}
-AFTER_DISTILL = QUANTIZATIONS | EXPORTS | {"evaluate@student-distilled", "evaluate@student-nf4", "report"}
-AFTER_DISTILL |= {"evaluate@student-onnx-w4a8"}
+AFTER_DISTILL = QUANTIZATIONS | {
+    "export-student",
+    "evaluate@student-distilled",
+    "evaluate@student-nf4",
+    "evaluate@student-onnx-w4a8",
+    "report",
+}
 ALL = EVALUATIONS | AFTER_DISTILL | {
     "download-models@teacher",
     "download-models@student",

@@ -19,7 +19,7 @@ from firstsight.core.variants import LEFT_OUT
 from firstsight.engine.exported_model import ExportedModel
 from firstsight.engine.layout import LAYOUT, VISION
 from firstsight.export import folder as exporting
-from firstsight.export.folder import check_architecture, compare, export_folder
+from firstsight.export.folder import check_architecture, compare, export_folders
 from firstsight.export.graphs import write_graphs
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
@@ -34,7 +34,7 @@ def text_export(tmp_path_factory, settings, processor) -> tuple[Path, Path]:
     """A model of text alone, and its export. Read only."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     SAVE["Qwen2ForCausalLM"](source, settings, processor)
-    export_folder(source, target, "float32", [])
+    export_folders(source, {"float32": target}, [])
     return source, target
 
 
@@ -60,7 +60,7 @@ def test_graphs_that_compute_something_else_are_refused(text_export):
     with torch.no_grad():
         model.model.norm.weight *= 1.01
     with pytest.raises(RuntimeError, match="expected the logits of the exported model, found them"):
-        compare(model, load_processor(source), ExportedModel(target), [(TEXT, TEXT.records[0])])
+        compare(exporting._expected(model, load_processor(source), [(TEXT, TEXT.records[0])]), ExportedModel(target))
 
 
 @pytest.mark.parametrize("family", ["Qwen2_5_VLForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"])
@@ -101,22 +101,40 @@ def test_what_is_missing_to_export_is_said_before_a_model_is_loaded(distilled, m
     monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else object())
     monkeypatch.setattr(exporting, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"onnxscript: expected what exporting to ONNX needs, found it missing; pip"):
-        run_stage(distilled, "export_student", "onnx")
+        run_stage(distilled, "export_student")
 
 
 def test_a_disk_too_small_for_the_graphs_is_said_before_any_is_written(distilled, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(exporting, "write_graphs", lambda *_: pytest.fail("written"))
     with pytest.raises(UserError, match=r"expected 2\.\d MB free on the file system .*, found 0.0 MB; free some"):
-        run_stage(distilled, "export_student", "onnx")
+        run_stage(distilled, "export_student")
     assert [path.name for path in (distilled / "models").iterdir()] == ["student-distilled"]
 
 
+@pytest.mark.system
+def test_one_tracing_serves_each_format(distilled, monkeypatch):
+    traced = []
+    monkeypatch.setattr(exporting, "write_graphs", lambda *given: traced.append(write_graphs(*given)))
+    change(distilled, "export", formats=["onnx-w4a8", "onnx-int8"])
+    run_stage(distilled, "export_student")
+    assert len(traced) == 1
+    weights = {}
+    for name in ("student-onnx-int8", "student-onnx-w4a8"):
+        model = ExportedModel(distilled / "models" / name)
+        assert model.layout.check.questions == 1
+        weights[model.layout.weights] = model.weights_bytes
+        assert not [path for path in model.folder.iterdir() if path.is_dir()]
+    assert weights["w4a8"] < weights["int8"]
+    assert (distilled / "models/student-onnx" / LEFT_OUT).exists()
+
+
 def test_an_export_that_is_not_asked_for_is_left_out(distilled):
-    for stage in (("export_student", "onnx-int8"), ("export_teacher",)):
-        run_stage(distilled, *stage)
+    change(distilled, "export", formats=[])
+    for stage in ("export_student", "export_teacher"):
+        run_stage(distilled, stage)
     for name, reason in (
-        ("student-onnx-int8", "export.formats is ['onnx'], without onnx-int8"),
+        ("student-onnx-int8", "export.formats is [], without onnx-int8"),
         ("teacher-onnx", "export.teacher is false"),
     ):
         assert json.loads((distilled / "models" / name / LEFT_OUT).read_text()) == reason
@@ -128,7 +146,7 @@ def test_a_kill_leaves_the_earlier_export_and_the_next_run_nothing_else(distille
     earlier.mkdir()
     (earlier / LAYOUT).write_text("earlier")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "stages.export_student", "onnx"]
+    words = [sys.executable, "-m", "stages.export_student"]
     process = subprocess.Popen(words, cwd=distilled, env=environment)
     while not list((distilled / "models").glob(f".*.partial/{VISION}")):
         assert process.poll() is None
@@ -136,9 +154,10 @@ def test_a_kill_leaves_the_earlier_export_and_the_next_run_nothing_else(distille
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (earlier / LAYOUT).read_text() == "earlier"
-    run_stage(distilled, "export_student", "onnx")
+    run_stage(distilled, "export_student")
     assert json.loads((earlier / LAYOUT).read_text())["check"]["same_answers"] == 1
-    assert sorted(path.name for path in (distilled / "models").iterdir()) == ["student-distilled", "student-onnx"]
+    left = {path.name for path in (distilled / "models").iterdir()}
+    assert left == {"student-distilled", "student-onnx", "student-onnx-int8", "student-onnx-w4a8"}
 
 
 @pytest.mark.system

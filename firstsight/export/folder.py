@@ -1,9 +1,11 @@
 """Export a model folder to one that runs without torch, and compare the two before it is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,13 +34,26 @@ _TOLERANCE = 1e-3
 # How many questions are compared at once, so that padding is; and the most tokens of their answers.
 _BATCH, _TOKENS = 4, 16
 _COMPARED = 32
+# At most, of a weight in 8 or 4 bits with its share of a scale, or in float32 where its layer is not quantized.
+_QUANTIZED_BYTES = 2
 
 
-def export_folder(source: Path, target: Path, weights: str, questions: Sequence[Question]) -> Layout:
-    """Export the model in `source` into the folder `target`, compare it on `questions`, and return its layout.
+@dataclass(frozen=True)
+class Expected:
+    """Hold what the original model computes of `questions`: the first token's logits [B, V] by batch, and answers."""
+
+    questions: Sequence[Question]
+    logits: list[np.ndarray]
+    answers: list[str]
+
+
+def export_folders(source: Path, targets: Mapping[str, Path], questions: Sequence[Question]) -> dict[str, Layout]:
+    """Export the model in `source`, compare each export with it on `questions`, and return the layouts.
+
+    The model is traced once, in float32; weights of fewer bits are made from those graphs.
 
     Args:
-        weights: the precision of the decoder's weights, "float32", "int8" or "w4a8".
+        targets: an empty folder for each precision of the weights, "float32", "int8" and "w4a8", in any choice.
 
     Raises:
         UserError: a package is missing, the architecture or its processor is not one that is exported, or the disk is
@@ -48,14 +63,28 @@ def export_folder(source: Path, target: Path, weights: str, questions: Sequence[
     check_packages()
     check_architecture(source)
     processor, model = load_processor(source), load_model(source, "float32", "cpu")
+    first = next(iter(targets.values()))
     check_disk_space(
-        target, _needed_bytes(model), "free some, or take this format out of export (its section in params.yaml)"
+        first, _needed_bytes(model, targets), "free some, or take formats out of export (its section in params.yaml)"
     )
-    write_graphs(model, target)
-    if weights != "float32":
-        from firstsight.export.weights import quantize_graphs  # onnx takes a second to import
+    with TemporaryDirectory(dir=first) as temporary:
+        traced = targets.get("float32", Path(temporary))
+        write_graphs(model, traced)
+        for weights, target in targets.items():
+            if weights != "float32":
+                from firstsight.export.weights import quantize_graphs  # onnx takes a second to import
 
-        quantize_graphs(target, weights)
+                quantize_graphs(traced, target, weights)
+    expected = _expected(model, processor, questions)
+    return {
+        weights: _completed(target, source, model, processor, weights, expected) for weights, target in targets.items()
+    }
+
+
+def _completed(
+    target: Path, source: Path, model: PreTrainedModel, processor: Any, weights: str, expected: Expected
+) -> Layout:
+    """Write what a folder of graphs lacks, compare it with the original, and return its layout."""
     processor.save_pretrained(target)
     model.config.save_pretrained(target)
     if not (target / CHAT_TEMPLATE).is_file():
@@ -64,9 +93,8 @@ def export_folder(source: Path, target: Path, weights: str, questions: Sequence[
         )
     layout = _layout(model, processor, weights, sum(path.stat().st_size for path in target.glob("*.onnx.data")))
     write_json(target / LAYOUT, layout.model_dump())
-    if questions:
-        check = compare(model, processor, ExportedModel(target), questions)
-        layout = layout.model_copy(update={"check": check})
+    if expected.questions:
+        layout = layout.model_copy(update={"check": compare(expected, ExportedModel(target))})
         write_json(target / LAYOUT, layout.model_dump())
     return layout
 
@@ -98,34 +126,45 @@ def compared_questions(path: Path) -> list[Question]:
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, processor: Any, exported: ExportedModel, questions: Sequence[Question]) -> Check:
+def _expected(model: PreTrainedModel, processor: Any, questions: Sequence[Question]) -> Expected:
+    return Expected(
+        questions,
+        [
+            model(**model_inputs(processor, some, "cpu"), logits_to_keep=1).logits[:, -1].numpy()
+            for some in _batches(questions)
+        ],
+        list(answers(model, processor, questions, _BATCH, _TOKENS)),
+    )
+
+
+def compare(expected: Expected, exported: ExportedModel) -> Check:
     """Compare logits and greedy answers of the exported model with those of the original.
 
     Raises:
         RuntimeError: float32 graphs compute other logits.
     """
     difference = 0.0
-    for start in range(0, len(questions), _BATCH):
-        some = questions[start : start + _BATCH]
-        expected = model(**model_inputs(processor, some, "cpu"), logits_to_keep=1).logits[:, -1].numpy()
-        worst = float(np.abs(exported.first_logits(exported.inputs(some)) - expected).max())
+    for some, logits in zip(_batches(expected.questions), expected.logits, strict=True):
+        worst = float(np.abs(exported.first_logits(exported.inputs(some)) - logits).max())
         difference = max(difference, worst)
-        if exported.layout.weights == "float32" and worst > _TOLERANCE * max(1.0, np.abs(expected).max()):
+        if exported.layout.weights == "float32" and worst > _TOLERANCE * max(1.0, np.abs(logits).max()):
             raise RuntimeError(f"expected the logits of the exported model, found them {worst:.3g} apart")
-    both = (
-        answers(model, processor, questions, _BATCH, _TOKENS),
-        exported.answers(questions, _BATCH, _TOKENS),
-    )
-    same = sum(one == other for one, other in zip(*both, strict=True))
-    return Check(questions=len(questions), same_answers=same, logit_difference=difference)
+    found = exported.answers(expected.questions, _BATCH, _TOKENS)
+    same = sum(one == other for one, other in zip(found, expected.answers, strict=True))
+    return Check(questions=len(expected.questions), same_answers=same, logit_difference=difference)
 
 
-def _needed_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the float32 graphs, which are written first, and of their quantized copy.
+def _batches(questions: Sequence[Question]) -> list[Sequence[Question]]:
+    return [questions[start : start + _BATCH] for start in range(0, len(questions), _BATCH)]
+
+
+def _needed_bytes(model: PreTrainedModel, targets: Mapping[str, Path]) -> int:
+    """Return the bytes of the float32 graphs, which are written first, and of all quantized ones.
 
     The embedding is counted twice, because the decoder's graph holds it as the output head even where both are one.
     """
-    return 6 * (model.num_parameters() + model.get_input_embeddings().weight.numel())
+    numbers = model.num_parameters() + model.get_input_embeddings().weight.numel()
+    return numbers * (4 + sum(_QUANTIZED_BYTES for weights in targets if weights != "float32"))
 
 
 def _layout(model: PreTrainedModel, processor: Any, weights: str, weights_bytes: int) -> Layout:

@@ -26,17 +26,17 @@ BLOCK = 64
 _INT8 = 4
 
 
-def quantize_graphs(folder: Path, weights: str) -> None:
-    """Replace the float32 graphs in `folder` by those whose weights are "int8" or "w4a8"."""
+def quantize_graphs(source: Path, target: Path, weights: str) -> None:
+    """Write the float32 graphs in `source` into the folder `target`, with weights that are "int8" or "w4a8"."""
     for name, bits in BITS[weights].items():
-        if (folder / name).exists():
+        if (source / name).exists():
             config = DefaultWeightOnlyQuantConfig(
                 block_size=BLOCK, is_symmetric=True, accuracy_level=_INT8, bits=bits, op_types_to_quantize=("MatMul",)
             )
-            quantizer = MatMulNBitsQuantizer(onnx.load(folder / name), algo_config=config)
+            quantizer = MatMulNBitsQuantizer(onnx.load(source / name), algo_config=config)
             quantizer.process()
-            _replace(folder / name, quantizer.model.model)
-    _replace(folder / EMBEDDINGS, _embeddings(onnx.load(folder / EMBEDDINGS)))
+            _save(quantizer.model.model, target / name)
+    _save(_embeddings(onnx.load(source / EMBEDDINGS)), target / EMBEDDINGS)
 
 
 def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -56,9 +56,8 @@ def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _replace(path: Path, model: onnx.ModelProto) -> None:
-    """Write a graph in place of another: onnx would append to the other's weights."""
+def _save(model: onnx.ModelProto, path: Path) -> None:
     weights = path.with_name(f"{path.name}.data")
-    weights.unlink()
+    weights.unlink(missing_ok=True)  # onnx would append to it
     onnx.save_model(model, path, save_as_external_data=True, location=weights.name)
     weights.chmod(path.stat().st_mode)  # onnx makes it private

@@ -9,8 +9,8 @@ MOST_RATIO = 200
 def fitted_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
     """Return height and width as multiples of `factor`, of `least` to `most` pixels, as near the ratio as they can be.
 
-    This is the rule of Qwen2-VL's image processor (`smart_resize`). A side is never below `factor`, so that long pictures
-    may have more pixels than `most`.
+    This is the rule of Qwen2-VL's image processor (`smart_resize`). A side is never below `factor`, so that long
+    pictures may have more pixels than `most`.
 
     Raises:
         ValueError: one side is more than 200 times as long as the other.

@@ -33,7 +33,7 @@ from firstsight.core import params, yaml12
 from firstsight.core.stage import log, main
 from firstsight.evaluation.answer_limit import answer_limit
 from firstsight.evaluation.metrics import score
-from firstsight.generation.answering import answers
+from firstsight.generation.pytorch_model import PyTorchModel
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.reporting import text_table
@@ -182,9 +182,9 @@ def mislabel(path: Path, noise: float, seed: int) -> None:
 def exact_match(folder: Path, settings: params.Evaluate, device: str) -> float:
     """Return the share of the test questions that the model in `folder` answers exactly."""
     questions = [(sample, record) for sample in Split(Path("data/egoqa/test.parquet")) for record in sample.records]
-    model, processor = load_model(folder, settings.precision, device), load_processor(folder)
-    limit = answer_limit(processor.tokenizer, [record for _, record in questions], settings.max_new_tokens)
-    given = answers(model, processor, questions, settings.batch_size, limit)
+    model = PyTorchModel(load_model(folder, settings.precision, device), load_processor(folder), settings.precision)
+    limit = answer_limit(model.token_counts, [record for _, record in questions], settings.max_new_tokens)
+    given = model.answers(questions, settings.batch_size, limit)
     return float(np.mean([score(record, text).exact_match for (_, record), text in zip(questions, given, strict=True)]))
 
 

@@ -43,7 +43,6 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
     from firstsight.engine.layout import is_exported
     from firstsight.evaluation.answer_limit import answer_limit
     from firstsight.evaluation.quality import summarise
-    from firstsight.models.loading import load_processor, pick_device
     from firstsight.profiling import cost
     from firstsight.profiling.peak_memory import PeakMemory
     from firstsight.records.parquet import Split
@@ -52,31 +51,27 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
     questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-    exported = is_exported(variant.model)
-    device = pick_device("cpu" if exported else loaded.runtime.device)
-
-    processor = load_processor(variant.model)
-    tokens = answer_limit(processor.tokenizer, [record for _, record in questions], settings.max_new_tokens)
-    settings = settings.model_copy(update={"max_new_tokens": tokens})
-    # Imported first, because that takes seconds which are not part of a model's load time.
-    load = exported_loader(variant) if exported else pytorch_loader(variant, processor, settings.precision, device)
+    device, load = exported(variant) if is_exported(variant.model) else in_pytorch(variant, loaded)
     memory = PeakMemory(device)
     started = time.perf_counter()
-    model, weights = load()
+    model = load()
     load_seconds = time.perf_counter() - started
     # Batch 1 first: memory that larger batches leave in the process would otherwise count.
     memory.reset()
     latency = cost.measure_latency(model, questions, settings)
     performance = {
-        "parameters": model.parameter_count(),
+        "parameters": model.parameters,
         "disk_bytes": cost.folder_bytes(variant.model),
-        "weights_bytes": weights,
+        "weights_bytes": model.weights_bytes,
         "peak_bytes": memory.peak(),
         "load_seconds": load_seconds,
         **latency,
         "throughput": cost.measure_throughput(model, questions, settings, memory),
         **model.environment(),
     }
+    records = [record for _, record in questions]
+    tokens = answer_limit(model.token_counts, records, settings.max_new_tokens)
+    settings = settings.model_copy(update={"max_new_tokens": tokens})
     work = {
         "model": fingerprint_folder(variant.model),
         "test": fingerprint_files([TEST]),
@@ -85,7 +80,6 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
     }
     with scratch.kept_folder(f"evaluate-{name}", work) as kept:
         predicted = answer(name, model, questions, settings, kept)
-    records = [record for _, record in questions]
     groups = [sample.group for sample, _ in questions]
     quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
     write_json(
@@ -103,38 +97,33 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
     )
 
 
-def exported_loader(variant: Variant) -> Callable[[], tuple[Any, int]]:
-    """Return a function that loads an exported model, and returns it with the bytes of its weights."""
+def exported(variant: Variant) -> tuple[str, Callable[[], Any]]:
+    """Return the device of an exported model, and a function that loads the model, both without torch."""
+    # Imported first, because that takes time which is not part of a model's load time.
     from firstsight.engine.exported_model import ExportedModel, runtime
 
     runtime()
-
-    def load() -> tuple[Any, int]:
-        model = ExportedModel(variant.model)
-        return model, model.layout.weights_bytes
-
-    return load
+    return "cpu", lambda: ExportedModel(variant.model)
 
 
-def pytorch_loader(variant: Variant, processor: Any, precision: str, device: str) -> Callable[[], tuple[Any, int]]:
-    """Return a function that loads a model in PyTorch, and returns it with the bytes of its weights."""
+def in_pytorch(variant: Variant, loaded: params.Params) -> tuple[str, Callable[[], Any]]:
+    """Return the device of a model in PyTorch, and a function that loads the model."""
+    # As above.
     from firstsight.generation.pytorch_model import PyTorchModel
-    from firstsight.models.footprint import weights_bytes
-    from firstsight.models.loading import load_model, stored_method
+    from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
 
+    device, processor = pick_device(loaded.runtime.device), load_processor(variant.model)
     stored = stored_method(variant.model)
     method = variant.quantized_on_loading
     if stored or method:
         importlib.import_module("bitsandbytes")
 
-    def load() -> tuple[Any, int]:
+    def load() -> PyTorchModel:
         # A checkpoint that is stored quantized keeps its precision.
-        model = load_model(variant.model, method or ("auto" if stored else precision), device)
-        named = method or stored or str(model.dtype).removeprefix("torch.")
-        # Before the first answer, when bitsandbytes moves scales out of reach.
-        return PyTorchModel(model, processor, named), weights_bytes(model)
+        model = load_model(variant.model, method or ("auto" if stored else loaded.evaluate.precision), device)
+        return PyTorchModel(model, processor, method or stored or str(model.dtype).removeprefix("torch."))
 
-    return load
+    return device, load
 
 
 def left_out(name: str, settings: params.Evaluate) -> str | None:

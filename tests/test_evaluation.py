@@ -231,26 +231,27 @@ def said(caplog):
     log.removeHandler(caplog.handler)
 
 
-def test_true_answers_longer_than_the_limit_are_counted(processor, said):
+def test_true_answers_longer_than_the_limit_are_counted(model, processor, said):
     def question(*answers, options=()):
         return Record("r", "What?", answers[0], answers, "open", options)
 
     def tokens(text):
         return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    counts = PyTorchModel(model, processor, "float32").token_counts
     short, long, longer = "cup", "a red cup on the table", "红色的杯子 in my left hand 👍🏽"
     records = [question(short), question(long), question(short, longer), question("B", options=(longer * 2, long))]
     assert tokens(short) < tokens(long) < tokens(longer)
-    assert answer_limit(processor.tokenizer, records, tokens(longer)) == tokens(longer)
+    assert answer_limit(counts, records, tokens(longer)) == tokens(longer)
     assert said.text == ""
-    assert answer_limit(processor.tokenizer, records, tokens(short)) == tokens(short)
+    assert answer_limit(counts, records, tokens(short)) == tokens(short)
     assert (
         f"2 of 4 questions with one of more than {tokens(short)} tokens, the longest of {tokens(longer)}" in said.text
     )
     # Room for an answer that is longer than all, which would else be cut to one of them.
-    assert answer_limit(processor.tokenizer, records[:1], None) == tokens(short) + 1
-    assert answer_limit(processor.tokenizer, records[:3], None) == tokens(longer) + 1
-    assert answer_limit(processor.tokenizer, records, None) == tokens(f"(A) {longer * 2}") + 1
+    assert answer_limit(counts, records[:1], None) == tokens(short) + 1
+    assert answer_limit(counts, records[:3], None) == tokens(longer) + 1
+    assert answer_limit(counts, records, None) == tokens(f"(A) {longer * 2}") + 1
 
 
 @pytest.mark.system

@@ -21,6 +21,8 @@ from firstsight.engine.prompts import Batch, Prompts, Question
 class ExportedModel:
     """Load an exported folder; `layout` says what it holds.
 
+    `weights_bytes` are the bytes of the weights, and `parameters` the number of those of the model that was exported.
+
     Raises:
         UserError: onnxruntime is not installed, the folder lacks a file, is of another version, or a graph is broken.
     """
@@ -34,6 +36,7 @@ class ExportedModel:
         self._threads = cores()
         self._embeddings, self._decoder = self._session(EMBEDDINGS), self._session(DECODER)
         self._vision = self._session(VISION) if self.layout.pictures else None
+        self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
         self._past = [one.name for one in self._decoder.get_inputs() if one.name.startswith("past.")]
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
@@ -67,9 +70,9 @@ class ExportedModel:
         """Return exactly `tokens` greedy tokens [B, tokens] of each question, end tokens among them; for timing."""
         return np.stack(list(self._chosen(batch, tokens)), axis=1)
 
-    def parameter_count(self) -> int:
-        """Return the number of parameters of the model that was exported."""
-        return self.layout.parameters
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, without special tokens around it."""
+        return self._prompts.token_counts(texts)
 
     def environment(self) -> dict[str, str]:
         """Return what computes: the device's name with its threads, the engine with its version, the precision."""

@@ -12,6 +12,8 @@ from firstsight.core.validation import describe
 # Raised when a folder written before can no longer be run as it is.
 VERSION = 1
 LAYOUT, CHAT_TEMPLATE, TOKENIZER = "exported.json", "chat_template.jinja", "tokenizer.json"
+# Files of graphs: the operators, and the weights beside them.
+GRAPH_FILES = ("*.onnx", "*.onnx.data")
 VISION, EMBEDDINGS, DECODER = "vision.onnx", "embeddings.onnx", "decoder.onnx"
 
 _REMEDY = "export the model again (dvc repro)"

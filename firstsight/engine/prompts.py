@@ -95,6 +95,10 @@ class Prompts:
         """Return the text of an answer's tokens, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, without special tokens around it."""
+        return [len(one.ids) for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
     def _media(self, sample: Sample) -> list[Patches]:
         if sample.media_kind == "none":
             return []

@@ -1,22 +1,26 @@
 """Limit the length of answers to what the true ones need, or warn that they need more."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from firstsight.core.stage import log
 from firstsight.records.sample import LETTERS, Record
 
 
-def answer_limit(tokenizer: Any, records: Sequence[Record], limit: int | None) -> int:
+def answer_limit(
+    token_counts: Callable[[Sequence[str]], list[int]], records: Sequence[Record], limit: int | None
+) -> int:
     """Return the most tokens that answers to `records` may have: `limit`, or if it is None, what the data needs.
 
     That is one token more than the longest true answer or option with its letter has, so that a longer answer is not
     cut to one of them. With a `limit`, a warning says to how many questions a true answer does not fit.
+
+    Args:
+        token_counts: returns the number of the model's tokens of each text, without special tokens around it.
     """
     if limit is None:
-        texts = (text for record in records for text in (*record.answers, *_options(record)))
-        return max(_lengths(tokenizer, texts)) + 1
-    longest = [max(_lengths(tokenizer, record.answers)) for record in records]
+        texts = [text for record in records for text in (*record.answers, *_options(record))]
+        return max(token_counts(texts)) + 1
+    longest = [max(token_counts(record.answers)) for record in records]
     if cut := sum(length > limit for length in longest):
         log.warning(
             "evaluate.max_new_tokens: expected room for every true answer, found %d of %d questions with one of more "
@@ -32,8 +36,3 @@ def answer_limit(tokenizer: Any, records: Sequence[Record], limit: int | None) -
 
 def _options(record: Record) -> list[str]:
     return [f"({letter}) {option}" for letter, option in zip(LETTERS, record.options, strict=False)]
-
-
-def _lengths(tokenizer: Any, texts: Iterable[str]) -> list[int]:
-    """Return the number of tokens of each text, which is at least one text."""
-    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

@@ -11,13 +11,20 @@ from transformers import PreTrainedModel
 
 from firstsight.generation import answering
 from firstsight.generation.answering import Question
+from firstsight.models.footprint import weights_bytes
 
 
 class PyTorchModel:
-    """Hold a loaded model with its processor; `precision` says in words how its weights are stored."""
+    """Hold a loaded model with its processor; `precision` says in words how its weights are stored.
+
+    `weights_bytes` are the bytes of the weights in memory. `parameters` is their number, also where 4-bit storage packs
+    two in a byte.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: Any, precision: str):
         self._model, self._processor, self._precision = model, processor, precision
+        # Before the first answer, when bitsandbytes moves scales out of reach.
+        self.weights_bytes, self.parameters = weights_bytes(model), model.num_parameters()
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
         """Yield the greedy answers as text, in the order of the questions."""
@@ -28,12 +35,25 @@ class PyTorchModel:
         return answering.model_inputs(self._processor, questions, self._model.device)
 
     def generate(self, inputs: dict[str, Tensor], tokens: int) -> Tensor:
-        """Return exactly `tokens` greedy tokens [B, tokens] of each question, as an application would get them."""
-        return answering.generate(self._model, inputs, max_new_tokens=tokens, min_new_tokens=tokens)
+        """Return exactly `tokens` greedy tokens [B, tokens] of each question, as an application would get them.
 
-    def parameter_count(self) -> int:
-        """Return the number of parameters, also where 4-bit storage packs two in a byte."""
-        return self._model.num_parameters()
+        Returns when all are computed.
+
+        Raises:
+            MemoryError: the questions do not fit the GPU together.
+        """
+        try:
+            produced = answering.generate(self._model, inputs, max_new_tokens=tokens, min_new_tokens=tokens)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from None
+        if produced.is_cuda:
+            torch.cuda.synchronize()
+        return produced
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, without special tokens around it; at least one text is given."""
+        return [len(ids) for ids in self._processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def environment(self) -> dict[str, str]:
         """Return what computes: the device's name with its threads, the engine with its version, the precision."""

@@ -1,19 +1,19 @@
-"""Measure a model's size, latency and throughput, after a warm-up and with the device synchronised.
+"""Measure a model's size, latency and throughput, after a warm-up.
 
 Decoding and preprocessing of images and videos are not part of the times.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from firstsight.core.params import Evaluate
 from firstsight.core.stage import log
+from firstsight.engine.layout import GRAPH_FILES
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.sample import Record, Sample
 
@@ -30,12 +30,16 @@ class Measured(Protocol):
         """Return the model's inputs for a batch of questions, with decoded and prepared images and videos."""
 
     def generate(self, inputs: Any, tokens: int) -> Any:
-        """Answer each question with exactly `tokens` tokens."""
+        """Answer each question with exactly `tokens` tokens, and return when all are computed.
+
+        Raises:
+            MemoryError: the questions do not fit the device together.
+        """
 
 
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of the weights on disk, with those of the graphs that an export has."""
-    found = (folder.glob(pattern) for pattern in ("*.safetensors", "*.onnx", "*.onnx.data"))
+    found = (folder.glob(pattern) for pattern in ("*.safetensors", *GRAPH_FILES))
     return sum(path.stat().st_size for path in chain.from_iterable(found))
 
 
@@ -80,7 +84,7 @@ def measure_throughput(
 ) -> dict[str, dict[str, float]]:
     """Return answers per second and peak bytes by batch size, for answers as long as those of `measure_latency`.
 
-    Batch sizes that do not fit the GPU are left out.
+    Batch sizes that do not fit the device are left out.
     """
     measured = {}
     for size in settings.throughput_batch_sizes:
@@ -88,9 +92,8 @@ def measure_throughput(
             inputs = model.inputs(representative(questions, size))
             memory.reset()
             timed = [_timed(model, inputs, settings.latency_new_tokens) for _ in range(1 + _REPEATS)]
-        except torch.OutOfMemoryError:
-            log.warning("evaluate.throughput_batch_sizes: a batch of %d questions does not fit the GPU; left out", size)
-            torch.cuda.empty_cache()
+        except MemoryError:
+            log.warning("evaluate.throughput_batch_sizes: a batch of %d questions does not fit memory; left out", size)
             continue
         measured[str(size)] = {
             "answers_per_second": float(1000 * size / np.median(timed[1:])),
@@ -101,17 +104,6 @@ def measure_throughput(
 
 def _timed(model: Measured, inputs: Any, tokens: int) -> float:
     """Return the milliseconds that an answer of exactly `tokens` tokens takes."""
-    return _milliseconds(lambda: model.generate(inputs, tokens))
-
-
-def _milliseconds(work: Callable[[], Any]) -> float:
-    _synchronise()
     start = time.perf_counter()
-    work()
-    _synchronise()
+    model.generate(inputs, tokens)
     return 1000 * (time.perf_counter() - start)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -5,8 +5,7 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-
-import torch
+from typing import Any
 
 
 class PeakMemory:
@@ -19,14 +18,14 @@ class PeakMemory:
     """
 
     def __init__(self, device: str):
-        self._cuda = device == "cuda"
+        self._cuda = _cuda() if device == "cuda" else None
         self.reset()
         self._before = self._read()
 
     def reset(self) -> None:
         """Forget earlier peaks."""
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            self._cuda.reset_peak_memory_stats()
         else:
             with suppress(AttributeError):  # other C libraries have no such function
                 ctypes.CDLL(None).malloc_trim(0)
@@ -39,10 +38,16 @@ class PeakMemory:
 
     def _read(self) -> int:
         if self._cuda:
-            return torch.cuda.max_memory_allocated()
+            return self._cuda.max_memory_allocated()
         with suppress(OSError):
             for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
                 if line.startswith("VmHWM:"):
                     return 1024 * int(line.split()[1])
         # Some sandboxes have no such line, and other systems no such file.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _cuda() -> Any:
+    import torch  # takes seconds, and exported models are measured without it
+
+    return torch.cuda

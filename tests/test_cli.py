@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import firstsight
 from firstsight.cli import app
 from firstsight.core.errors import UserError
-from firstsight.core.variants import PUBLISHED, VARIANTS
+from firstsight.core.variants import STUDENTS, VARIANTS
 
 COMMANDS = ("plan", "table", "ask", "demo", "card", "publish", "clean-scratch")
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
@@ -69,8 +69,8 @@ def test_the_version_is_that_of_the_package():
         (["ask", "models/student"], "firstsight ask: missing argument 'media'; see firstsight ask --help"),
         (["plan", "a", "b"], "firstsight plan: got unexpected extra argument(s) (b); see firstsight plan --help"),
         (["demo", "models/student", "--port", "x"], "firstsight demo: invalid value for '--port': "),
-        (["card", "gpt"], f"gpt: expected a student, one of {', '.join(PUBLISHED)}; correct VARIANT"),
-        (["publish", "teacher", "me/it"], f"teacher: expected a student, one of {', '.join(PUBLISHED)}"),
+        (["card", "gpt"], f"gpt: expected a student, one of {', '.join(STUDENTS)}; correct VARIANT"),
+        (["publish", "teacher", "me/it"], f"teacher: expected a student, one of {', '.join(STUDENTS)}"),
         (["table", "gpt"], f"gpt: expected a variant, one of {', '.join(VARIANTS)}"),
         (["plan", "nowhere.yaml"], "nowhere.yaml: expected a parameter file, found none"),
     ],

@@ -22,7 +22,7 @@ from firstsight.core.errors import UserError
 from firstsight.engine.exported_model import ExportedModel
 from firstsight.engine.layout import DECODER, LAYOUT, read_layout
 from firstsight.engine.pictures import patches
-from firstsight.export.folder import export_folder
+from firstsight.export.folder import export_folders
 from firstsight.export.weights import quantize_graphs
 from firstsight.generation.answering import answers, generate, model_inputs
 from firstsight.readers.image_decoding import encode
@@ -64,7 +64,7 @@ def source(tmp_path_factory, model, processor) -> Path:
 def folder(tmp_path_factory, source) -> Path:
     """The same model, exported with float32 weights. Read only."""
     folder = tmp_path_factory.mktemp("exported")
-    export_folder(source, folder, "float32", QUESTIONS[:4])
+    export_folders(source, {"float32": folder}, QUESTIONS[:4])
     return folder
 
 
@@ -168,8 +168,8 @@ def test_an_answer_ends_at_an_end_token(exported, monkeypatch):
 
 
 @pytest.mark.parametrize(("weights", "error", "size"), [("int8", 0.05, 0.5), ("w4a8", 0.6, 0.45)])
-def test_smaller_weights_compute_nearly_the_same(exported, copied, weights, error, size):
-    quantize_graphs(copied, weights)
+def test_smaller_weights_compute_nearly_the_same(exported, folder, copied, weights, error, size):
+    quantize_graphs(folder, copied, weights)
     smaller = ExportedModel(copied)
     logits = [model.first_logits(model.inputs(QUESTIONS)) for model in (exported, smaller)]
     assert np.linalg.norm(logits[1] - logits[0]) / np.linalg.norm(logits[0]) < error
@@ -252,15 +252,20 @@ ABSENT = {
 }
 
 
+def without_torch(folder: Path) -> dict[str, str]:
+    """Return the environment of processes that find neither torch nor transformers, by a file in `folder`."""
+    (folder / "sitecustomize.py").write_text(DEVICE.replace("{absent}", repr(ABSENT)))
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
 @pytest.fixture
 def on_device(tmp_path):
     """Run `firstsight` where torch and transformers are not installed."""
-    (tmp_path / "sitecustomize.py").write_text(DEVICE.replace("{absent}", repr(ABSENT)))
+    environment = without_torch(tmp_path)
     (tmp_path / "picture.jpg").write_bytes(picture(0, 112, 84))
     workspace(tmp_path)
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
         words = [sys.executable, "-m", "firstsight", *arguments]
         return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,15 @@ from hub_server import Hub, Repository, point_client_at
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import _http
 from test_dvc import command, new_project
+from test_engine import without_torch
 
+from firstsight.asking.asked_model import AskedModel
 from firstsight.cli import app, quiet
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json, write_json
-from firstsight.core.variants import DISTILLED, PUBLISHED
+from firstsight.core.variants import DISTILLED
+from firstsight.export.folder import export_folders
 from firstsight.generation.answering import answers
 from firstsight.models.loading import load_model, load_processor
 from firstsight.publishing import checks, model_card
@@ -32,7 +36,8 @@ from firstsight.records.sample import Record
 NAME = "me/tiny"
 TOKEN = "hf_secretsecretsecret"
 STUDENT = "models/student-distilled"
-QUANTIZED = PUBLISHED[-1]  # the one that the smoke preset asks for
+# Those that the smoke preset asks for.
+QUANTIZED, EXPORTED = "student-nf4", "student-onnx-w4a8"
 
 pytestmark = pytest.mark.system
 
@@ -121,6 +126,34 @@ def test_what_was_pushed_comes_back_and_answers_as_its_card_says(served, project
     assert [done.stdout.strip()] == list(asked)
 
 
+def test_an_export_comes_back_and_answers_without_torch_as_its_card_says(served, project, tmp_path):
+    before = contents(project / "models" / EXPORTED)
+    run(EXPORTED, NAME, "--push")
+    assert served.repositories[NAME].files.keys() == {*before, "README.md"}
+    readme = served.repositories[NAME].files["README.md"].decode()
+    assert readme == model_card.model_card(EXPORTED, NAME)
+    assert ", with w4a8 weights, which run without PyTorch." in readme
+    assert ModelCard(readme).data.library_name == "onnx"
+
+    # What its readers paste into a shell, in a copy of the repository.
+    sample = next(one for one in Split(project / "data/egoqa/test.parquet") if one.media_kind == "image")
+    (project / "scene.jpg").write_bytes(sample.frames[0])
+    (block,) = re.findall(r"```\n(pip .*?)```", readme, re.DOTALL)
+    install, *commands = block.splitlines()
+    assert install == "pip install -r requirements-device.txt"
+    hub_at = {"HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment = without_torch(tmp_path) | hub_at
+    done = subprocess.run(
+        ["sh", "-ec", "\n".join(commands)], cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(project / EXPORTED) == before | {"README.md": fingerprint_files([project / EXPORTED / "README.md"])}
+    settings = params.load().evaluate
+    asked = replace(sample, records=(Record("asked", "What is in your left hand?", "", (), "open"),))
+    answer = AskedModel(project / "models" / EXPORTED, settings, "cpu").answer(asked).line()
+    assert done.stdout.splitlines()[-1].endswith(f" s  {answer}")
+
+
 def test_without_push_it_shows_files_and_card_and_asks_no_hub(served, project, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     run("student-distilled", NAME)
@@ -169,14 +202,17 @@ def test_a_second_push_replaces_the_first_and_leaves_what_is_not_a_model(served,
     shutil.copytree(project / "models/teacher", tmp_path / "hub" / NAME)
     (folder := tmp_path / "hub" / NAME).joinpath("notes.md").write_text("mine")
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"old")
-    (folder / "model.safetensors.index.json").write_text("{}")
+    for name in ("model.safetensors.index.json", "exported.json", "decoder.onnx", "decoder.onnx.data"):
+        (folder / name).write_text("{}")
     served.repositories[NAME] = Repository(folder)
     (project / "models/student/LICENSE").write_text("the student's")
     monkeypatch.setattr(checks, "check_measured", lambda: None)  # of the licence that was not downloaded
     run("student-distilled", NAME, "--push")
     names = {*contents(project / STUDENT), "README.md", "notes.md", "LICENSE"}
     assert names <= set(served.repositories[NAME].files)
-    assert [name for name in served.repositories[NAME].files if "safetensors" in name] == ["model.safetensors"]
+    weights = [name for name in served.repositories[NAME].files if "safetensors" in name or "onnx" in name]
+    assert weights == ["model.safetensors"]
+    assert "exported.json" not in served.repositories[NAME].files
     assert (folder / "LICENSE").read_text() == "the student's"
 
 
@@ -235,6 +271,19 @@ def cut_short(project):
     return ["student-distilled", NAME], f"{STUDENT}/model.safetensors: expected safetensors, found a broken file"
 
 
+def damaged_export(project):
+    path = project / "models" / EXPORTED / "decoder.onnx"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-100])
+    return [EXPORTED, NAME], f"models/{EXPORTED}/decoder.onnx: expected a graph that onnxruntime runs, found "
+
+
+def stray_in_export(project):
+    (project / "models" / EXPORTED / "model.safetensors").write_bytes(b"of another")
+    return [EXPORTED, NAME], f"models/{EXPORTED}: expected weights as ONNX graphs, and text files, found model.safetens"
+
+
 def missing(project):
     shutil.rmtree(project / STUDENT)
     return ["student-distilled", NAME], f"{STUDENT}: expected a model folder, found no such folder"
@@ -249,7 +298,10 @@ def left_out(project):
 
 @pytest.mark.parametrize(
     "damage",
-    [nobody, bad_name, uncommitted, no_clone, stale, other_weights, unmeasured, pickle, cut_short, missing, left_out],
+    [
+        *(nobody, bad_name, uncommitted, no_clone, stale, other_weights, unmeasured, pickle, cut_short),
+        *(damaged_export, stray_in_export, missing, left_out),
+    ],
 )
 def test_what_is_not_the_measured_model_is_refused(served, project, damage):
     arguments, expected = damage(project)
@@ -261,6 +313,10 @@ def test_a_student_that_reads_text_alone_is_refused(settings, processor, tmp_pat
     save_qwen2(tmp_path, settings, processor)
     with pytest.raises(UserError, match="expected a vision-language model that transformers loads by itself"):
         checks.check_folder(tmp_path)
+    (exported := tmp_path / "exported").mkdir()
+    export_folders(tmp_path, {"float32": exported}, [])
+    with pytest.raises(UserError, match="expected an exported vision-language model, found one that reads text alone"):
+        checks.check_folder(exported)
 
 
 def test_without_a_token_nothing_is_pushed(served, project, monkeypatch):

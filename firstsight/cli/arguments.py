@@ -5,12 +5,12 @@ from typing import Annotated
 import typer
 
 from firstsight.core.errors import UserError
-from firstsight.core.variants import PUBLISHED
+from firstsight.core.variants import STUDENTS
 
-Student = Annotated[str, typer.Argument(metavar="VARIANT", help=f"One of {', '.join(PUBLISHED)}.")]
+Student = Annotated[str, typer.Argument(metavar="VARIANT", help=f"One of {', '.join(STUDENTS)}.")]
 
 
 def check_student(variant: str) -> None:
     """Raise UserError unless the variant is a student that the pipeline makes."""
-    if variant not in PUBLISHED:
-        raise UserError(f"{variant}: expected a student, one of {', '.join(PUBLISHED)}; correct VARIANT")
+    if variant not in STUDENTS:
+        raise UserError(f"{variant}: expected a student, one of {', '.join(STUDENTS)}; correct VARIANT")

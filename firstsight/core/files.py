@@ -63,11 +63,11 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def link_file(path: Path, place: Path) -> None:
-    """Make the file `path` appear at `place`: as a hard link, if possible, for tensors; as a copy for other files.
+    """Make the file `path` appear at `place`: as a hard link, if possible, for weights; as a copy for other files.
 
     Libraries overwrite configs and tokenizers in place; through a link they would change DVC's or the hub's cache.
     """
-    if path.suffix == ".safetensors":
+    if path.name.endswith((".safetensors", ".onnx.data")):
         with suppress(OSError):
             os.link(path.resolve(), place)
             return

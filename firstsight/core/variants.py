@@ -26,11 +26,9 @@ EXPORTED_TEACHER = "teacher-onnx"
 DISTILLED = "student-distilled"
 # The student trained without a teacher, to which the distilled one is compared.
 CONTROL = "student-finetuned"
-# The distilled students that the pipeline makes, each a folder of models/: those that transformers loads, which can be
-# published, and those that are exported.
-PUBLISHED = (DISTILLED, *(f"student-{method}" for method in METHODS))
 EXPORTED = tuple(f"student-{name}" for name in FORMATS)
-STUDENTS = (*PUBLISHED, *EXPORTED)
+# The distilled students that the pipeline makes, each a folder of models/, which can be published.
+STUDENTS = (DISTILLED, *(f"student-{method}" for method in METHODS), *EXPORTED)
 _TEACHER = Path("models/teacher-finetuned")
 VARIANTS = {
     TEACHER: Variant(_TEACHER),

@@ -14,6 +14,8 @@ from firstsight.acquisition.hub_client import checked_token
 from firstsight.asking.folder import check_there
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
+from firstsight.engine.exported_model import ExportedModel
+from firstsight.engine.layout import GRAPH_FILES, is_exported
 from firstsight.models import egogpt
 from firstsight.models.architecture import auto_class
 
@@ -51,15 +53,25 @@ def check_measured() -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` holds a complete model that transformers loads, as safetensors and text files."""
+    """Raise UserError unless `folder` holds a complete model and nothing else.
+
+    That is one that transformers loads, as safetensors and text files, or one that is exported.
+    """
     check_there(folder)
+    exported = is_exported(folder)
+    weights, allowed = ("ONNX graphs", GRAPH_FILES) if exported else ("safetensors", ("*.safetensors",))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    other = set(names) - set(filter_repo_objects(names, allow_patterns=[*checks.TEXT, "*.safetensors"]))
+    other = set(names) - set(
+        filter_repo_objects(names, allow_patterns=[*checks.TEXT, *allowed])
+    )
     if other:
         raise UserError(
-            f"{folder}: expected weights as safetensors, and text files, found {min(other)} "
+            f"{folder}: expected weights as {weights}, and text files, found {min(other)} "
             f"({len(other)} other files); dvc checkout restores what the pipeline made"
         )
+    if exported:
+        _check_exported(folder)
+        return
     checks.check_config(folder, str(folder))
     checks.check_weights(folder, str(folder))
     kind = read_json(folder / checks.CONFIG, "distill")["model_type"]
@@ -67,6 +79,15 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"{folder}: expected a vision-language model that transformers loads by itself, found model_type {kind!r}; "
             "take such a student, Qwen2-VL or LLaVA-OneVision for one"
+        )
+
+
+def _check_exported(folder: Path) -> None:
+    """Raise UserError unless the engine opens the exported model, and the model sees."""
+    if ExportedModel(folder).layout.pictures is None:
+        raise UserError(
+            f"{folder}: expected an exported vision-language model, found one that reads text alone; take an export of "
+            "such a student, Qwen2-VL for one"
         )
 
 

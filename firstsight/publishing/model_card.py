@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.core.variants import DISTILLED
+from firstsight.core.variants import EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER
 from firstsight.reporting.headline import origin
 from firstsight.reporting.text_table import size
 
@@ -20,7 +20,7 @@ METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
 # The hub's licence identifiers that base models commonly have; any other licence is "other" there, with its name.
 IDENTIFIERS = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0")
 # Settings that the card shows: how the model was made and measured, without local paths of models and data.
-SECTIONS = ("finetune_teacher", "targets", "train", "quantize", "evaluate")
+SECTIONS = ("finetune_teacher", "targets", "train", "quantize", "export", "evaluate")
 
 
 def model_card(variant: str, place: str) -> str:
@@ -45,15 +45,20 @@ def model_card(variant: str, place: str) -> str:
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     templates.filters["size"] = size
+    # Speed and memory of an exported model are comparable with those of a teacher in the same engine.
+    teacher = EXPORTED_TEACHER if variant in EXPORTED and EXPORTED_TEACHER in performance else TEACHER
     return templates.get_template("card.md.jinja").render(
-        metadata=_metadata(models["student"]),
+        metadata=_metadata(models["student"], "onnx" if variant in EXPORTED else "transformers"),
         variant=variant,
         place=place,
-        quantized=variant != DISTILLED,
-        rows=_rows(variant, quality, performance),
+        local=place == f"models/{variant}",
+        quantized=variant.removeprefix("student-") in METHODS,
+        exported=variant in EXPORTED,
+        rows=_rows(quality[variant] | performance[variant], quality[TEACHER] | performance[teacher], quality),
         questions=quality[variant]["questions"],
         parameters=performance[variant]["parameters"],
-        device=read_json(Path("evaluations") / variant / "performance.json", f"evaluate@{variant}")["device"],
+        own=_environment(variant),
+        teacher=_environment(teacher),
         models={role: source | {"source": origin(source)} for role, source in models.items()},
         data=read_json(DATA, "build-egoqa-dataset"),
         sampling=loaded.data,
@@ -62,14 +67,19 @@ def model_card(variant: str, place: str) -> str:
     )
 
 
-def _metadata(student: dict[str, Any]) -> str:
+def _environment(variant: str) -> dict[str, Any]:
+    """Return the figures of a variant's evaluation, which say in what and where it computed."""
+    return read_json(Path("evaluations") / variant / "performance.json", f"evaluate@{variant}")
+
+
+def _metadata(student: dict[str, Any], library: str) -> str:
     """Return the card's metadata: YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards)."""
     licence = student["licence"]
     licences = {"license": licence}
     if licence and licence not in IDENTIFIERS:
         licences = {"license": "other", "license_name": licence}
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="image-text-to-text",
         # Only a model with a commit came from the hub; a local folder or fresh weights are no base model there.
         base_model=student["source"] if student["commit"] else None,
@@ -79,9 +89,8 @@ def _metadata(student: dict[str, Any]) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _rows(variant: str, quality: dict, performance: dict) -> list[tuple[str, str, str]]:
+def _rows(own: dict, teacher: dict, quality: dict) -> list[tuple[str, str, str]]:
     """Return label, this model's figure and the teacher's for every figure that was measured."""
-    own, teacher = ({**quality[name], **performance[name]} for name in (variant, "teacher"))
 
     def share(figures: dict, name: str) -> str:
         low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")

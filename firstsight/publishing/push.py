@@ -7,7 +7,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from firstsight.core.errors import UserError
+from firstsight.engine.layout import GRAPH_FILES, LAYOUT
 
+# Files by which a folder is taken for a model of one kind or another.
+_OF_A_MODEL = ("*.safetensors*", *GRAPH_FILES, LAYOUT)
 _REMEDIES = {
     401: "correct HF_TOKEN, or log in again with hf auth login",
     403: "use a token with write access to it",
@@ -18,7 +21,8 @@ _REMEDIES = {
 def push(folder: Path, repository: str) -> str:
     """Commit the files of `folder` to the repository, which is created as private if it does not exist.
 
-    The same commit deletes weight files of earlier commits that the folder does not have; other files stay.
+    The same commit deletes weights of earlier commits that the folder does not have, and what describes exported ones;
+    other files stay.
 
     Returns the URL of the commit.
 
@@ -29,7 +33,7 @@ def push(folder: Path, repository: str) -> str:
     names = sorted(path.name for path in folder.iterdir())
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        earlier = [name for name in api.list_repo_files(repository) if fnmatch(name, "*.safetensors*")]
+        earlier = [name for name in api.list_repo_files(repository) if any(fnmatch(name, one) for one in _OF_A_MODEL)]
         additions = [CommitOperationAdd(name, str(folder / name)) for name in names]
         deletions = [CommitOperationDelete(name) for name in earlier if name not in names]
         done = api.create_commit(repository, [*additions, *deletions], commit_message="Publish from FirstSight")

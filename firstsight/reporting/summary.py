@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from firstsight.core.params import Train
-from firstsight.core.variants import CONTROL, DISTILLED, EXPORTED, EXPORTED_TEACHER, PUBLISHED, STUDENTS, TEACHER
+from firstsight.core.variants import CONTROL, DISTILLED, EXPORTED, EXPORTED_TEACHER, STUDENTS, TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, is_right, proportion_interval
 from firstsight.records.sample import Record, Sample
 
@@ -180,8 +180,8 @@ def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, d
     table = {TEACHER: {"exact_match": quality[TEACHER]["exact_match"]}}
     if CONTROL in quality:
         table[_short(CONTROL)] = {"exact_match": quality[CONTROL]["exact_match"]}
-    for student in PUBLISHED:
-        if student in performance:
+    for student in STUDENTS:
+        if student in performance and student not in EXPORTED:
             good, fast = quality[student], performance[student]
             row = {name: good[name] for name in ("exact_match", "gain", "retention") if name in good}
             table[_short(student)] = row | {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import ROOT, make_sample, picture, workspace
@@ -181,6 +182,31 @@ def test_what_is_longer_than_the_context_is_refused(exported, monkeypatch):
     monkeypatch.setattr(exported, "layout", exported.layout.model_copy(update={"context": 50}))
     with pytest.raises(UserError, match=r"expected at most 50 tokens of media, question and answer, found \d+; lower"):
         list(exported.answers(QUESTIONS[4 * 3 : 4 * 3 + 1], 1, 20))
+
+
+def test_a_folder_of_links_is_run(exported, folder, tmp_path):
+    """As `dvc checkout` makes it where the cache, in which each file has a folder of its own, is on another disk."""
+    (linked := tmp_path / "linked").mkdir()
+    for number, path in enumerate(folder.iterdir()):
+        (tmp_path / "cache" / str(number)).mkdir(parents=True)
+        cached = Path(shutil.copy(path, tmp_path / "cache" / str(number) / "content"))
+        (linked / path.name).symlink_to(cached)
+    model = ExportedModel(linked)
+    shutil.rmtree(tmp_path / "cache")
+    assert list(model.answers(QUESTIONS, 4, 6)) == list(exported.answers(QUESTIONS, 4, 6))
+
+
+def test_weights_outside_of_the_folder_are_not_read(copied):
+    """Of a model that others have made."""
+    graph = onnx.load(copied / DECODER, load_external_data=False)
+    for weights in graph.graph.initializer:
+        for entry in weights.external_data:
+            if entry.key == "location":
+                entry.value = f"../{entry.value}"
+    shutil.move(copied / f"{DECODER}.data", copied.parent)
+    onnx.save(graph, copied / DECODER)
+    with pytest.raises(UserError, match=r"decoder.onnx: expected a graph that onnxruntime runs, found "):
+        ExportedModel(copied)
 
 
 def version_of_another(folder):

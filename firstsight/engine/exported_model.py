@@ -3,9 +3,11 @@
 Nothing here imports torch or transformers: `firstsight ask` runs where neither is installed.
 """
 
+import mmap
 import platform
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,16 @@ class ExportedModel:
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors alone
         try:
-            return self._runtime.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
+            with ExitStack() as opened:
+                if (weights := self.folder / f"{name}.data").is_symlink():
+                    # As DVC makes it where its cache is on another disk. The engine refuses to follow it out of the
+                    # folder, but takes the content.
+                    file = opened.enter_context(weights.open("rb"))
+                    content = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                    options.add_external_initializers_from_files_in_memory([weights.name], [content], [len(content)])
+                return self._runtime.InferenceSession(
+                    str(self.folder / name), options, providers=["CPUExecutionProvider"]
+                )
         except Exception as error:  # the engine raises nothing more specific over a damaged file
             raise UserError(
                 f"{self.folder / name}: expected a graph that onnxruntime runs, found "

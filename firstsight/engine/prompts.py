@@ -140,17 +140,20 @@ class Prompts:
         if settings is None:
             return np.arange(len(tokens))[None]
         visual = self.visual(np.asarray(tokens))
-        rest, found, place, position = iter(media), [], 0, 0
-        while place < len(tokens):
-            if visual[place]:
-                one = next(rest)
-                steps, height, width = one.grid[0], *(side // settings.merge_size for side in one.grid[1:])
-                found.append(position + np.indices((steps, height, width)).reshape(3, -1))
-                place, position = place + steps * height * width, position + max(height, width)
-            else:
-                found.append(np.full((3, 1), position))
-                place, position = place + 1, position + 1
+        found, place, position = [], 0, 0
+        for one in media:
+            before = int(visual[place:].argmax())  # tokens of text
+            found.append(_counted(position, before))
+            steps, height, width = one.grid[0], *(side // settings.merge_size for side in one.grid[1:])
+            found.append(position + before + np.indices((steps, height, width)).reshape(3, -1))
+            place, position = place + before + steps * height * width, position + before + max(height, width)
+        found.append(_counted(position, len(tokens) - place))
         return np.concatenate(found, axis=1)
+
+
+def _counted(first: int, length: int) -> np.ndarray:
+    """Return positions [3, length] that count up from `first` on each axis."""
+    return np.broadcast_to(np.arange(first, first + length), (3, length))
 
 
 def _refuse(message: Any) -> None:

@@ -61,9 +61,7 @@ def check_folder(folder: Path) -> None:
     exported = is_exported(folder)
     weights, allowed = ("ONNX graphs", GRAPH_FILES) if exported else ("safetensors", ("*.safetensors",))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    other = set(names) - set(
-        filter_repo_objects(names, allow_patterns=[*checks.TEXT, *allowed])
-    )
+    other = set(names) - set(filter_repo_objects(names, allow_patterns=[*checks.TEXT, *allowed]))
     if other:
         raise UserError(
             f"{folder}: expected weights as {weights}, and text files, found {min(other)} "

@@ -32,6 +32,7 @@ def test_every_parameter_file_is_valid(path):
         ("train.batch_size", 2.5, "train.batch_size: expected a whole number, found 2.5"),
         ("train.batch_size", True, "train.batch_size: expected a whole number, found True"),
         ("train.tempurature", 2, "train.tempurature: expected a known key, found an unknown one"),
+        ("train.optimizer", "adamw8bit", "train.optimizer: expected one of 'adamw' or 'adamw_8bit', found 'adamw8bit'"),
         ("quantize.methods", ["int3"], "quantize.methods.0: expected one of 'int8' or 'nf4', found 'int3'"),
         ("quantize.methods", ["nf4", "nf4"], "quantize.methods: expected each value once, found ['nf4', 'nf4']"),
         (

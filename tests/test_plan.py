@@ -13,7 +13,7 @@ from egogpt_checkpoint import save_original
 from families import SAVE, save_qwen2
 from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
-from transformers import AutoModelForImageTextToText, Qwen2VLConfig, WhisperConfig
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Trainer, TrainingArguments, WhisperConfig
 
 from firstsight.acquisition.egogpt_conversion import Speech, convert
 from firstsight.acquisition.initialise import build_model
@@ -28,6 +28,7 @@ from firstsight.planning.hours import Effort
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Sizes, patches_and_tokens, reads_text_alone, workload
+from firstsight.training.optimizer import moments_bytes, trainer_name
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 GIB = 1 << 30
@@ -220,6 +221,9 @@ def test_what_should_take_less_takes_less(teacher, student, preset):
     assert full.total < distilling(method="full", train_vision=True).total
     assert adapters.activations < distilling(gradient_checkpointing=False).activations
     assert adapters.activations < distilling(batch_size=2).activations
+    eight_bits = distilling(method="full", optimizer="adamw_8bit")
+    assert eight_bits.training + eight_bits.cached < 0.7 * full.training
+    assert eight_bits.needed < eight_bits.total < full.needed == full.total
     online = but(preset, targets=but(preset.targets, kind="online"))
     assert adapters.total < gpu_memory.distilling(student, teacher, online, VIDEO).total
     topk = but(preset, targets=but(preset.targets, kind="topk"))
@@ -279,6 +283,23 @@ def test_weights_gradients_and_moments_of_the_default_are_the_real_ones(processo
     assert shape.weights_bytes("float32") == model.get_memory_footprint(return_buffers=False)
     linear = shape.linear + sum(one.weight.numel() for one in shape.vision_linears)
     assert gpu_memory.distilling(shape, shape, loaded, VIDEO).training == gradients + moments + 2 * linear
+
+
+def test_eight_bit_moments_are_the_real_ones(processor, tmp_path):
+    """With the embedding's in float32, and but for tensors of fewer than 4,096 numbers, here the norms and biases."""
+    wide = tiny()
+    model = build_model(wide.models.teacher.init, processor.tokenizer)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, optim=trainer_name("adamw_8bit", "cpu")))
+    optimizer = trainer.create_optimizer()
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    names = ("state1", "state2", "absmax1", "absmax2")
+    large = [state for parameter, state in optimizer.state.items() if parameter.numel() >= 4096]
+    real = sum(state[name].nbytes for state in large for name in names if name in state)
+    small = sum(parameter.numel() for parameter in model.parameters() if parameter.numel() < 4096)
+    planned = gpu_memory.moments(Shape("init", model), but(wide.train, optimizer="adamw_8bit"))
+    assert planned - moments_bytes("adamw_8bit", small, 0) == pytest.approx(real, rel=1e-3)
+    assert planned < 0.6 * gpu_memory.moments(Shape("init", model), wide.train)
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])

@@ -85,10 +85,11 @@ def kill():
         ("distill", {"gradient_accumulation_steps": 2}),
         ("distill", {"method": "lora", "adapter": ADAPTER}),
         ("distill", {"method": "adalora", "adapter": ADAPTER}),
+        ("distill", {"optimizer": "adamw_8bit"}),
         # The first epoch stays the best, so that the training stops early.
         ("distill", {"learning_rate": 0.3, "epochs": 4, "warmup_fraction": 0.0, "early_stopping_epochs": 2}),
     ],
-    ids=["teacher", "student", "accumulation", "lora", "adalora", "stopping-early"],
+    ids=["teacher", "student", "accumulation", "lora", "adalora", "adamw_8bit", "stopping-early"],
 )
 def test_a_killed_training_goes_on_and_ends_the_same(workspace, monkeypatch, caplog, stage, changes):
     expected = whole(workspace, stage, **changes)

@@ -1,17 +1,21 @@
 """Training through HF Trainer: which weights are kept, and what they were trained for."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers.training_args import OptimizerNames
 
+from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
 from firstsight.models.loading import load_model, load_processor
 from firstsight.packing.dataset import PackedDataset
 from firstsight.records.parquet import Split
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import train
+from firstsight.training.optimizer import trainer_name
 
 
 @pytest.fixture
@@ -72,6 +76,41 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(settings, parts,
     assert weights[1][1] == 2 * weights[0][1]  # computed again in the backward pass
     for name, weight in weights[0][0].items():
         torch.testing.assert_close(weights[1][0][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_with_eight_bit_moments_the_student_learns_nearly_the_same(settings, parts, tmp_path):
+    student, (train_set, validation_set) = parts
+    start = copy.deepcopy(student.state_dict())
+    losses = {}
+    for optimizer in ("adamw", "adamw_8bit"):
+        student.load_state_dict(start)
+        chosen = optimisation(settings, epochs=4, optimizer=optimizer)
+        model = DistillationModel(student)
+        history = train(model, train_set, validation_set, chosen, tmp_path / optimizer, device="cpu")
+        losses[optimizer] = [row["eval_objective"] for row in history if "eval_objective" in row]
+    assert losses["adamw_8bit"] != losses["adamw"]
+    assert losses["adamw_8bit"][-1] < losses["adamw"][0]
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.02)
+
+
+def test_adamw_is_the_fused_one():
+    assert trainer_name("adamw", "cuda") == trainer_name("adamw", "cpu") == OptimizerNames.ADAMW_TORCH_FUSED
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_eight_bit_moments_are_paged_on_a_gpu():
+    assert trainer_name("adamw_8bit", "cuda") == OptimizerNames.PAGED_ADAMW_8BIT
+
+
+def test_an_optimizer_that_does_not_run_is_one_line_before_training(settings, parts, tmp_path, monkeypatch):
+    student, (train_set, validation_set) = parts
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as where it is not installed
+    chosen = optimisation(settings, optimizer="adamw_8bit")
+    with pytest.raises(
+        UserError, match=r"optimizer: expected adamw_8bit to run on cpu, found .*; install"
+    ):
+        train(DistillationModel(student), train_set, validation_set, chosen, tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_without_answers_has_no_loss_and_a_graph(settings, parts):

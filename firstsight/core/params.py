@@ -244,6 +244,8 @@ class Adapter(Section):
 class Optimisation(Section):
     """Configure AdamW with linear warm-up and cosine decay, gradients clipped at `max_grad_norm`.
 
+    `optimizer` says how AdamW keeps its two moments of each weight: in float32 (adamw), or in 8 bits (adamw_8bit).
+
     A step takes `batch_size x gradient_accumulation_steps` samples, each with all its questions, whatever the number
     of processes. `gradient_checkpointing` computes activations twice instead of storing them. When memory runs out,
     `auto_batch` makes micro-batches smaller and takes more of them for each step.
@@ -261,6 +263,7 @@ class Optimisation(Section):
     gradient_accumulation_steps: Batch
     gradient_checkpointing: bool
     auto_batch: bool
+    optimizer: Literal["adamw", "adamw_8bit"]
     learning_rate: Positive
     warmup_fraction: Fraction
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -5,7 +5,8 @@ Weights are in `firstsight.planning.model_shape`.
 Training, for n trained parameters (mixed precision; 18 bytes per parameter including the float32 weights, as in
 Hugging Face's "Model training anatomy"):
     full            float32 weights 4, gradient 4, AdamW's two moments 8, and autocast's 16-bit copies of trained
-                    linear weights 2; frozen weights stay in float32
+                    linear weights 2; frozen weights stay in float32. With adamw_8bit the moments take 2.03, but for
+                    those of the embedding, and are in paged memory
     lora, adalora   the same for n = sum rank x (in + out) over adapted layers; the frozen model in bfloat16. AdaLoRA
                     starts with half as many ranks again, each with a singular value
     qlora           the same over NF4, plus one layer's weights in 16 bits at a time
@@ -47,6 +48,7 @@ from firstsight.planning import inference
 from firstsight.planning.allocator import reserved
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.workload import Sizes, patches_and_tokens
+from firstsight.training.optimizer import moments_bytes
 
 OVERHEAD = 1 << 30
 
@@ -55,8 +57,9 @@ OVERHEAD = 1 << 30
 class Memory:
     """Hold bytes on the GPU.
 
-    `training` is gradients, optimizer state and autocast's copies of weights; `cached` is the memory of freed tensors,
-    which PyTorch's allocator keeps until memory runs out.
+    `training` is gradients, optimizer state and autocast's copies of weights; `cached` is what gives way when memory
+    runs out: that of freed tensors, which PyTorch's allocator keeps until then, and paged moments, which move to the
+    host's.
     """
 
     weights: float
@@ -82,6 +85,7 @@ def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
         weights=_trained_weights(shape, settings),
         training=_optimisation(shape, settings),
         activations=training_activations(shape, settings, sizes) + _loss(shape, settings, None, sizes),
+        cached=_paged(shape, settings),
     )
 
 
@@ -104,7 +108,8 @@ def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> 
         activations += inference.peak(inference.forward_pass(teacher, targets.precision, settings.batch_size, sizes))
     elif targets.kind == "hidden":
         weights += head_bytes(student, teacher)
-    return Memory(weights, _optimisation(student, settings), activations + _loss(student, settings, teacher, sizes))
+    activations += _loss(student, settings, teacher, sizes)
+    return Memory(weights, _optimisation(student, settings), activations, cached=_paged(student, settings))
 
 
 def quantizing(shape: Shape, method: str) -> Memory:
@@ -144,12 +149,24 @@ def _trained_weights(shape: Shape, settings: Optimisation) -> float:
 
 
 def _optimisation(shape: Shape, settings: Optimisation) -> float:
-    """Return the bytes of gradients, AdamW's moments, autocast's copies, and qlora's layer in 16 bits."""
+    """Return the bytes of gradients, moments not paged, autocast's copies, and qlora's layer in 16 bits."""
     trained = shape.trained(settings)
+    always = 4 * trained + moments(shape, settings) - _paged(shape, settings)
     if settings.method == "full":
         vision = sum(m.weight.numel() for m in shape.vision_linears) if settings.train_vision else 0
-        return 12 * trained + 2 * (shape.linear + vision)
-    return 14 * trained + (2 * shape.largest_linear if settings.method == "qlora" else 0)
+        return always + 2 * (shape.linear + vision)
+    return always + 2 * trained + (2 * shape.largest_linear if settings.method == "qlora" else 0)
+
+
+def moments(shape: Shape, settings: Optimisation) -> float:
+    """Return the bytes of AdamW's two moments, which are float32 or, but for the embedding's, 8 bits with scales."""
+    return moments_bytes(
+        settings.optimizer, shape.trained(settings), shape.embedding if settings.method == "full" else 0
+    )
+
+
+def _paged(shape: Shape, settings: Optimisation) -> float:
+    return moments(shape, settings) if settings.optimizer == "adamw_8bit" else 0
 
 
 def layer_bytes(shape: Shape, settings: Optimisation, sizes: Sizes) -> tuple[float, float]:

@@ -15,7 +15,6 @@ from firstsight.planning.hours import Card, Effort
 from firstsight.planning.model_shape import Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Workload
-from firstsight.training.checkpoints import BYTES_PER_PARAMETER
 
 HEADER = ("stage", "loads", "weights", "training", "activations", "cached", "GPU", "disk", "scratch", "time")
 
@@ -193,7 +192,7 @@ def _cells(row: Row, operations: float) -> tuple[str, ...]:
 
 def _checkpoints(shape: Shape, settings: Optimisation) -> float:
     """Return the bytes of four checkpoints (last two, best, being written): float32 weights and AdamW's moments."""
-    return 4 * BYTES_PER_PARAMETER * shape.trained(settings)
+    return 4 * (4 * shape.trained(settings) + gpu_memory.moments(shape, settings))
 
 
 def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:

@@ -21,8 +21,6 @@ from firstsight.core.stage import log
 
 # SHA-256 of every other file of a checkpoint. Written last: a checkpoint without it is incomplete.
 _CHECKSUMS = "checkpoint.json"
-# Bytes of a trained parameter in a checkpoint: its weight and AdamW's two moments, in float32.
-BYTES_PER_PARAMETER = 3 * 4
 _VARIABLE = "FIRSTSIGHT_CHECKPOINT_SECONDS"
 
 

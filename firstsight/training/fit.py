@@ -23,6 +23,7 @@ from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.checkpoints import CheckpointCallback, signal_handler
 from firstsight.training.distillation_model import DistillationModel
+from firstsight.training.optimizer import moments_bytes, trainer_name
 from firstsight.training.trainer import DistillationTrainer, ShowProgress
 
 # Optimizer steps between two logged losses.
@@ -62,15 +63,16 @@ def train(
     Raises:
         Unfinished: a signal stopped the training before its end.
         UserError: a loss or gradient is not finite or explodes, memory runs out, the batch cannot be divided among the
-            processes, or a checkpoint holds arbitrary objects.
+            processes, the optimizer does not run on the device, or a checkpoint holds arbitrary objects.
     """
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
         model.student.gradient_checkpointing_enable({"use_reentrant": False})
-    size = checkpoints.BYTES_PER_PARAMETER * sum(one.numel() for one in model.parameters() if one.requires_grad)
     # The last two checkpoints.
-    check_disk_space(scratch, 2 * size, "free some space (dvc gc --workspace, make clean-scratch)")
+    check_disk_space(
+        scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
+    )
     halving = optimisation.auto_batch and processes == 1
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
@@ -144,6 +146,7 @@ def _trainer(
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
+        optim=trainer_name(optimisation.optimizer, device),
         learning_rate=optimisation.learning_rate,
         warmup_steps=optimisation.warmup_fraction,
         weight_decay=optimisation.weight_decay,
@@ -185,6 +188,14 @@ def _trainer(
         # Not through /dev/shm, of which a container has 64 MB: where it is full, the training would wait forever.
         ForkingPickler.register(torch.Tensor, _by_value)
     return trainer
+
+
+def _checkpoint_bytes(model: DistillationModel, optimisation: Optimisation) -> int:
+    """Return the bytes of a checkpoint: float32 weights and AdamW's moments."""
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    embedding = model.student.get_input_embeddings().weight
+    in_embedding = embedding.numel() if embedding.requires_grad else 0
+    return 4 * trained + math.ceil(moments_bytes(optimisation.optimizer, trained, in_embedding))
 
 
 def _by_value(tensor: torch.Tensor) -> tuple:

@@ -136,8 +136,14 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
 
 
 def answer(name: str, model: Any, questions: list["Question"], settings: params.Evaluate, kept: Path) -> list[str]:
-    """Return the model's answers, continuing from those that an interrupted run has saved in the folder `kept`."""
-    path = kept / "answers.json"
+    """Return the model's answers, continuing from those that an interrupted run has saved in the folder `kept`.
+
+    The longest questions are asked first, so that batches are padded little, and memory runs out at once if it does.
+    """
+    from firstsight.evaluation.order import by_length  # as in `measure`
+
+    order = by_length(questions)
+    path = kept / "answers-by-length.json"
     given: list[str] = []
     if path.exists():
         try:
@@ -146,12 +152,13 @@ def answer(name: str, model: Any, questions: list["Question"], settings: params.
             log.warning("%s is damaged (%s); all questions are asked again", path, error)
     if given:
         log.info("%s: resuming at question %d of %d, from %s", name, len(given), len(questions), kept)
-    asked = model.answers(questions[len(given) :], settings.batch_size, settings.max_new_tokens)
+    remaining = [questions[number] for number in order[len(given) :]]
+    asked = model.answers(remaining, settings.batch_size, settings.max_new_tokens)
     for text in progress(asked, desc=f"evaluate {name}", unit="questions", total=len(questions), initial=len(given)):
         given.append(text)
         if len(given) % settings.batch_size == 0:
             write_json(path, given)
-    return given
+    return [text for _, text in sorted(zip(order, given, strict=True))]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.stage import log
 from firstsight.core.variants import LEFT_OUT
 from firstsight.evaluation.answer_limit import answer_limit
+from firstsight.evaluation.order import by_length
 from firstsight.generation import answering
 from firstsight.generation.answering import answers, model_inputs
 from firstsight.generation.pytorch_model import PyTorchModel
@@ -20,6 +21,7 @@ from firstsight.profiling import cost
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.parquet import SplitWriter
 from firstsight.records.sample import Record
+from stages import evaluate
 
 ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]
 SAMPLES = [
@@ -47,9 +49,10 @@ def test_a_batch_of_questions_about_shared_media_is_answered_as_each_alone_by_tr
     assert list(answers(model, processor, [questions[n] for n in apart], 5, 6)) == [alone[n] for n in apart]
 
 
-def test_an_answer_ends_where_the_model_says_so_or_the_tokenizer(model, processor, monkeypatch):
+@pytest.mark.parametrize("static", [False, True])
+def test_an_answer_ends_where_the_model_says_so_or_the_tokenizer(model, processor, monkeypatch, static):
     questions = [(sample, record) for sample in SAMPLES[:2] for record in sample.records]
-    whole = [answering._decode(model, processor, [question], 6)[0][0] for question in questions]
+    whole = [answering._decode(model, processor, [question], 6, static)[0][0] for question in questions]
     first, second = whole[0][1], whole[1][2]
     ended = [
         tokens[: min((tokens.index(end) + 1 for end in (first, second) if end in tokens), default=6)]
@@ -59,7 +62,7 @@ def test_an_answer_ends_where_the_model_says_so_or_the_tokenizer(model, processo
     monkeypatch.setattr(model.generation_config, "eos_token_id", [first])
     processor = copy.deepcopy(processor)
     processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(second)
-    tokens, states = answering._decode(model, processor, questions, 6)
+    tokens, states = answering._decode(model, processor, questions, 6, static)
     assert tokens == ended
     assert list(map(len, states)) == list(map(len, tokens))
     contents = [one[:-1] if one[-1] in (first, second) else one for one in ended]
@@ -83,6 +86,16 @@ def test_decoding_is_greedy_whatever_a_model_asks_for(model, processor, monkeypa
     assert line.endswith("generation_config.json's num_beams 3, repetition_penalty 3.0, do_sample True")
     assert [generated(model, processor, question, 12) for question in questions] == before
     assert model.generation_config is asked
+
+
+def test_the_longest_questions_are_asked_first_and_answered_in_their_own_order(model, processor, settings, tmp_path):
+    questions = [(sample, record) for sample in SAMPLES for record in sample.records]
+    order = by_length(questions)
+    assert [questions[number][0].id for number in order] == ["video"] * 3 + ["frames"] + ["image"] * 3 + ["text"] * 2
+    assert order[:3] == [4, 5, 6]
+    wanted = settings.evaluate.model_copy(update={"batch_size": 4, "max_new_tokens": 6})
+    found = evaluate.answer("teacher", PyTorchModel(model, processor, "float32"), questions, wanted, tmp_path)
+    assert found == [generated(model, processor, question) for question in questions]
 
 
 def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, monkeypatch):

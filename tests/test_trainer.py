@@ -106,9 +106,7 @@ def test_an_optimizer_that_does_not_run_is_one_line_before_training(settings, pa
     student, (train_set, validation_set) = parts
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as where it is not installed
     chosen = optimisation(settings, optimizer="adamw_8bit")
-    with pytest.raises(
-        UserError, match=r"optimizer: expected adamw_8bit to run on cpu, found .*; install"
-    ):
+    with pytest.raises(UserError, match=r"optimizer: expected adamw_8bit to run on cpu, found .*; install"):
         train(DistillationModel(student), train_set, validation_set, chosen, tmp_path, device="cpu")
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from firstsight.core.stage import log
-from firstsight.packing.forward import branch_mask, last_hidden_states, position_ids
+from firstsight.generation.decoding import GrowingDecoder, StaticDecoder, compiles_steps, records_steps
+from firstsight.packing.forward import last_hidden_states, position_ids
 from firstsight.packing.pack import collate, encode_questions, pack
 from firstsight.records.prompts import media_inputs, messages
 from firstsight.records.sample import Record, Sample
@@ -45,21 +46,28 @@ def answers(
 
 
 def generated_answers(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: Any,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    static: bool | None = None,
 ) -> Iterator[Answer]:
     """Yield the model's answers, in the order of the questions.
 
     Each is the answer to the question asked alone, but questions about the same image or video that follow each other
     in a batch share one pass over it. Decoding is greedy, whatever the model's generation_config.json says. An answer
-    ends at one of the file's end tokens, at the tokenizer's, or after `max_new_tokens` tokens.
+    ends at one of the file's end tokens, at the tokenizer's, or after `max_new_tokens` tokens. `static` says whether it
+    is decoded over a static cache (None: where that is faster), which gives the same answers.
 
     Raises:
         UserError: several questions share an image or video, and the chat template has it after the question.
     """
     if ignored := _ignored(model):
         _say_ignored(model.name_or_path, ignored)
+    static = records_steps(model) if static is None else static
     for start in range(0, len(questions), batch_size):
-        tokens, states = _decode(model, processor, questions[start : start + batch_size], max_new_tokens)
+        tokens, states = _decode(model, processor, questions[start : start + batch_size], max_new_tokens, static)
         for text, one, state in zip(answer_texts(model, processor, tokens), tokens, states, strict=True):
             yield Answer(text, one, state)
 
@@ -73,7 +81,7 @@ def answer_texts(model: PreTrainedModel, processor: Any, tokens: Sequence[list[i
 
 @torch.inference_mode()
 def _decode(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int, static: bool
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Return the `tokens` and the `states` of each question's `Answer`.
 
@@ -103,18 +111,13 @@ def _decode(
     token = head(states[0]).argmax(-1)
     chosen = [token]
     ended = torch.isin(token, stop) | (branches < 0)
+    if static:
+        decoder = StaticDecoder(model, cache, segments, branches, max_new_tokens - 1)
+    else:
+        decoder = GrowingDecoder(model, cache, segments, branches)
     while len(chosen) < max_new_tokens and not ended.all():
         positions = positions + 1
-        segments = torch.cat([segments, branches], 1)
-        states.append(
-            model.model(
-                input_ids=token,
-                position_ids=positions,
-                attention_mask=branch_mask(branches, segments, model.dtype),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-        )
+        states.append(decoder.step(token, positions))
         token = head(states[-1]).argmax(-1)
         chosen.append(token)
         ended |= torch.isin(token, stop)
@@ -171,13 +174,15 @@ def model_inputs(processor: Any, questions: Sequence[Question], device: str | to
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **limits: int) -> Tensor:
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], static: bool | None = None, **limits: int) -> Tensor:
     """Decode greedily with transformers, and return the new tokens [B, n], as an application would; for timing.
 
-    `limits` are max_new_tokens and min_new_tokens.
+    Over a static cache (`static`; None: where that is faster), transformers compiles the step on CUDA, which takes
+    tens of seconds at the first calls. `limits` are max_new_tokens and min_new_tokens.
     """
+    static = compiles_steps(model) if static is None else static
     with _greedy(model):
-        sequences = model.generate(**inputs, **limits)
+        sequences = model.generate(**inputs, **limits, cache_implementation="static" if static else None)
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 

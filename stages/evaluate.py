@@ -67,6 +67,7 @@ def measure(name: str, loaded: params.Params, folder: Path) -> None:
         "load_seconds": load_seconds,
         **latency,
         "throughput": cost.measure_throughput(model, questions, settings, memory),
+        "token_limit_ms": cost.token_limit_ms(model),  # after the peaks of memory, to which its buffers add
         **model.environment(),
     }
     records = [record for _, record in questions]

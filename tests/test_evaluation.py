@@ -9,6 +9,7 @@ import torch
 from conftest import change, make_sample, run_stage
 from transformers import GenerationConfig
 
+from firstsight.acquisition.initialise import build_model
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
 from firstsight.core.variants import LEFT_OUT
@@ -17,6 +18,7 @@ from firstsight.evaluation.order import by_length
 from firstsight.generation import answering
 from firstsight.generation.answering import answers, model_inputs
 from firstsight.generation.pytorch_model import PyTorchModel
+from firstsight.models.footprint import token_bytes
 from firstsight.profiling import cost
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.parquet import SplitWriter
@@ -122,10 +124,25 @@ def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, 
     assert [sample.id for sample, _ in asked] == ["image", "image", "image", "frames", "video"]
     assert found["prefill_ms_p50"] < found["latency_ms_p50"] <= found["latency_ms_p90"]
     assert found["latency_spread"] >= 0
+    assert found["token_ms"] == pytest.approx(1000 / found["decode_tokens_per_second"])
     made.clear()
     together = cost.measure_throughput(measured, questions, wanted, PeakMemory("cpu"))
     assert made == [(2, 5)] * rounds + [(7, 5)] * rounds
     assert list(together) == ["2", "7"]
+
+
+def test_a_token_reads_language_model_and_head_once(model, settings, processor):
+    """And no vision tower, and of an embedding that is not the head only a row."""
+    language = sum(one.numel() for one in model.model.language_model.parameters())
+    buffers = sum(one.nbytes for one in model.model.language_model.buffers())
+    for tied in (True, False):
+        init = settings.models.teacher.init.model_copy(update={"tie_word_embeddings": tied})
+        made = build_model(init, processor.tokenizer)
+        assert (made.lm_head.weight is made.get_input_embeddings().weight) == tied
+        assert token_bytes(made) == 4 * language + buffers  # the head is as large as the embedding
+        measured = PyTorchModel(made, processor, "float32")
+        # At 1 TB/s and at 0.1 GB/s.
+        assert measured.token_bytes / 1e9 < cost.token_limit_ms(measured) < measured.token_bytes / 1e5
 
 
 def test_a_batch_that_does_not_fit_is_left_out(model, processor, settings, monkeypatch):

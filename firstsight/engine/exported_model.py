@@ -6,7 +6,7 @@ Nothing here imports torch or transformers: `firstsight ask` runs where neither 
 import mmap
 import platform
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
@@ -23,7 +23,8 @@ from firstsight.engine.prompts import Batch, Prompts, Question
 class ExportedModel:
     """Load an exported folder; `layout` says what it holds.
 
-    `weights_bytes` are the bytes of the weights, and `parameters` the number of those of the model that was exported.
+    `weights_bytes` are the bytes of the weights, `token_bytes` of those that a token reads, the decoder's, and
+    `parameters` the number of those of the model that was exported.
 
     Raises:
         UserError: onnxruntime is not installed, the folder lacks a file, is of another version, or a graph is broken.
@@ -39,6 +40,7 @@ class ExportedModel:
         self._embeddings, self._decoder = self._session(EMBEDDINGS), self._session(DECODER)
         self._vision = self._session(VISION) if self.layout.pictures else None
         self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
+        self.token_bytes = sum(path.stat().st_size for path in folder.glob(f"{DECODER}*"))
         self._past = [one.name for one in self._decoder.get_inputs() if one.name.startswith("past.")]
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
@@ -71,6 +73,12 @@ class ExportedModel:
     def generate(self, batch: Batch, tokens: int) -> np.ndarray:
         """Return exactly `tokens` greedy tokens [B, tokens] of each question, end tokens among them; for timing."""
         return np.stack(list(self._chosen(batch, tokens)), axis=1)
+
+    def copying(self, size: int) -> Callable[[], None]:
+        """Return a function that copies `size` bytes in memory, by one thread."""
+        source = np.ones(size, np.uint8)
+        target = np.empty_like(source)
+        return lambda: np.copyto(target, source)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, without special tokens around it."""

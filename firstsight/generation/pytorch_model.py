@@ -1,7 +1,7 @@
 """A model in PyTorch, as the evaluation measures it."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,20 +11,21 @@ from transformers import PreTrainedModel
 
 from firstsight.generation import answering
 from firstsight.generation.answering import Question
-from firstsight.models.footprint import weights_bytes
+from firstsight.models.footprint import token_bytes, weights_bytes
 
 
 class PyTorchModel:
     """Hold a loaded model with its processor; `precision` says in words how its weights are stored.
 
-    `weights_bytes` are the bytes of the weights in memory. `parameters` is their number, also where 4-bit storage packs
-    two in a byte.
+    `weights_bytes` are the bytes of the weights in memory, `token_bytes` those of what each token of an answer reads.
+    `parameters` is the number of weights, also where 4-bit storage packs two in a byte.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, precision: str):
         self._model, self._processor, self._precision = model, processor, precision
         # Before the first answer, when bitsandbytes moves scales out of reach.
         self.weights_bytes, self.parameters = weights_bytes(model), model.num_parameters()
+        self.token_bytes = token_bytes(model)
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
         """Yield the greedy answers as text, in the order of the questions."""
@@ -50,6 +51,18 @@ class PyTorchModel:
         if produced.is_cuda:
             torch.cuda.synchronize()
         return produced
+
+    def copying(self, size: int) -> Callable[[], None]:
+        """Return a function that copies `size` bytes within the device's memory, and returns when they are copied."""
+        source = torch.ones(size, dtype=torch.uint8, device=self._model.device)
+        target = torch.empty_like(source)
+
+        def copy() -> None:
+            target.copy_(source)
+            if target.is_cuda:
+                torch.cuda.synchronize()
+
+        return copy
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, without special tokens around it; at least one text is given."""

@@ -1,9 +1,10 @@
 """Measure the memory of a model's weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -11,11 +12,22 @@ def weights_bytes(model: nn.Module) -> int:
 
     Tensors that share memory count once.
     """
-    tensors = {
-        tensor.data_ptr(): tensor
-        for one in chain(model.parameters(), model.buffers())
-        for tensor in _with_quantization_state(one)
-    }
+    return _bytes(chain(model.parameters(), model.buffers()))
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the weights that are read for each token of an answer: those of language model and head.
+
+    Of an embedding that is not also the head, a token reads one row, which does not count.
+    """
+    embedding = model.get_input_embeddings().weight
+    language = [*model.get_decoder().parameters(), *model.get_decoder().buffers()]
+    head = model.get_output_embeddings()
+    return _bytes([*(one for one in language if one is not embedding), *head.parameters(), *head.buffers()])
+
+
+def _bytes(weights: Iterable[Tensor]) -> int:
+    tensors = {tensor.data_ptr(): tensor for one in weights for tensor in _with_quantization_state(one)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

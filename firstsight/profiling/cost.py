@@ -4,7 +4,7 @@ Decoding and preprocessing of images and videos are not part of the times.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,19 @@ from firstsight.records.sample import Record, Sample
 
 Question = tuple[Sample, Record]
 
+# Bytes of what is copied to measure the memory's bandwidth: more than most caches hold.
+_COPIED_BYTES = 1 << 27
 # Repeats of each question: one disturbance does not move their median, and their spread says how reliable it is.
 _REPEATS = 5
 
 
 class Measured(Protocol):
-    """A model whose speed is measured, in PyTorch or in another engine."""
+    """A model whose speed is measured, in PyTorch or in another engine.
+
+    `token_bytes` are those of the weights that are read for each token of an answer.
+    """
+
+    token_bytes: int
 
     def inputs(self, questions: Sequence[Question]) -> Any:
         """Return the model's inputs for a batch of questions, with decoded and prepared images and videos."""
@@ -35,6 +42,9 @@ class Measured(Protocol):
         Raises:
             MemoryError: the questions do not fit the device together.
         """
+
+    def copying(self, size: int) -> Callable[[], Any]:
+        """Return a function that copies `size` bytes within the device's memory, and returns when they are copied."""
 
 
 def folder_bytes(folder: Path) -> int:
@@ -57,8 +67,8 @@ def measure_latency(model: Measured, questions: Sequence[Question], settings: Ev
 
     Returns percentiles over the questions, each represented by the median of its repeats, in milliseconds:
     `latency_ms_p50` and `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; further
-    `decode_tokens_per_second` after the first token, and `latency_spread`, the median over questions of the
-    interquartile range of the repeats divided by their median.
+    `token_ms` and its inverse `decode_tokens_per_second` after the first token, and `latency_spread`, the median over
+    questions of the interquartile range of the repeats divided by their median.
     """
     asked = representative(questions, settings.latency_runs)
     batches = [model.inputs([question]) for question in asked]
@@ -69,13 +79,14 @@ def measure_latency(model: Measured, questions: Sequence[Question], settings: Ev
     repeats = np.array(rounds[1:])
     prefill, whole = np.median(repeats, axis=0)
     low, high = np.quantile(repeats[:, 1], (0.25, 0.75), axis=0)
-    decoding = max(np.median(whole - prefill), 1e-3)
+    token = max(np.median(whole - prefill), 1e-3) / (settings.latency_new_tokens - 1)
     return {
         "prefill_ms_p50": float(np.median(prefill)),
         "latency_ms_p50": float(np.median(whole)),
         "latency_ms_p90": float(np.quantile(whole, 0.9)),
         "latency_spread": float(np.median((high - low) / whole)),
-        "decode_tokens_per_second": float(1000 * (settings.latency_new_tokens - 1) / decoding),
+        "token_ms": float(token),
+        "decode_tokens_per_second": float(1000 / token),
     }
 
 
@@ -102,8 +113,23 @@ def measure_throughput(
     return measured
 
 
+def token_limit_ms(model: Measured) -> float:
+    """Return the milliseconds in which the device moves as many bytes as a token of an answer reads.
+
+    No engine that reads every weight for a token is faster at batch 1. The bandwidth is measured by a copy, which reads
+    each byte and writes it. Weights that fit into caches are read faster than that.
+    """
+    copy = model.copying(_COPIED_BYTES)
+    times = [_milliseconds(copy) for _ in range(1 + _REPEATS)]
+    return model.token_bytes * float(np.median(times[1:])) / (2 * _COPIED_BYTES)
+
+
 def _timed(model: Measured, inputs: Any, tokens: int) -> float:
     """Return the milliseconds that an answer of exactly `tokens` tokens takes."""
+    return _milliseconds(lambda: model.generate(inputs, tokens))
+
+
+def _milliseconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    model.generate(inputs, tokens)
+    work()
     return 1000 * (time.perf_counter() - start)

@@ -26,6 +26,8 @@ COSTS = (
     "latency_ms_p50",
     "latency_ms_p90",
     "latency_spread",
+    "token_ms",
+    "token_limit_ms",
     "decode_tokens_per_second",
     "throughput",
 )

@@ -35,7 +35,7 @@ def summary(
             ),
         ],
         "Speed, batch 1": [
-            ("", "latency p50", "p90", "repeats within", "first token", "tokens/s", "speed-up"),
+            ("", "latency p50", "p90", "repeats within", "first token", "a token", "by bandwidth", "speed-up"),
             *(
                 (
                     name,
@@ -43,7 +43,8 @@ def summary(
                     f"{row['latency_ms_p90']:.1f} ms",
                     f"{row['latency_spread']:.1%}",
                     f"{row['prefill_ms_p50']:.1f} ms",
-                    f"{row['decode_tokens_per_second']:.0f}",
+                    f"{row['token_ms']:.2f} ms",
+                    f"{row['token_limit_ms']:.2f} ms",
                     f"{row['speed_up']:.2f} x" if "speed_up" in row else "-",
                 )
                 for name, row in performance.items()

@@ -141,7 +141,7 @@ def answer(name: str, model: Any, questions: list["Question"], settings: params.
 
     The longest questions are asked first, so that batches are padded little, and memory runs out at once if it does.
     """
-    from firstsight.evaluation.order import by_length  # as in `measure`
+    from firstsight.generation.order import by_length  # as in `measure`
 
     order = by_length(questions)
     path = kept / "answers-by-length.json"

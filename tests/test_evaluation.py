@@ -14,9 +14,9 @@ from firstsight.core.errors import UserError
 from firstsight.core.stage import log
 from firstsight.core.variants import LEFT_OUT
 from firstsight.evaluation.answer_limit import answer_limit
-from firstsight.evaluation.order import by_length
 from firstsight.generation import answering
 from firstsight.generation.answering import answers, model_inputs
+from firstsight.generation.order import by_length
 from firstsight.generation.pytorch_model import PyTorchModel
 from firstsight.models.footprint import token_bytes
 from firstsight.profiling import cost

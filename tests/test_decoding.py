@@ -1,12 +1,15 @@
 """Decoding over a static cache gives what decoding over one that grows gives, for every architecture."""
 
+import logging
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 from conftest import make_sample
 from families import SAVE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from firstsight.generation import decoding
+from firstsight.generation import answering, decoding
 from firstsight.generation.answering import generate, generated_answers, model_inputs
 from firstsight.models.loading import load_model, load_processor
 
@@ -47,6 +50,31 @@ def test_transformers_generates_the_same_from_questions_padded_on_the_left(asked
     inputs = model_inputs(processor, questions[-size:], "cpu")
     expected, found = (generate(model, inputs, static=static, max_new_tokens=6) for static in (False, True))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_graph_that_answers_otherwise_is_noticed_in_the_first_batch_and_not_used(asked, monkeypatch, caplog, broken):
+    """Simulated by states that are turned around from the third token on, in the place of a graph's."""
+    model, processor, questions = asked
+    expected = [answer.tokens for answer in generated_answers(model, processor, questions, 4, 9, static=False)]
+    compute, steps = decoding.StaticDecoder.step, []
+
+    def step(decoder, tokens, positions):
+        steps.append(decoder)
+        states = compute(decoder, tokens, positions)
+        return -states if broken and steps.count(decoder) > 1 else states
+
+    monkeypatch.setattr(decoding.StaticDecoder, "step", step)
+    monkeypatch.setattr(answering, "records_steps", lambda model: True)
+    monkeypatch.setattr(answering, "_recorded_alike", WeakKeyDictionary())
+    logger = logging.getLogger("firstsight")
+    logger.addHandler(caplog.handler)
+    found = [answer.tokens for _ in range(2) for answer in generated_answers(model, processor, questions, 4, 9)]
+    logger.removeHandler(caplog.handler)
+    assert found == 2 * expected
+    batches = -(-len(questions) // 4)
+    assert len(set(steps)) == (1 if broken else 2 * batches)
+    assert ("because the CUDA graph answers otherwise" in caplog.text) == broken
 
 
 class NothingRead(TorchDispatchMode):

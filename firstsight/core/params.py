@@ -294,13 +294,22 @@ class Train(Optimisation):
 
     D is `divergence`; `jsd_beta`, between 0 and 1, is the weight of the teacher in jsd's mixture.
     Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
+
+    With a frozen vision tower (`train_vision: false`), `visual_tokens` says whether its outputs are made once and kept
+    on disk (`cached`), or made in every epoch (`computed`).
     """
 
+    visual_tokens: Literal["cached", "computed"]
     temperature: Annotated[float, Field(ge=0.01, le=1000)]
     alpha: Fraction
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Annotated[float, Field(gt=0, lt=1)]
     early_stopping_epochs: Count
+
+    @property
+    def caches_visual_tokens(self) -> bool:
+        """Return whether the student is trained on cached visual tokens, without its vision tower."""
+        return not self.train_vision and self.visual_tokens == "cached"
 
 
 class Control(Section):

@@ -46,7 +46,7 @@ def cache(settings: params.Train, runtime: params.Runtime) -> None:
     """Write the visual tokens of both splits."""
     # Imported here, because they take seconds, and a stage that is left out needs none of them.
     from firstsight.caching.visual_tokens import VisualIndex, VisualTokensWriter, write_visual_index
-    from firstsight.models.loading import TRAINING_PRECISIONS, load_model, load_processor, pick_device
+    from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
     from firstsight.packing.dataset import ExpandedDataset
     from firstsight.packing.vision_tower import VisionTower
     from firstsight.records.parquet import Split
@@ -56,7 +56,7 @@ def cache(settings: params.Train, runtime: params.Runtime) -> None:
         # Over all its files: config and processor change the tower's outputs as its weights do.
         "student": fingerprint_folder(STUDENT),
         # As in training, so that the visual tokens are the same.
-        "precision": TRAINING_PRECISIONS[settings.method],
+        "precision": training_precision(settings.method, device),
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
     }
     processor = load_processor(STUDENT)

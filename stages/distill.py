@@ -27,7 +27,7 @@ from firstsight.distillation.targets import (
     read_head,
     read_index,
 )
-from firstsight.models.loading import TRAINING_PRECISIONS, load_model, load_processor, pick_device
+from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
@@ -49,16 +49,16 @@ def run() -> None:
     index = read_index(TARGETS)
     check_files(TARGETS, index)
     online = index.kind == "online"
+    device = pick_device(loaded.runtime.device)
     student, visual = fingerprint_folder(STUDENT), None
     if settings.caches_visual_tokens:
-        visual = read_visual_index(VISUAL_TOKENS, student, TRAINING_PRECISIONS[settings.method])
+        visual = read_visual_index(VISUAL_TOKENS, student, training_precision(settings.method, device))
     train_set, validation_set = (
         dataset(name, processor, load_processor(TEACHER) if online else None, visual)
         for name in ("train", "validation")
     )
     for split in (train_set, validation_set):
         split.check_answers()
-    device = pick_device(loaded.runtime.device)
     steps = total_steps(len(train_set), settings)
     trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None

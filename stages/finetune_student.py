@@ -52,15 +52,16 @@ def train_control(loaded: params.Params, splits: dict[str, Split]) -> None:
 
     from firstsight.caching.visual_tokens import SplitVisualTokens, read_visual_index
     from firstsight.distillation.targets import read_answers
-    from firstsight.models.loading import TRAINING_PRECISIONS, load_processor, pick_device
+    from firstsight.models.loading import load_processor, pick_device, training_precision
     from firstsight.packing.dataset import PackedDataset
     from firstsight.training.adapters import TrainableModel
     from firstsight.training.distillation_model import DistillationModel
     from firstsight.training.fit import total_steps, train
 
+    device = pick_device(loaded.runtime.device)
     settings, student, visual = loaded.train, fingerprint_folder(STUDENT), None
     if settings.caches_visual_tokens:
-        visual = read_visual_index(VISUAL_TOKENS, student, TRAINING_PRECISIONS[settings.method])
+        visual = read_visual_index(VISUAL_TOKENS, student, training_precision(settings.method, device))
     given = read_answers(TARGETS)
     learnt_from = given if loaded.control.answers == "teacher" else {}
     # As many samples an epoch as distill has, so that steps, learning rates and evaluations are the same.
@@ -71,7 +72,6 @@ def train_control(loaded: params.Params, splits: dict[str, Split]) -> None:
     train_set = PackedDataset(samples, processor, visual=seen["train"])
     validation = splits["validation"].answered(learnt_from)
     validation_set = PackedDataset(validation, processor, visual=seen["validation"])
-    device = pick_device(loaded.runtime.device)
     steps = total_steps(len(train_set), settings)
     trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     work = {

@@ -267,6 +267,11 @@ class Optimisation(Section):
     max_grad_norm: Positive
     seed: Seed
 
+    @property
+    def caches_visual_tokens(self) -> bool:
+        """Return whether training reads the vision tower's outputs from disk, and does without the tower."""
+        return False
+
 
 class FinetuneTeacher(Optimisation):
     """Configure supervised fine-tuning of the teacher on the train split; `enabled: false` leaves it out."""
@@ -308,7 +313,6 @@ class Train(Optimisation):
 
     @property
     def caches_visual_tokens(self) -> bool:
-        """Return whether the student is trained on cached visual tokens, without its vision tower."""
         return not self.train_vision and self.visual_tokens == "cached"
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from firstsight.core.errors import UserError
-from firstsight.models.loading import AUTOCAST
+from firstsight.models.loading import has_bfloat16
 
 # The `model_type` of models that take visual tokens as embeddings at placeholders, and in no other way: others take
 # more from their tower, such as states of its inner layers.
@@ -30,12 +30,13 @@ class VisionTower:
                 f"{model.name_or_path}: expected a model of one of the types {', '.join(_FAMILIES)}, whose visual "
                 f"tokens can be kept, found {model.config.model_type}; set train.visual_tokens to computed"
             )
-        self._model, self._device = model, device
+        # As the Trainer computes.
+        self._model, self._device, self._autocast = model, device, has_bfloat16(device)
 
     @property
     def bytes_per_token(self) -> int:
         """Return the bytes of a visual token; LLaVA-OneVision's may be twice as many under autocast."""
-        size = 2 if AUTOCAST[self._device] else self._model.dtype.itemsize
+        size = 2 if self._autocast else self._model.dtype.itemsize
         return size * self._model.config.get_text_config().hidden_size
 
     def count(self, expanded: dict[str, Tensor]) -> int:
@@ -54,6 +55,6 @@ class VisionTower:
         # second_per_grid_ts is for the positions of Qwen2.5-VL's language model, not for its tower.
         left = ("prefix", "prefix_types", "replaced", "second_per_grid_ts")
         inputs = {name: tensor.to(self._device) for name, tensor in expanded.items() if name not in left}
-        with torch.autocast(self._device, torch.bfloat16, enabled=AUTOCAST[self._device]):
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
             features = getattr(self._model.model, f"get_{kind}_features")(**inputs, return_dict=True)
         return torch.cat(list(features.pooler_output))

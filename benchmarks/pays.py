@@ -37,7 +37,7 @@ from firstsight.generation.pytorch_model import PyTorchModel
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.reporting import text_table
-from stages import build_egoqa_dataset, cache_teacher_targets, distill, finetune_student
+from stages import build_egoqa_dataset, cache_teacher_targets, cache_visual_tokens, distill, finetune_student
 
 ROOT, RESULTS, PICTURE = Path.cwd(), Path(__file__).parent / "pays.csv", Path(__file__).parent / "pays.png"
 LINKED = ("presets", "data/example.jsonl", "models/student", "models/teacher-finetuned")
@@ -122,6 +122,7 @@ def students(settings: params.Params, seed: int, wanted: list[Arm], device: str)
             if noise:
                 mislabel(Path("data/egoqa/train.parquet"), noise, seed)
             cache_teacher_targets.run()
+            cache_visual_tokens.run()
             for arm in wanted:
                 started = time.perf_counter()
                 model = UNTRAINED.get(arm.learns_from) or student(values, arm)

@@ -16,7 +16,10 @@ from benchmarks.measuring import environment, process_tree, write
 from firstsight.core import yaml12
 from firstsight.core.stage import log, main
 
-LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa", "data/teacher-targets")
+LINKED = (
+    *("presets", "models/student", "models/teacher-finetuned"),
+    *("data/egoqa", "data/teacher-targets", "data/visual-tokens"),
+)
 ROOT = Path.cwd()
 PROCESSES = (1, 2, 4)
 

@@ -20,7 +20,7 @@ from firstsight.core.stage import log, main
 from firstsight.models.loading import pick_device
 
 POINTS = [(temperature, alpha) for temperature in (1.0, 2.0, 4.0) for alpha in (0.5, 0.9)]
-LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa")
+LINKED = ("presets", "models/student", "models/teacher-finetuned", "data/egoqa", "data/visual-tokens")
 ROOT = Path.cwd()
 
 

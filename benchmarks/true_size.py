@@ -49,6 +49,7 @@ STEPS = 10
 VIDEO = {"cpu": (4, 112), "cuda": (16, 448)}
 STAGES = (
     ("cache_teacher_targets", ()),
+    ("cache_visual_tokens", ()),
     ("distill", ()),
     ("finetune_student", ()),
     ("quantize_student", ("int8",)),

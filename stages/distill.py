@@ -3,7 +3,7 @@
     python -m stages.distill
 
 reads  models/student, data/teacher-targets, the train and validation splits, `train` in params.yaml; for online targets
-       also models/teacher-finetuned
+       also models/teacher-finetuned; data/visual-tokens if the vision tower is frozen and its outputs are cached
 writes models/student-distilled: a complete model folder, adapters merged, and history.json
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
+from firstsight.caching.visual_tokens import SplitVisualTokens, VisualIndex, read_visual_index
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
 from firstsight.core.processes import shared, use_all_gpus
@@ -26,7 +27,7 @@ from firstsight.distillation.targets import (
     read_head,
     read_index,
 )
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
@@ -35,6 +36,7 @@ from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import total_steps, train
 
 STUDENT, TEACHER, TARGETS = Path("models/student"), Path("models/teacher-finetuned"), Path("data/teacher-targets")
+VISUAL_TOKENS = Path("data/visual-tokens")
 OUTPUT = Path("models/student-distilled")
 
 
@@ -47,13 +49,18 @@ def run() -> None:
     index = read_index(TARGETS)
     check_files(TARGETS, index)
     online = index.kind == "online"
+    device = pick_device(loaded.runtime.device)
+    student, visual = fingerprint_folder(STUDENT), None
+    if settings.caches_visual_tokens:
+        visual = read_visual_index(VISUAL_TOKENS, student, training_precision(settings.method, device))
     train_set, validation_set = (
-        dataset(name, processor, load_processor(TEACHER) if online else None) for name in ("train", "validation")
+        dataset(name, processor, load_processor(TEACHER) if online else None, visual)
+        for name in ("train", "validation")
     )
     for split in (train_set, validation_set):
         split.check_answers()
-    device = pick_device(loaded.runtime.device)
-    trainable = TrainableModel(STUDENT, settings, device, total_steps(len(train_set), settings))
+    steps = total_steps(len(train_set), settings)
+    trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
     head = head_weight(teacher) if online else read_head(TARGETS, device)
     model = DistillationModel(
@@ -64,10 +71,11 @@ def run() -> None:
         shared_vocabulary=index.shared_vocabulary,
         regularisation=trainable.regularisation,
     )
-    inputs = [STUDENT, TARGETS, *([TEACHER] if online else [])]
+    inputs = [TARGETS, *([TEACHER] if online else [])]
     work = {
         "settings": settings.model_dump(),
-        "inputs": {str(one): fingerprint_folder(one) for one in inputs},
+        "inputs": {str(one): fingerprint_folder(one) for one in inputs} | {str(STUDENT): student},
+        "visual_tokens": asdict(visual) if visual else None,
         "targets": asdict(index) | {"answers": read_answers(TARGETS)},
         "device": device,
         "processes": PartialState().num_processes,
@@ -91,13 +99,19 @@ def run() -> None:
     log.info("wrote %s", OUTPUT)
 
 
-def dataset(split: str, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None) -> PackedDataset:
-    """Return a split with its stored targets or, with a teacher's processor, with the teacher's inputs."""
+def dataset(
+    split: str, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None, visual: VisualIndex | None
+) -> PackedDataset:
+    """Return a split with its stored targets or, with a teacher's processor, with the teacher's inputs.
+
+    With an index of visual tokens, it has these in the place of pixels.
+    """
     path = Path(f"data/egoqa/{split}.parquet")
-    samples = Split(path).answered(read_answers(TARGETS))
+    samples, data = Split(path).answered(read_answers(TARGETS)), fingerprint_files([path])
+    seen = SplitVisualTokens(VISUAL_TOKENS, split, visual, data) if visual else None
     if teacher_processor is not None:
-        return PackedDataset(samples, processor, OnlineTeacher(teacher_processor))
-    return PackedDataset(samples, processor, SplitTargets(TARGETS, split, fingerprint_files([path])))
+        return PackedDataset(samples, processor, OnlineTeacher(teacher_processor), seen)
+    return PackedDataset(samples, processor, SplitTargets(TARGETS, split, data), seen)
 
 
 if __name__ == "__main__":

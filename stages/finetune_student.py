@@ -7,11 +7,12 @@ learns from the answers that the data has; with `teacher` also from the answers 
 questions, which tells the worth of the teacher's distributions from that of more data.
 
 reads  models/student, the train and validation splits, the teacher's answers in data/teacher-targets, `control` and
-       `train` in params.yaml without temperature, alpha and divergence
+       `train` in params.yaml without temperature, alpha and divergence; data/visual-tokens as in distill
 writes models/student-finetuned: a complete model folder, adapters merged, and history.json; if the control is left
        out, left-out.json with the reason instead
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from firstsight.core import params
@@ -23,6 +24,7 @@ from firstsight.core.variants import CONTROL, LEFT_OUT, VARIANTS
 from firstsight.records.parquet import Split
 
 STUDENT, TARGETS, OUTPUT = Path("models/student"), Path("data/teacher-targets"), VARIANTS[CONTROL].model
+VISUAL_TOKENS = Path("data/visual-tokens")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
 # Of `train`, what matters to the loss of a distillation alone.
 DISTILLATION_ONLY = {"temperature", "alpha", "divergence", "jsd_beta"}
@@ -48,27 +50,35 @@ def train_control(loaded: params.Params, splits: dict[str, Split]) -> None:
     # Imported here, because they take seconds, and a control that is left out needs none of them.
     from accelerate import PartialState
 
+    from firstsight.caching.visual_tokens import SplitVisualTokens, read_visual_index
     from firstsight.distillation.targets import read_answers
-    from firstsight.models.loading import load_processor, pick_device
+    from firstsight.models.loading import load_processor, pick_device, training_precision
     from firstsight.packing.dataset import PackedDataset
     from firstsight.training.adapters import TrainableModel
     from firstsight.training.distillation_model import DistillationModel
     from firstsight.training.fit import total_steps, train
 
-    settings = loaded.train
+    device = pick_device(loaded.runtime.device)
+    settings, student, visual = loaded.train, fingerprint_folder(STUDENT), None
+    if settings.caches_visual_tokens:
+        visual = read_visual_index(VISUAL_TOKENS, student, training_precision(settings.method, device))
     given = read_answers(TARGETS)
     learnt_from = given if loaded.control.answers == "teacher" else {}
     # As many samples an epoch as distill has, so that steps, learning rates and evaluations are the same.
     samples = splits["train"].answered(learnt_from).repeated_to(len(splits["train"].answered(given)))
     processor = load_processor(STUDENT)
-    train_set = PackedDataset(samples, processor)
-    validation_set = PackedDataset(splits["validation"].answered(learnt_from), processor)
-    device = pick_device(loaded.runtime.device)
-    trainable = TrainableModel(STUDENT, settings, device, total_steps(len(train_set), settings))
+    data = {name: fingerprint_files([path]) for name, path in SPLITS.items()}
+    seen = {name: SplitVisualTokens(VISUAL_TOKENS, name, visual, data[name]) if visual else None for name in SPLITS}
+    train_set = PackedDataset(samples, processor, visual=seen["train"])
+    validation = splits["validation"].answered(learnt_from)
+    validation_set = PackedDataset(validation, processor, visual=seen["validation"])
+    steps = total_steps(len(train_set), settings)
+    trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     work = {
         "settings": settings.model_dump(exclude=DISTILLATION_ONLY),
-        "student": fingerprint_folder(STUDENT),
-        "data": fingerprint_files(list(SPLITS.values())),
+        "student": student,
+        "data": data,
+        "visual_tokens": asdict(visual) if visual else None,
         "answers": learnt_from,
         "samples": len(train_set),
         "device": device,

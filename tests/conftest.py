@@ -47,6 +47,7 @@ STAGES = (
     ("build_egoqa_dataset",),
     ("finetune_teacher",),
     ("cache_teacher_targets",),
+    ("cache_visual_tokens",),
     ("distill",),
     ("finetune_student",),
     ("quantize_student", "int8"),
@@ -83,6 +84,7 @@ ALL = EVALUATIONS | AFTER_DISTILL | {
     "build-egoqa-dataset",
     "finetune-teacher",
     "cache-teacher-targets",
+    "cache-visual-tokens",
     "distill",
     "finetune-student",
     "export-teacher",
@@ -204,7 +206,7 @@ def new_project(project: Path) -> Path:
         ".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache"
     )
     shutil.copytree(ROOT, project, ignore=ignored)
-    for output in ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics"):
+    for output in ("data/egoqa", "data/teacher-targets", "data/visual-tokens", "models", "evaluations", "metrics"):
         shutil.rmtree(project / output, ignore_errors=True)
     (project / "dvc.lock").unlink(missing_ok=True)
     shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")

@@ -163,8 +163,9 @@ def test_an_adapted_teacher_and_student_go_through_the_stages(smoke_copy):
     change(smoke_copy, "train", method="qlora", train_vision=False)
     change(smoke_copy, "targets", precision="int8")
     teacher = fingerprint_folder(smoke_copy / "models/teacher")
-    for stage in (("finetune_teacher",), ("cache_teacher_targets",), ("distill",), ("evaluate", "teacher")):
-        run_stage(smoke_copy, *stage)
+    for stage in ("finetune_teacher", "cache_teacher_targets", "cache_visual_tokens", "distill"):
+        run_stage(smoke_copy, stage)
+    run_stage(smoke_copy, "evaluate", "teacher")
     assert (smoke_copy / "models/teacher-finetuned/adapter/adapter_model.safetensors").exists()
     # It shares its weights with its base: what is written beside them is not written into the base, or DVC's cache.
     assert fingerprint_folder(smoke_copy / "models/teacher") == teacher

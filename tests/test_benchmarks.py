@@ -97,7 +97,7 @@ def test_a_case_that_fails_leaves_those_before_it(monkeypatch, tmp_path, caplog)
     [
         (LOSS, "implementation", {"plain PyTorch", "FirstSight", "FirstSight, PyTorch"}),
         (DISTILL_STEP, "teacher", {"cached", "online, float32"}),
-        (TRUE_SIZE, "stage", {"cache-teacher-targets", "distill", "finetune-student"}),
+        (TRUE_SIZE, "stage", {"cache-teacher-targets", "cache-visual-tokens", "distill", "finetune-student"}),
     ],
     ids=["loss", "distill_step", "true_size"],
 )
@@ -131,6 +131,7 @@ SMALL = {
     "repeat": (["student-nf4"], "FIGURES = FIGURES[:2]", 3),
     "settings": (["student-nf4"], "SETTINGS = {name: SETTINGS[name] for name in list(SETTINGS)[::5]}", 2),
     "sweep": (["0.2"], "POINTS = POINTS[:1]", 4),
+    "look_once": (["30"], "POINTS = POINTS[:1]", 3),
 }
 
 
@@ -248,6 +249,16 @@ def test_a_sweep_costs_what_its_points_cost(rows_of):
         (kind, stage) for kind in ("hidden", "online") for stage in ("cache-teacher-targets", "distill")
     ]
     assert rows[1]["validation_loss"] == rows[3]["validation_loss"]
+
+
+@pytest.mark.system
+def test_a_sweep_on_visual_tokens_made_once_ends_as_one_that_makes_them_in_every_epoch(rows_of):
+    rows = rows_of("look_once")
+    assert [(row["visual_tokens"], row["stage"]) for row in rows] == [
+        ("cached", "cache-visual-tokens"), ("computed", "distill"), ("cached", "distill")
+    ]  # fmt: skip
+    assert float(rows[1]["validation_loss"]) == pytest.approx(float(rows[2]["validation_loss"]), rel=1e-3)
+    assert all(row["cpu_seconds"] > 0 for row in rows)
 
 
 def test_the_picture_is_drawn_from_the_committed_figures(tmp_path, monkeypatch):

@@ -78,6 +78,10 @@ def test_runtime_settings_rerun_nothing(project):
         ("firstsight/reporting/comparison.py", {"report"}),
         ("firstsight/quantization/quantize.py", QUANTIZATIONS),
         ("firstsight/distillation/vocabulary.py", {"cache-teacher-targets", "distill", "finetune-student"}),
+        (
+            "firstsight/caching/shards.py",
+            {"cache-teacher-targets", "cache-visual-tokens", "distill", "finetune-student"},
+        ),
     ],
 )
 def test_an_edited_library_file_reruns_the_stages_that_import_it(project, file, expected):

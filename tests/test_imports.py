@@ -38,8 +38,9 @@ def imported(folder: Path, stage: str, *arguments: str) -> set[str]:
         ("export", {"formats": []}, ("export_student",)),
         ("export", {"teacher": False}, ("export_teacher",)),
         ("finetune_teacher", {"enabled": False}, ("finetune_teacher",)),
+        ("train", {"train_vision": True}, ("cache_visual_tokens",)),
     ],
-    ids=["evaluate", "quantize_student", "export_student", "export_teacher", "finetune_teacher"],
+    ids=["evaluate", "quantize_student", "export_student", "export_teacher", "finetune_teacher", "cache_visual_tokens"],
 )
 def test_what_is_left_out_imports_no_large_library(tmp_path, section, values, stage):
     folder = workspace(tmp_path)

@@ -24,6 +24,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "build-egoqa-dataset": ["data"],
         "finetune-teacher": ["finetune_teacher"],
         "cache-teacher-targets": ["targets"],
+        "cache-visual-tokens": ["train.method", "train.train_vision", "train.visual_tokens"],
         "distill": ["train"],
         # All of `train` but temperature, alpha and divergence.
         "finetune-student": [

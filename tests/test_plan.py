@@ -252,6 +252,41 @@ def test_caching_the_teacher_saves_its_passes(teacher, student, preset, in_root)
     assert beside - cached == pytest.approx(preset.train.epochs * arithmetic.caching(teacher, work))
 
 
+def test_caching_visual_tokens_saves_the_towers_passes_and_its_memory(teacher, student, preset, in_root):
+    work = workload(preset.data, ROOT / "presets" / "none.yaml")
+    computed = but(preset, train=but(preset.train, visual_tokens="computed"))
+    passes = arithmetic.distilling(student, teacher, computed, work) - arithmetic.distilling(
+        student, teacher, preset, work
+    )
+    assert passes == pytest.approx(preset.train.epochs * arithmetic.looking(student, work))
+    cached, beside = (gpu_memory.distilling(student, teacher, one, VIDEO) for one in (preset, computed))
+    assert beside.weights - cached.weights == 2 * student.vision
+    assert cached.activations < beside.activations
+    looking = gpu_memory.looking(student, preset.train, VIDEO)
+    assert looking.weights == student.stored_bytes
+    assert looking.needed < beside.needed
+
+
+def test_what_visual_tokens_take_and_save_is_said_where_the_tower_is_frozen(preset, in_root):
+    """2,048 tokens of 1,536 numbers of two bytes for each video of 16 frames."""
+    work = replace(workload(preset.data, ROOT / "presets" / "none.yaml"), typical=VIDEO)
+    samples = work.samples["train"] + work.samples["validation"]
+    row = next(row for row in plan_table.rows(preset, work) if row.stage == "cache-visual-tokens")
+    assert row.disk == samples * 2048 * 1536 * 2
+    cached = r"visual tokens are cached, 5\.\d GB: with their stage, distill takes 6\d% of .*"
+    assert re.fullmatch(cached, said_of(preset, work))
+    choices = {"visual_tokens": "computed"}, {"train_vision": True}
+    computed, trained = (but(preset, train=but(preset.train, **choice)) for choice in choices)
+    assert re.fullmatch(r"visual tokens are computed .* cached, 5\.\d GB, .* 6\d% .*", said_of(computed, work))
+    assert said_of(trained, work) is None
+    for loaded in (computed, trained):
+        assert "cache-visual-tokens" not in {row.stage for row in plan_table.rows(loaded, work)}
+
+
+def said_of(loaded, work):
+    return plan_table.render_visual_tokens(loaded, work)
+
+
 def tiny() -> params.Params:
     """The smoke preset with models of the default's width, which outweigh what surrounds their layers.
 
@@ -517,7 +552,9 @@ def test_the_hours_of_a_step_are_what_was_measured(method, vision, seconds, stud
     work = workload(preset.data, Path("other.yaml"))
     work = replace(work, samples={"train": 1, "validation": 0, "test": 0}, typical=STEP)
     assert patches_and_tokens(student.model, STEP) == (4096, 1532)
-    settings = but(preset.train, method=method, train_vision=vision, epochs=1, gradient_checkpointing=False)
+    # The tower ran in every step.
+    settings = but(preset.train, method=method, train_vision=vision, visual_tokens="computed", epochs=1)
+    settings = but(settings, gradient_checkpointing=False)
     low, high = Effort(arithmetic.finetuning(student, settings, work), trains=True).hours(
         hours.known("NVIDIA H100 80GB HBM3")
     )
@@ -566,7 +603,7 @@ def test_models_that_are_too_small_for_hours_have_none(in_root, capsys):
     plan(ROOT / "presets/smoke.yaml")
     assert "hours on" not in capsys.readouterr().out
     plan(ROOT / "presets/qwen2-vl-7b.yaml")
-    assert re.search(r"hours on +cache-teacher-targets +distill +evaluate +all\n", capsys.readouterr().out)
+    assert re.search(r"hours on +cache-teacher-targets .*distill +evaluate +all\n", capsys.readouterr().out)
 
 
 @pytest.mark.system

@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, change, picture, run_stage
 from safetensors.torch import load_file, save_file
 
+from firstsight.caching import shards
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.core.params import Precision
-from firstsight.distillation import targets
 from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, read_index, write_index
 from firstsight.distillation.teacher_answers import generate_answers
@@ -37,7 +37,7 @@ INDEX = Index(
 
 
 def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "_SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 2000)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 9, (60,), generator=generator).tolist()
     written = [
@@ -118,7 +118,7 @@ def test_a_disk_without_room_is_refused_before_the_teacher_runs(smoke_copy, monk
 @pytest.mark.system
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])])
 def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monkeypatch, damage):
-    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    monkeypatch.setattr(shards, "_SHARD_RECORDS", 40)
     change(smoke_copy, "targets", batch_size=4)
     run_stage(smoke_copy, "cache_teacher_targets")
     expected = contents(smoke_copy)
@@ -126,7 +126,7 @@ def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monke
     with pytest.raises(InterruptedError):
         run_stage(smoke_copy, "cache_teacher_targets")
     monkeypatch.undo()
-    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    monkeypatch.setattr(shards, "_SHARD_RECORDS", 40)
     first, second, *_ = sorted((smoke_copy / ".scratch").rglob("train-*.safetensors"))
     second.write_bytes(damage(second.read_bytes()))
     kept = first.stat().st_ino
@@ -178,7 +178,7 @@ def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_co
 def test_answers_of_an_interrupted_cache_are_kept_unless_they_are_damaged(
     smoke_copy, settings, model, processor, tmp_path, monkeypatch, damage
 ):
-    monkeypatch.setattr(targets, "_SHARD_RECORDS", 1)
+    monkeypatch.setattr(shards, "_SHARD_RECORDS", 1)
     questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 4)
     settings = settings.targets.model_copy(update={"batch_size": 1})
     expected = generate_answers(model, processor, questions, settings, tmp_path)
@@ -193,7 +193,7 @@ def test_answers_of_an_interrupted_cache_are_kept_unless_they_are_damaged(
 @pytest.mark.system
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch, kind):
-    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    monkeypatch.setattr(shards, "_SHARD_RECORDS", 40)
     change(smoke_copy, "targets", kind=kind, batch_size=4)
     folder, scratch = smoke_copy / "data/teacher-targets", smoke_copy / ".scratch"
     run_stage(smoke_copy, "cache_teacher_targets")
@@ -222,7 +222,7 @@ def test_an_interrupted_cache_goes_on_and_ends_the_same(smoke_copy, monkeypatch,
 
 @pytest.mark.system
 def test_a_cache_of_other_data_is_not_gone_on_with(smoke_copy, monkeypatch):
-    monkeypatch.setattr(targets, "_SHARD_RECORDS", 1)
+    monkeypatch.setattr(shards, "_SHARD_RECORDS", 1)
     monkeypatch.setattr(SplitTargetsWriter, "close", lambda self: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         run_stage(smoke_copy, "cache_teacher_targets")
@@ -337,7 +337,7 @@ def test_an_index_holds_every_precision_that_parameters_may_ask_for(tmp_path, pr
 @pytest.mark.system
 def test_another_config_of_the_teacher_does_not_go_on_with_what_it_left(smoke_copy, monkeypatch):
     """The weights are the same; what they compute is not."""
-    monkeypatch.setattr(targets, "_SHARD_RECORDS", 40)
+    monkeypatch.setattr(shards, "_SHARD_RECORDS", 40)
     change(smoke_copy, "targets", batch_size=4)
     write, left = SplitTargetsWriter.write, [6]
 

@@ -36,9 +36,11 @@ def plan(
         work = workload(
             loaded.data, path.absolute().relative_to(root) if path.absolute().is_relative_to(root) else path
         )
-        rows = plan_table.rows(loaded, work)
+        rows, looking = plan_table.rows(loaded, work), plan_table.render_visual_tokens(loaded, work)
         teacher, student = (on_meta(model) for model in (loaded.models.teacher, loaded.models.student))
     print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
+    if looking:
+        print(f"{looking}\n")
     for name, memory in _gpus():
         print(plan_table.verdict(rows, name, memory))
     if student.num_parameters() >= hours.FEWEST_PARAMETERS:

@@ -270,6 +270,11 @@ class Optimisation(Section):
     max_grad_norm: Positive
     seed: Seed
 
+    @property
+    def caches_visual_tokens(self) -> bool:
+        """Return whether training reads the vision tower's outputs from disk, and does without the tower."""
+        return False
+
 
 class FinetuneTeacher(Optimisation):
     """Configure supervised fine-tuning of the teacher on the train split; `enabled: false` leaves it out."""
@@ -297,13 +302,21 @@ class Train(Optimisation):
 
     D is `divergence`; `jsd_beta`, between 0 and 1, is the weight of the teacher in jsd's mixture.
     Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
+
+    With a frozen vision tower (`train_vision: false`), `visual_tokens` says whether its outputs are made once and kept
+    on disk (`cached`), or made in every epoch (`computed`).
     """
 
+    visual_tokens: Literal["cached", "computed"]
     temperature: Annotated[float, Field(ge=0.01, le=1000)]
     alpha: Fraction
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Annotated[float, Field(gt=0, lt=1)]
     early_stopping_epochs: Count
+
+    @property
+    def caches_visual_tokens(self) -> bool:
+        return not self.train_vision and self.visual_tokens == "cached"
 
 
 class Control(Section):

@@ -15,34 +15,28 @@ numbered in the order of the split's file, whose fingerprint is in the index.
 """
 
 import bisect
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from firstsight.caching import shards
 from firstsight.core.errors import UserError
-from firstsight.core.faults import writing
-from firstsight.core.files import fingerprint_files, read_json, write_json
+from firstsight.core.files import read_json, write_json
 from firstsight.core.params import Precision
-from firstsight.core.stage import log
-from firstsight.core.validation import describe
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
 from firstsight.loss.products import fill_tiles
 from firstsight.records.sample import Sample
 
-# The size of a shard: smaller ones lose less work to an interruption, larger ones make fewer files.
-_SHARD_BYTES, _SHARD_RECORDS = 1 << 26, 2048
 STAGE = "cache-teacher-targets"
 
 
@@ -66,34 +60,8 @@ class Index:
     files: dict[str, str] = field(default_factory=dict)
 
 
-class SplitTargetsWriter:
-    """Write one split's targets, batch by batch, with one shard in memory.
-
-    Shards are renamed into place when complete, and end with a batch: after an interruption, a new writer over the same
-    folder continues after `batches` batches, and the shards come out the same.
-    """
-
-    def __init__(self, folder: Path, split: str):
-        self._folder, self._split = folder, split
-        self._pending: list[dict[str, Tensor]] = []
-        self.batches, self._records, self._shards = 0, 0, 0
-        self._error_sums: dict[str, float] = {}
-        while (path := self._path(self._shards)).exists():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    written = json.loads(file.metadata()["written"])
-                    shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                if written.pop("sha256") != _checksum(shard, written):
-                    raise SafetensorError("its checksum differs")
-            except (SafetensorError, OSError, ValueError, LookupError) as error:
-                log.warning("%s is damaged (%s); it and later shards are computed again", path, error)
-                for later in folder.glob(f"{split}-*.safetensors"):
-                    if later >= path:
-                        later.unlink()
-                break
-            self.batches, self._error_sums = written["batches"], written["error_sums"]
-            self._records += len(shard["lengths"])
-            self._shards += 1
+class SplitTargetsWriter(shards.ShardWriter):
+    """Write one split's targets, batch by batch, so that it continues after an interruption (`ShardWriter`)."""
 
     def write(self, tensors: dict[str, Tensor], lengths: list[int], error_sums: dict[str, float]) -> None:
         """Write a batch.
@@ -110,47 +78,21 @@ class SplitTargetsWriter:
         for name, tensor in batch.items():
             if not tensor.isfinite().all():
                 row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(-1).nonzero()[0])
-                record = self._records + bisect.bisect_right(list(accumulate(lengths)), row)
+                record = self.records + bisect.bisect_right(list(accumulate(lengths)), row)
                 raise UserError(
                     f"{self._split} split: expected finite values from the teacher, found NaN or infinity in {name} of "
                     f"record {record}; set targets.precision to float32, or repair or retrain the teacher"
                 )
         integers = {"answers": batch["answers"], "lengths": torch.tensor(lengths)}
-        self._pending.append(batch | {name: tensor.to(torch.int32) for name, tensor in integers.items()})
-        self.batches += 1
-        self._records += len(lengths)
+        sums = self.notes.setdefault("error_sums", {})
         for name, value in error_sums.items():
-            self._error_sums[name] = self._error_sums.get(name, 0.0) + value
-        records = sum(len(batch["lengths"]) for batch in self._pending)
-        size = sum(tensor.nbytes for batch in self._pending for tensor in batch.values())
-        if records >= _SHARD_RECORDS or size >= _SHARD_BYTES:
-            self._flush()
+            sums[name] = sums.get(name, 0.0) + value
+        self.append(batch | {name: tensor.to(torch.int32) for name, tensor in integers.items()}, len(lengths))
 
     def close(self) -> dict[str, float]:
         """Write the last shard and return `error_sums`, summed over the split."""
-        if self._pending:
-            self._flush()
-        return self._error_sums
-
-    def _flush(self) -> None:
-        path = self._path(self._shards)
-        partial = path.with_suffix(".partial")
-        tensors = {name: torch.cat([batch[name] for batch in self._pending]) for name in self._pending[0]}
-        written = {"batches": self.batches, "error_sums": self._error_sums}
-        sealed = written | {"sha256": _checksum(tensors, written)}
-        with writing(partial):
-            save_file(tensors, partial, metadata={"written": json.dumps(sealed)})
-        partial.replace(path)
-        self._shards += 1
-        self._pending = []
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / f"{self._split}-{shard:05d}.safetensors"
-
-
-def _checksum(tensors: dict[str, Tensor], written: dict[str, Any]) -> str:
-    """Return the SHA-256 of a shard; until the index is written, nothing else reveals a changed value."""
-    return hashlib.sha256(save(tensors, {"written": json.dumps(written)})).hexdigest()
+        self.finish()
+        return self.notes.get("error_sums", {})
 
 
 def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
@@ -163,8 +105,7 @@ def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
         raise UserError("teacher: expected a finite output head, found NaN or infinity; repair or retrain it")
     if head is not None:
         save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
-    files = {path.name: fingerprint_files([path]) for path in sorted(folder.iterdir())}
-    write_json(folder / "index.json", asdict(replace(index, files=files)))
+    write_json(folder / "index.json", asdict(replace(index, files=shards.checksums(folder))))
 
 
 def write_answers(folder: Path, answers: dict[str, str]) -> None:
@@ -179,33 +120,12 @@ def read_answers(folder: Path) -> dict[str, str]:
 
 def read_index(folder: Path) -> Index:
     """Read index.json. Raises UserError when it is missing or broken."""
-    path = folder / "index.json"
-    values = read_json(path, STAGE)
-    try:
-        return Index(**values)
-    except TypeError:
-        found = f"expected an index of targets, found {type(values).__name__}"
-    except ValidationError as error:
-        found = describe(error)
-    raise UserError(f"{path}: {found}; run {STAGE} again")
+    return shards.read_index(folder, Index, STAGE)
 
 
 def check_files(folder: Path, index: Index) -> None:
-    """Compare every file with its checksum in the index: a changed but finite value would be trained on unnoticed.
-
-    Raises:
-        UserError: a file is missing or differs.
-    """
-    for name, expected in index.files.items():
-        try:
-            found = fingerprint_files([folder / name])
-        except OSError as error:
-            found = str(error)
-        if found != expected:
-            raise UserError(
-                f"{folder / name}: expected the file as it was written (SHA-256 {expected[:12]}), found {found[:80]}; "
-                f"run {STAGE} again"
-            )
+    """Raise UserError unless every file is as the index says that it was written."""
+    shards.check_checksums(folder, index.files, STAGE)
 
 
 def read_head(folder: Path, device: str) -> Tensor | None:

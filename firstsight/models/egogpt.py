@@ -94,9 +94,8 @@ class EgoGptModel(LlavaOnevisionModel):
             ValueError: the numbers of placeholders and of features differ.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            silences = int((input_ids == self.config.speech_token_index).sum()) // self.config.speech_tokens
-            features = {self.config.speech_token_index: self.silence.repeat(silences, 1)}
+            inputs_embeds = self.embed_with_silence(input_ids)
+            features = {}
             if pixel_values is not None:
                 images = self.get_image_features(
                     pixel_values, image_sizes, batch_num_images=batch_num_images, return_dict=True
@@ -108,6 +107,16 @@ class EgoGptModel(LlavaOnevisionModel):
             for token, values in features.items():
                 inputs_embeds = _scatter_features(values, inputs_embeds, input_ids == token)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+    def embed_with_silence(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings [B, S, H] of tokens [B, S], with the features of silence at their placeholders.
+
+        Raises:
+            ValueError: the number of placeholders is no multiple of that of the features.
+        """
+        placeholders = input_ids == self.config.speech_token_index
+        silences = int(placeholders.sum()) // self.config.speech_tokens
+        return _scatter_features(self.silence.repeat(silences, 1), self.get_input_embeddings()(input_ids), placeholders)
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return `pooler_output` [B, tokens, H], newlines included, of videos [B, frames, 3, height, width]."""

@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from firstsight.core.errors import UserError
-from firstsight.packing.pack import IGNORE, Encoded, collate, encode, encode_answers, pack
+from firstsight.packing.pack import (
+    IGNORE,
+    Encoded,
+    collate,
+    encode,
+    encode_answers,
+    encode_questions,
+    expand,
+    lay_out,
+    pack,
+)
 from firstsight.records.parquet import AnsweredSplit, Split
 from firstsight.records.sample import Sample
 
@@ -35,6 +45,19 @@ class TeacherSource(Protocol):
 
     def collate(self, features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Join the features of several samples into a batch."""
+
+
+class VisualSource(Protocol):
+    """Provide what the vision tower and the processor made of a split's images and videos (`SplitVisualTokens`).
+
+    `place` is a sample's row in the split's file.
+    """
+
+    def expanded(self, place: int) -> dict[str, Tensor]:
+        """Return what `firstsight.packing.pack.expand` returned for all records of a sample, without its pixels."""
+
+    def tokens(self, place: int) -> dict[str, Tensor]:
+        """Return a sample's visual tokens [n, H] under the key "visual_tokens"; nothing without images and videos."""
 
 
 class OnlineTeacher:
@@ -62,14 +85,35 @@ class OnlineTeacher:
         return self._encoded[records.start]
 
 
+class ExpandedDataset(Dataset):
+    """Run the processor over sample i of a split, for all its records, as `firstsight.packing.pack.expand` does."""
+
+    def __init__(self, split: Split, processor: Any):
+        self._split, self._processor = split, processor
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self._split[index]
+        return expand(self._processor, sample, encode_questions(self._processor, sample, sample.records))
+
+
 class PackedDataset(Dataset):
     """Pack sample i of a split; with a teacher, add the teacher's features under the key "teacher".
 
+    With a `visual` source, samples have their visual tokens, and no pixels, which are not processed at all.
     `padded_to_multiple` lengthens the dataset by samples without answer tokens, so that processes get equal shares.
     """
 
-    def __init__(self, split: Split | AnsweredSplit, processor: Any, teacher: TeacherSource | None = None):
-        self.split, self.processor, self.teacher = split, processor, teacher
+    def __init__(
+        self,
+        split: Split | AnsweredSplit,
+        processor: Any,
+        teacher: TeacherSource | None = None,
+        visual: VisualSource | None = None,
+    ):
+        self.split, self.processor, self.teacher, self.visual = split, processor, teacher, visual
         self._length = len(split)
         # By place in the split's file, so that a sample that is repeated is packed once.
         self._packed: dict[int, dict[str, Tensor]] = {}
@@ -84,6 +128,8 @@ class PackedDataset(Dataset):
         if index >= len(self.split):
             return self._without_answers(self[index % len(self.split)])
         features: dict[str, Any] = dict(self._pack(index))
+        if self.visual is not None:
+            features |= self.visual.tokens(self.split.place(index))
         if self.teacher is not None:
             features["teacher"] = self.teacher.features(self.split[index], self.records(index))
         return features
@@ -131,7 +177,11 @@ class PackedDataset(Dataset):
         if place in self._packed:
             return self._packed[place]
         sample = self.split[index]
-        packed = pack(self.processor, sample, encode(self.processor, sample, sample.records))
+        encoded = encode(self.processor, sample, sample.records)
+        if self.visual is None:
+            packed = pack(self.processor, sample, encoded)
+        else:
+            packed = lay_out(encoded, self.visual.expanded(place))
         size = sum(tensor.nbytes for tensor in packed.values())
         # Not in the worker processes of a data loader, each of which would keep its own, until the epoch ends.
         if self._kept_bytes + size <= _KEPT_BYTES and get_worker_info() is None:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from firstsight.models.egogpt import EgoGptModel
 from firstsight.packing.pack import IGNORE
+from firstsight.packing.vision_tower import placeholders
 
 # Keys of a packed batch that the model itself does not take.
-PACKING_KEYS = ("segment_ids", "branch_offsets", "labels")
+PACKING_KEYS = ("segment_ids", "branch_offsets", "labels", "visual_tokens")
 
 
 def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,16 +59,25 @@ def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def last_hidden_states(model: nn.Module, batch: dict[str, Any], cache: Cache | None = None) -> Tensor:
     """Compute the final hidden states [B, S, H] (after the last norm) of a packed batch, without logits.
 
-    Keys and values are put into `cache`, if there is one, for tokens that follow.
+    Where the batch has `visual_tokens` [n, H], those of all its images and videos in their order, the vision tower does
+    not run. Keys and values are put into `cache`, if there is one, for tokens that follow.
     """
+    seen = "visual_tokens" in batch
     outputs = model.model(
-        **_inputs(batch),
+        **({"inputs_embeds": _embeddings(model, batch)} if seen else _inputs(batch)),
         position_ids=position_ids(model, batch),
         past_key_values=cache,
         use_cache=cache is not None,
         attention_mask=attention_mask(batch["segment_ids"], model.dtype),
     )
     return outputs.last_hidden_state
+
+
+def _embeddings(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the embeddings [B, S, H] of a packed batch, with its visual tokens at their placeholders."""
+    ids, base = batch["input_ids"], model.model
+    embeddings = base.embed_with_silence(ids) if isinstance(base, EgoGptModel) else model.get_input_embeddings()(ids)
+    return embeddings.masked_scatter(placeholders(model.config, ids)[..., None], batch["visual_tokens"].to(embeddings))
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,12 @@ PREFIX, PADDING = 0, -1
 class Encoded:
     """Hold the text of a sample's records as token ids, with the placeholders of images and videos not yet expanded.
 
-    `prompt` is the first record's prompt as text. `branches` has for each record the tokens of its prompt after the
-    prefix that all prompts share, and those of its answer, end of turn included.
+    `prompt` is the first record's prompt as text, `prefix` the tokens that all prompts share. `branches` has for each
+    record the tokens of its prompt after that prefix, and those of its answer, end of turn included.
     """
 
     prompt: str
+    prefix: list[int]
     branches: tuple[tuple[list[int], list[int]], ...]
 
 
@@ -39,7 +40,7 @@ def encode(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded
     """Render and tokenize each of the sample's `records` alone: the prompt as at evaluation, then the answer."""
     asked, answers = encode_questions(processor, sample, records), encode_answers(processor, records)
     branches = tuple((question, answer) for (question, _), answer in zip(asked.branches, answers, strict=True))
-    return Encoded(asked.prompt, branches)
+    return Encoded(asked.prompt, asked.prefix, branches)
 
 
 def encode_answers(processor: Any, records: Sequence[Record]) -> list[list[int]]:
@@ -56,16 +57,21 @@ def encode_questions(processor: Any, sample: Sample, records: Sequence[Record]) 
     )
     ids = processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     shared = _common_prefix(ids)
-    return Encoded(prompts[0], tuple((question[shared:], []) for question in ids))
+    return Encoded(prompts[0], ids[0][:shared], tuple((question[shared:], []) for question in ids))
 
 
 def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:
-    """Pack a sample and its encoded records into one sequence of S tokens.
+    """Pack a sample and its encoded records into one sequence, by `expand` and `lay_out`."""
+    return lay_out(encoded, expand(processor, sample, encoded))
+
+
+def expand(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:
+    """Run the processor over a sample's images or video and the prompt of its first record.
 
     Returns:
-        input_ids, mm_token_type_ids: int64 [S]; segment_ids: int64 [S], 0 for the prefix and k for the k-th record;
-        branch_offsets: int64 [S], how many positions later a token is than if its record were asked alone;
-        labels: int64 [S], the answer tokens at their own positions (not shifted), `IGNORE` elsewhere;
+        prefix, prefix_types: int64 [W], the tokens that all prompts share, with each image or video expanded into the
+        placeholders of its visual tokens, and their mm_token_type_ids (0 for processors without);
+        replaced: int64 [1], how many tokens `encoded.prefix` has;
         and the processor's tensors of images and videos (pixel_values and others).
 
     Raises:
@@ -74,15 +80,37 @@ def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:
     media = dict(processor(text=[encoded.prompt], return_tensors="pt", **media_inputs(sample)))
     first, types = media.pop("input_ids")[0], media.pop("mm_token_type_ids", None)
     media.pop("attention_mask", None)
-    # The processor expands each placeholder of the prefix into the visual tokens of its image or video.
     width = len(first) - len(encoded.branches[0][0])
     if first[width:].tolist() != encoded.branches[0][0]:
         raise UserError(
             f"sample {sample.id}: expected its images or video before the question in the chat template, "
             "found visual tokens after it; give the model a template with images and videos first"
         )
+    return {
+        "prefix": first[:width],
+        "prefix_types": torch.zeros(width, dtype=torch.long) if types is None else types[0, :width],
+        "replaced": torch.tensor([len(encoded.prefix)]),
+        **media,
+    }
 
-    ids, segments, offsets, labels = first[:width].tolist(), [PREFIX] * width, [0] * width, [IGNORE] * width
+
+def lay_out(encoded: Encoded, expanded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Lay a sample's encoded records out behind their shared prefix, in one sequence of S tokens.
+
+    `expanded` is what `expand` returned for these records, or for more records of the same sample: the prefix that all
+    of those share is then the beginning of theirs.
+
+    Returns:
+        input_ids, mm_token_type_ids: int64 [S]; segment_ids: int64 [S], 0 for the prefix and k for the k-th record;
+        branch_offsets: int64 [S], how many positions later a token is than if its record were asked alone;
+        labels: int64 [S], the answer tokens at their own positions (not shifted), `IGNORE` elsewhere;
+        and the tensors of images and videos in `expanded`.
+    """
+    media = dict(expanded)
+    prefix, types, replaced = (media.pop(name) for name in ("prefix", "prefix_types", "replaced"))
+    ids = prefix.tolist() + encoded.prefix[int(replaced) :]
+    width = len(ids)
+    segments, offsets, labels = [PREFIX] * width, [0] * width, [IGNORE] * width
     for number, (question, answer) in enumerate(encoded.branches, start=1):
         length = len(question) + len(answer)
         offsets += [len(ids) - width] * length
@@ -90,8 +118,7 @@ def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:
         labels += [IGNORE] * len(question) + answer
         ids += question + answer
     mm_types = torch.zeros(len(ids), dtype=torch.long)
-    if types is not None:
-        mm_types[:width] = types[0, :width]
+    mm_types[: len(types)] = types
     return {
         "input_ids": torch.tensor(ids),
         "mm_token_type_ids": mm_types,

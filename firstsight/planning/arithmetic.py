@@ -5,9 +5,9 @@ weights for each token of the sequence, the vision tower's for each patch (inclu
 of them), the head's for each answer token. Attention's S^2 products and the embedding look-up are not counted.
 
 Training costs three forward passes for trained weights, since a backward pass is worth two; two for weights frozen
-beneath adapters, through which gradients flow; one for a frozen vision tower. Gradient checkpointing adds one to all
-but the last. Not modelled: answers are generated one token at a time and INT8 converts on the fly, so that both take
-longer than their share.
+beneath adapters, through which gradients flow; one for a frozen vision tower, none where its outputs are cached.
+Gradient checkpointing adds one to all but the last two. Not modelled: answers are generated one token at a time and
+INT8 converts on the fly, so that both take longer than their share.
 """
 
 from firstsight.core.params import Optimisation, Params
@@ -23,6 +23,11 @@ def finetuning(shape: Shape, settings: Optimisation, work: Workload) -> float:
 def caching(teacher: Shape, work: Workload) -> float:
     """Return the operations of cache-teacher-targets: a forward pass over the train and validation splits."""
     return (work.samples["train"] + work.samples["validation"]) * _sample(teacher, work, 1, 1)
+
+
+def looking(student: Shape, work: Workload) -> float:
+    """Return the operations of cache-visual-tokens: the vision tower once over the train and validation splits."""
+    return (work.samples["train"] + work.samples["validation"]) * _sample(student, work, 0, 1)
 
 
 def distilling(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:
@@ -43,9 +48,10 @@ def _epoch(shape: Shape, settings: Optimisation, work: Workload) -> float:
     """Return the operations of one epoch: training on the train split and validation."""
     recomputed = 1 if settings.gradient_checkpointing else 0
     language = (3 if settings.method == "full" else 2) + recomputed
-    vision = language if settings.train_vision else 1
+    forward = 0 if settings.caches_visual_tokens else 1
+    vision = language if settings.train_vision else forward
     return work.samples["train"] * _sample(shape, work, language, vision) + work.samples["validation"] * _sample(
-        shape, work, 1, 1
+        shape, work, 1, forward
     )
 
 

@@ -22,6 +22,9 @@ arXiv:2205.05198). h, i, L: hidden, intermediate, layers of the language model; 
                     with RMS norms and a gated MLP, P (6 e + 2 m) more, without its windowed attention, for which
                     autograd saved a quarter more than this on a tiny model
     checkpointing   only the layers' inputs are saved, B S 4 h (2 h) L + P 4 e (2 e) D, and one layer at a time
+Where a frozen tower's outputs are cached, neither it nor its weights are on the GPU; cache-visual-tokens takes the
+whole student, and the tower's tensors for one sample.
+
 In addition, the mask added to attention scores, B S^2 x 4 (2 for a 16-bit model), one layer's gradients, and what a
 frozen tower takes if that is more than the layer.
 
@@ -99,6 +102,15 @@ def caching(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> Mem
     return _without_training(teacher.weights_bytes(settings.precision), moments)
 
 
+def looking(student: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
+    """Estimate the peak GPU memory of cache-visual-tokens, whose tower sees one sample at a time."""
+    patches, _ = patches_and_tokens(student.model, sizes)
+    pixels = 4 * patches * student.patch_values
+    moments = inference.vision_tower(student, _stream(settings), patches, sizes.kind)
+    weights = student.weights_bytes(TRAINING_PRECISIONS[settings.method])
+    return _without_training(weights, [[pixels, *moment] for moment in moments])
+
+
 def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> Memory:
     """Estimate the peak GPU memory of distill, with the teacher for online targets, or its head for hidden states."""
     settings, targets = params.train, params.targets
@@ -145,7 +157,8 @@ def head_bytes(student: Shape, teacher: Shape) -> int:
 
 def _trained_weights(shape: Shape, settings: Optimisation) -> float:
     adapters = 0 if settings.method == "full" else 4 * shape.trained(settings)
-    return shape.weights_bytes(TRAINING_PRECISIONS[settings.method]) + adapters
+    left_out = _stream(settings) * shape.vision if settings.caches_visual_tokens else 0
+    return shape.weights_bytes(TRAINING_PRECISIONS[settings.method]) + adapters - left_out
 
 
 def _optimisation(shape: Shape, settings: Optimisation) -> float:
@@ -191,7 +204,7 @@ def training_activations(shape: Shape, settings: Optimisation, sizes: Sizes) -> 
         # The current layer is both recomputed and differentiated.
         working *= 2
         layer, block = (_stream(settings) * one for one in (tokens * shape.hidden, patches * shape.vision_hidden))
-    if not settings.train_vision:
+    if not settings.train_vision and not settings.caches_visual_tokens:
         # A frozen tower computes as without training.
         working = max(working, reserved(inference.vision_tower(shape, _stream(settings), patches, sizes.kind)))
     return layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0) + mask + working

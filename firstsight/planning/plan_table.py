@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from firstsight.core.params import Evaluate, Optimisation, Params
+from firstsight.core.params import Evaluate, Optimisation, Params, Train
 from firstsight.core.variants import CONTROL, DISTILLED
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.egogpt import EgoGptConfig
@@ -14,7 +14,7 @@ from firstsight.planning.gpu_memory import Memory
 from firstsight.planning.hours import Card, Effort
 from firstsight.planning.model_shape import Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
-from firstsight.planning.workload import Workload
+from firstsight.planning.workload import Workload, visual_tokens
 
 HEADER = ("stage", "loads", "weights", "training", "activations", "cached", "GPU", "disk", "scratch", "time")
 
@@ -48,6 +48,8 @@ def rows(params: Params, work: Workload) -> list[Row]:
         found.append(_finetuning("finetune-teacher", teacher, params.finetune_teacher, work))
     if params.targets.kind != "online":
         found.append(_cache_teacher_targets(student, teacher, params, work))
+    if params.train.caches_visual_tokens:
+        found.append(_cache_visual_tokens(student, params.train, work))
     found.append(_distill(student, teacher, params, work))
     if params.control.enabled:
         found.append(_finetuning("finetune-student", student, params.train, work))
@@ -88,6 +90,16 @@ def _cache_teacher_targets(student: Shape, teacher: Shape, params: Params, work:
         gpu_memory.caching(student, teacher, params, work.largest),
         disk=_targets(student, teacher, params, work),
         effort=Effort(arithmetic.caching(teacher, work), tokens=_generated(params, work)),
+    )
+
+
+def _cache_visual_tokens(student: Shape, settings: Train, work: Workload) -> Row:
+    return Row(
+        "cache-visual-tokens",
+        _loaded(student, TRAINING_PRECISIONS[settings.method]),
+        gpu_memory.looking(student, settings, work.largest),
+        disk=_visual_tokens(student, work),
+        effort=Effort(arithmetic.looking(student, work)),
     )
 
 
@@ -203,6 +215,29 @@ def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
         row = HiddenTeacher.bytes_per_token(teacher.hidden, 2)
         return tokens * (4 + row) + gpu_memory.head_bytes(student, teacher)
     return tokens * (4 + TopKTeacher.bytes_per_token(min(params.targets.k, student.rows, teacher.rows)))
+
+
+def _visual_tokens(student: Shape, work: Workload) -> float:
+    """Return the bytes of the student's visual tokens, in 16 bits, of the train and validation splits."""
+    samples = work.samples["train"] + work.samples["validation"]
+    return samples * visual_tokens(student.model, work.typical) * student.hidden * 2
+
+
+def render_visual_tokens(params: Params, work: Workload) -> str | None:
+    """Return a line that says what caching visual tokens takes and saves; None where the vision tower is trained."""
+    if params.train.train_vision:
+        return None
+    teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
+    computed, cached = (
+        arithmetic.distilling(student, teacher, params.model_copy(update={"train": train}), work)
+        for choice in ("computed", "cached")
+        for train in [params.train.model_copy(update={"visual_tokens": choice})]
+    )
+    share = (arithmetic.looking(student, work) + cached) / computed
+    size = _disk(_visual_tokens(student, work))
+    if params.train.caches_visual_tokens:
+        return f"visual tokens are cached, {size}: with their stage, distill takes {share:.0%} of what it would without"
+    return f"visual tokens are computed in every epoch: cached, {size}, they would leave distill {share:.0%} of it"
 
 
 def _training(shape: Shape, settings: Optimisation) -> str:

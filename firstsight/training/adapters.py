@@ -34,13 +34,15 @@ class TrainableModel:
         folder: the model's folder.
         settings: `method`, `train_vision`, `adapter` and `seed` are used.
         steps: number of optimizer steps of the training, over which AdaLoRA schedules its ranks.
+        without_tower: whether to train on cached visual tokens: vision tower and projector are out of the model, and in
+            the CPU's memory, until it is saved.
 
     Raises:
         UserError: the folder's weights are quantized, or have an adapter and would get another; no layer has one of the
             names in `adapter.target_modules`, or `adapter.rank` exceeds the width of all; and as `load_model` raises.
     """
 
-    def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int):
+    def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int, *, without_tower: bool = False):
         if method := stored_method(folder):
             raise UserError(
                 f"{folder}: expected weights that can be trained, found them quantized to {method}; take the model "
@@ -63,6 +65,10 @@ class TrainableModel:
         else:
             self._peft = get_peft_model(model, _peft_config(model, folder, settings, steps))
             self.model = self._peft.get_base_model()
+        self._tower = _tower(self.model) if without_tower else {}
+        for name, module in self._tower.items():
+            setattr(self.model.model, name, None)
+            module.to("cpu")
 
     def regularisation(self) -> Tensor | None:
         """Return AdaLoRA's weighted penalty on singular vectors that are not orthonormal; None for other methods."""
@@ -115,6 +121,8 @@ class TrainableModel:
 
     def save_merged(self, folder: Path) -> None:
         """Save the model with its adapters merged into the weights, in the dtype of the folder it was loaded from."""
+        for name, module in self._tower.items():
+            setattr(self.model.model, name, module)
         if self._method in ("lora", "adalora"):
             self._save_weights(self._peft.merge_and_unload(), folder)
         elif self._method == "qlora":
@@ -144,6 +152,11 @@ class TrainableModel:
             target = merged.get_parameter(f"{name}.weight")
             target.data.copy_(weight.to(target.dtype))
         return merged
+
+
+def _tower(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules beside the language model, by name: vision tower and projector."""
+    return {name: module for name, module in model.model.named_children() if name != "language_model"}
 
 
 def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps: int) -> PeftConfig:

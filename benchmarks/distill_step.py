@@ -1,31 +1,40 @@
-"""Compare a training step from cached targets with one that runs the teacher next to the student.
+"""Compare training steps: from cached targets and with the teacher beside the student; and what the bodies run on.
 
     python -m benchmarks.distill_step      on CUDA where there is any, else on the CPU
 
 On CUDA the models have the true sizes of Qwen2-VL-7B and 2B, with random weights; on the CPU all widths and the
 vocabulary are divided by eight and the depth stays the same, which keeps the ratio of parameters (8.3 to 2.2). A step
-is forward pass, loss, backward pass and AdamW (bfloat16 autocast on CUDA), on samples of one image with six questions;
-data loading is not measured. The student is trained in full with float32 weights, or by rank-16 adapters of its
-language model over bfloat16 weights (float32 on the CPU). The teacher is loaded as `targets.precision` would load it.
+is forward pass, loss, backward pass and AdamW, fused on CUDA and under bfloat16 autocast there, on samples of one image
+with six questions; data loading is not measured. The student is trained in full with float32 weights, with its vision
+tower frozen, or by rank-16 adapters of its language model over bfloat16 weights (float32 on the CPU), with the tower
+run in the step or its outputs cached. The teacher is loaded as `targets.precision` would load it. The bodies of the
+student's layers are those of transformers, or with Liger's kernels, or compiled.
 
-Each case runs in its own process. Memory is the peak of everything allocated after the imports: weights, gradients,
-optimizer state, activations. Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with the ratios to cached targets for
-the same student.
+Each case runs in its own process, most important first; the file is written after each, and a case that fails is left
+out with a warning. Memory is the peak of everything allocated after the imports: weights, gradients, optimizer state,
+activations. `of_peak` is the share of the GPU's peak that the products of a step reach, by PyTorch's count of them.
+Writes benchmarks/distill-step-cpu.csv or -cuda.csv, with the ratios to the first case of the same student.
 """
 
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
 
 from benchmarks.measuring import alone, environment, write
@@ -33,8 +42,11 @@ from firstsight.acquisition.initialise import build_processor, train_tokenizer
 from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.models.loading import load_model
+from firstsight.models.vision_attention import attend_by_size
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE, collate, encode, pack
+from firstsight.packing.vision_tower import placeholders
+from firstsight.planning import hours
 from firstsight.planning.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.profiling.peak_memory import PeakMemory
 from firstsight.records.sample import LETTERS, Record, Sample
@@ -49,7 +61,61 @@ SCALE = {"cpu": (8, 224), "cuda": (1, 448)}
 PRESET = Path(__file__).parents[1] / "presets/from-scratch.yaml"
 # Size of the shared vocabulary, at true size.
 SHARED = 151_657
-SAMPLES, STEPS = 4, {"cpu": 3, "cuda": 10}
+# Those of a step, and of one whose samples have together about 8,192 tokens on CUDA.
+SAMPLES, MANY = 4, 21
+STEPS = {"cpu": 3, "cuda": 10}
+BODIES = ("transformers", "liger", "compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Name what is measured: how the student is trained, where targets and visual tokens come from, and on what.
+
+    `student` is full, frozen or lora; `teacher` cached, or online with its precision; `visual_tokens` computed or
+    cached; `body` one of `BODIES`; `samples` the number of samples of a step.
+    """
+
+    student: str
+    teacher: str = "cached"
+    visual_tokens: str = "computed"
+    body: str = "transformers"
+    samples: int = SAMPLES
+
+    def missing(self) -> str | None:
+        """Return the library that the case needs and the machine lacks, or None."""
+        needed = [
+            *(["bitsandbytes"] if self.teacher.endswith("int8") else []),
+            *(["liger_kernel"] if self.body == "liger" else []),
+        ]
+        return next((library for library in needed if not find_spec(library)), None)
+
+
+CASES = {
+    "cpu": (
+        Case("full"),
+        Case("full", "online, float32"),
+        Case("full", "online, int8"),
+        Case("lora"),
+        Case("lora", visual_tokens="cached"),
+        Case("lora", "online, float32"),
+        Case("lora", "online, int8"),
+    ),
+    "cuda": (
+        Case("full"),
+        Case("lora", visual_tokens="cached"),
+        Case("frozen", visual_tokens="cached"),
+        *(Case("full", body=body) for body in BODIES[1:]),
+        *(Case("lora", visual_tokens="cached", body=body) for body in BODIES[1:]),
+        Case("frozen", visual_tokens="cached", samples=MANY),
+        Case("full", samples=MANY),
+        Case("frozen"),
+        Case("lora"),
+        Case("full", "online, int8"),
+        Case("lora", "online, int8"),
+        Case("frozen", "online, int8"),
+        Case("full", "online, bfloat16"),
+    ),
+}
 
 
 def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
@@ -84,10 +150,10 @@ def config(sizes: dict, divisor: int, tokenizer) -> Qwen2VLConfig:
     )
 
 
-def scenes(data: params.Data, side: int) -> list[Sample]:
+def scenes(data: params.Data, side: int, count: int) -> list[Sample]:
     """Render samples of one image, `side` x `side` pixels, with `data.synthetic.questions_per_scene` questions each."""
     draw, settings, found = Draw(), data.synthetic, []
-    for number in range(SAMPLES):
+    for number in range(count):
         rng = random.Random(f"{data.seed}:{number}")
         scene = sample_scene(rng, 0.0, settings.max_clip_frames)
         jpeg = BytesIO()
@@ -102,108 +168,154 @@ def scenes(data: params.Data, side: int) -> list[Sample]:
     return found
 
 
-def measure(case: str, method: str, device: str) -> dict[str, float]:
-    """Return the median seconds of a step, the peak bytes, the tokens of a batch and the student's parameters."""
+def measure(case: Case, device: str) -> dict[str, Any]:
+    """Return the median seconds of a step, the peak bytes, the operations of its products, and sizes."""
     divisor, side = SCALE[device]
     loaded = params.load(PRESET)
     corpus = Path(loaded.models.student.init.corpus).read_text(encoding="utf-8").splitlines()
     tokenizer = train_tokenizer(corpus, loaded.models.student.init.vocabulary_size)
     processor = build_processor(tokenizer, side * side)
-    features = [pack(processor, one, encode(processor, one, one.records)) for one in scenes(loaded.data, side)]
+    samples = scenes(loaded.data, side, case.samples)
+    features = [pack(processor, one, encode(processor, one, one.records)) for one in samples]
     batch = {name: one.to(device) for name, one in collate(features, tokenizer.pad_token_id).items()}
     answers = int((batch["labels"] != IGNORE).sum())
 
     student_config, teacher_config = (config(sizes, divisor, tokenizer) for sizes in (QWEN2_VL_2B, QWEN2_VL_7B))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # Random targets and visual tokens: their values affect neither time nor memory.
+    seen = dict(batch)
+    if case.visual_tokens == "cached":
+        count = int(placeholders(student_config, batch["input_ids"]).sum())
+        width = student_config.text_config.hidden_size
+        seen |= {"visual_tokens": torch.randn(count, width, device=device).to(dtype)}
+        del seen["pixel_values"]
 
     with tempfile.TemporaryDirectory() as folder:
-        if case != "cached":
+        if case.teacher != "cached":
             with torch.device(device):
                 AutoModelForImageTextToText.from_config(teacher_config, dtype=dtype).save_pretrained(folder)
         memory = PeakMemory(device)
-        if case == "cached":
-            # Random targets: their values affect neither time nor memory.
+        if case.teacher == "cached":
             width, teacher = teacher_config.text_config.hidden_size, None
             head = torch.randn(SHARED // divisor, width, device=device).to(dtype)
             known = {"hidden": torch.randn(answers, width, device=device).to(dtype)}
         else:
-            teacher = load_model(Path(folder), case.removeprefix("online, "), device).requires_grad_(False)
+            teacher = load_model(Path(folder), case.teacher.removeprefix("online, "), device).requires_grad_(False)
             head, known = head_weight(teacher), batch
-        seconds, parameters = steps(
-            loaded.train.model_copy(update={"method": method, "train_vision": method == "full"}),
-            student_config, batch, teacher, head, known, SHARED // divisor, device,
-        )  # fmt: skip
+        student = fresh_student(case, loaded.train, student_config, device)
+        settings = loaded.train.model_copy(update={"method": "full" if case.student == "frozen" else case.student})
+        model = DistillationModel(
+            student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=SHARED // divisor
+        )
+        # Products of a teacher in 8 bits are not counted, nor are those in compiled layers.
+        counts = case.teacher == "cached" and case.body == "transformers"
+        seconds, operations = steps(model, seen, known, device, counts)
     return {
         "seconds": statistics.median(seconds),
         "bytes": memory.peak(),
+        "operations": operations,
         "tokens": batch["input_ids"].numel(),
         "answer_tokens": answers,
-        "student_parameters": parameters,
+        "student_parameters": sum(parameter.numel() for parameter in student.parameters()),
     }
 
 
-def steps(
-    settings: params.Train,
-    student_config: Qwen2VLConfig,
-    batch: dict[str, Tensor],
-    teacher: PreTrainedModel | None,
-    head: Tensor,
-    known: dict[str, Tensor],
-    shared: int,
-    device: str,
-) -> tuple[list[float], int]:
-    """Train a fresh student; return the seconds of each step after the first, and its number of parameters."""
-    dtype = torch.bfloat16 if device == "cuda" and settings.method == "lora" else torch.float32
+def fresh_student(case: Case, settings: params.Train, student_config: Qwen2VLConfig, device: str) -> PreTrainedModel:
+    """Return a student with random weights, whose weights or adapters are trained as the case says."""
+    if case.body == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl  # absent on machines without it
+
+        apply_liger_kernel_to_qwen2_vl(cross_entropy=False, fused_linear_cross_entropy=False)
+    dtype = torch.bfloat16 if device == "cuda" and case.student == "lora" else torch.float32
     with torch.device(device):
         student = AutoModelForImageTextToText.from_config(student_config, dtype=dtype).train()
-    if settings.method == "lora":
+    attend_by_size(student)
+    if case.student == "lora":
         adapter = settings.adapter
         targets = rf".*language_model.*\.({'|'.join(adapter.target_modules)})"
         student = get_peft_model(
             student, LoraConfig(r=adapter.rank, lora_alpha=adapter.lora_alpha, target_modules=targets)
         ).get_base_model()
-    model = DistillationModel(student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=shared)
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
+    elif case.student == "frozen":
+        student.model.visual.requires_grad_(False)
+    if case.visual_tokens == "cached":
+        student.model.visual = None
+    if case.body == "compiled":
+        for layer in layers(student):
+            layer.compile(dynamic=True)
+    return student
+
+
+def layers(student: PreTrainedModel) -> Iterator[nn.Module]:
+    """Yield the layers of the language model and, if it runs, of the vision tower."""
+    yield from student.model.language_model.layers
+    if student.model.visual is not None:
+        yield from student.model.visual.blocks
+
+
+def steps(
+    model: DistillationModel, batch: dict[str, Tensor], known: dict[str, Tensor], device: str, counts: bool
+) -> tuple[list[float], int | None]:
+    """Train; return the seconds of each step after the first two and, if asked to, the operations of its products."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device == "cuda")
     answers, seconds = (batch["labels"] != IGNORE).sum(), []
-    for _ in range(1 + STEPS[device]):
-        started = time.perf_counter()
+
+    def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model(**batch, teacher=known, num_items_in_batch=answers)["loss"]
         loss.backward()
         optimizer.step()
         loss.item()  # waits for the device
+
+    step()  # compiles
+    counter = FlopCounterMode(display=False)
+    with counter if counts else nullcontext():
+        step()
+    for _ in range(STEPS[device]):
+        started = time.perf_counter()
+        step()
         seconds.append(time.perf_counter() - started)
-    return seconds[1:], sum(parameter.numel() for parameter in student.parameters())
+    return seconds, counter.get_total_flops() if counts else None
+
+
+def row(case: Case, found: dict[str, Any], reference: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return a row of the CSV file, with the ratios to the first case of the same student and number of samples."""
+    card = hours.known(torch.cuda.get_device_name()) if device == "cuda" else None
+    of_peak = found["operations"] / found["seconds"] / card.operations if card and found["operations"] else None
+    return {
+        **asdict(case),
+        "seconds": round(found["seconds"], 4),
+        "memory_mb": round(found["bytes"] / 1e6),
+        "time_ratio": round(found["seconds"] / reference["seconds"], 2),
+        "memory_ratio": round(found["bytes"] / reference["bytes"], 2),
+        "of_peak": of_peak and round(of_peak, 3),
+        "tokens": found["tokens"],
+        "answer_tokens": found["answer_tokens"],
+        "student_parameters": found["student_parameters"],
+        **environment(device),
+    }
 
 
 def run() -> None:
-    if len(sys.argv) == 4:
-        print(json.dumps(measure(*sys.argv[1:])))
+    if len(sys.argv) == 3:
+        print(json.dumps(measure(Case(**json.loads(sys.argv[1])), sys.argv[2])))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = ["cached", "online, bfloat16" if device == "cuda" else "online, float32"]
-    if find_spec("bitsandbytes"):
-        cases.append("online, int8")
-    rows = []
-    for method in ("full", "lora"):
-        measured = {case: alone("distill_step", case, method, device) for case in cases}
-        reference = measured["cached"]
-        for case, found in measured.items():
-            rows.append({
-                "student": method,
-                "teacher": case,
-                "seconds": round(found["seconds"], 3),
-                "memory_mb": round(found["bytes"] / 1e6),
-                "time_ratio": round(found["seconds"] / reference["seconds"], 2),
-                "memory_ratio": round(found["bytes"] / reference["bytes"], 2),
-                "tokens": found["tokens"],
-                "answer_tokens": found["answer_tokens"],
-                "student_parameters": found["student_parameters"],
-                **environment(device),
-            })  # fmt: skip
-            log.info("%(student)s student, %(teacher)s: %(seconds).2f s a step, %(memory_mb)d MB", rows[-1])
-    write(f"distill-step-{device}", rows)
+    rows, references = [], {}
+    for case in CASES[device]:
+        if missing := case.missing():
+            log.warning("%s: left out, because %s is not installed", case, missing)
+            continue
+        try:
+            found = alone("distill_step", json.dumps(asdict(case)), device)
+        except subprocess.CalledProcessError as failure:
+            log.warning("%s: left out, because %s", case, failure)
+            continue
+        rows.append(row(case, found, references.setdefault((case.student, case.samples), found), device))
+        write(f"distill-step-{device}", rows)
+        log.info("%s: %.3f s a step, %d MB", case, rows[-1]["seconds"], rows[-1]["memory_mb"])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from firstsight.acquisition.initialise import build_processor
 from firstsight.core import params, yaml12
 from firstsight.core.files import link_folder
 from firstsight.core.stage import log, main
-from firstsight.core.variants import METHODS, TEACHER, VARIANTS
+from firstsight.core.variants import EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER, VARIANTS
 from firstsight.planning import plan_table
 from firstsight.planning.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.planning.workload import workload
@@ -54,7 +54,7 @@ STAGES = (
     ("finetune_student", ()),
     ("quantize_student", ("int8",)),
     ("quantize_student", ("nf4",)),
-    *(("evaluate", (variant,)) for variant in VARIANTS),
+    *(("evaluate", (variant,)) for variant in VARIANTS if variant not in (EXPORTED_TEACHER, *EXPORTED)),
 )
 # Ratios of teacher to INT8 student that the original design claims.
 CLAIMS = {"parameters": 8.29e9 / 2.21e9, "memory": 13.8 / 4.4, "speed_up": 5.16}

@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import ROOT
 
-from benchmarks import loss, pays
+from benchmarks import card, loss, pays
 from firstsight.core import params
 from firstsight.records.parquet import Split
 
@@ -43,10 +44,30 @@ from benchmarks import distill_step
 for sizes in (distill_step.QWEN2_VL_7B, distill_step.QWEN2_VL_2B):
     sizes |= {"num_hidden_layers": 1, "vocab_size": 8192}
 distill_step.SHARED = 5120
-distill_step.SCALE["cpu"], distill_step.STEPS["cpu"], distill_step.SAMPLES = (8, 56), 1, 1
-distill_step.alone = lambda module, *arguments: distill_step.measure(*arguments) | {"bytes": 1}
+distill_step.SCALE["cpu"], distill_step.STEPS["cpu"] = (8, 56), 1
+case = distill_step.Case
+distill_step.CASES["cpu"] = tuple(
+    case(student, teacher, seen, body, samples=1)
+    for student, teacher, seen, body in (
+        ("full", "cached", "computed", "transformers"), ("full", "online, float32", "computed", "transformers"),
+        ("full", "online, int8", "computed", "transformers"), ("full", "cached", "computed", "liger"),
+        ("frozen", "cached", "cached", "transformers"), ("lora", "cached", "cached", "compiled"),
+    )
+)
+distill_step.alone = lambda module, one, device: distill_step.measure(case(**json.loads(one)), device) | {"bytes": 1}
 distill_step.write = lambda name, rows: print(json.dumps({name: rows}))
 distill_step.run()
+"""
+ANSWERING = """
+from pathlib import Path
+from benchmarks import answering
+for sizes in answering.SIZES.values():
+    sizes |= {"num_hidden_layers": 1, "vocab_size": 8192}
+answering.SHARED = 8192
+answering.SCALE["cpu"], answering.TOKENS["cpu"] = (8, 56), 3
+answering.alone = lambda module, folder, *arguments: answering.measure(Path(folder), *arguments)
+answering.write = lambda name, rows: print(json.dumps({name: rows}))
+answering.run()
 """
 TRUE_SIZE = """
 from pathlib import Path
@@ -91,15 +112,37 @@ def test_a_case_that_fails_leaves_those_before_it(monkeypatch, tmp_path, caplog)
     assert "left out above 64 tokens" in lines[0]
 
 
+def test_what_there_is_no_time_for_is_ended_with_its_processes_and_left_out(monkeypatch, tmp_path, caplog):
+    script, seen = tmp_path / "python", tmp_path / "seen"
+    script.write_text(
+        f'#!/bin/sh\necho "$2" >> {seen}\ntest "$2" != benchmarks.slow && exit 3\nsleep 60 & echo $! >> {seen}; wait\n'
+    )
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(sys, "argv", ["card", "0.03"])
+    monkeypatch.setattr(card, "PARTS", ("broken", "slow", "late"))
+    card.run()
+    *parts, sleeper = seen.read_text().split()
+    assert parts == ["benchmarks.broken", "benchmarks.slow"]
+    # It may stay as a zombie where nobody waits for orphans.
+    assert not psutil.pid_exists(int(sleeper)) or psutil.Process(int(sleeper)).status() == psutil.STATUS_ZOMBIE
+    assert [message.split(" after")[0] for message in caplog.messages] == [
+        "benchmarks.broken: failed with status 3",
+        "benchmarks.slow: ended, because the time is over,",
+        "benchmarks.late: left out, because the time is over",
+    ]
+
+
 @pytest.mark.system
 @pytest.mark.parametrize(
     ("script", "column", "measured"),
     [
         (LOSS, "implementation", {"plain PyTorch", "FirstSight", "FirstSight, PyTorch"}),
         (DISTILL_STEP, "teacher", {"cached", "online, float32"}),
+        (ANSWERING, "model", {"2B", "7B"}),
         (TRUE_SIZE, "stage", {"cache-teacher-targets", "cache-visual-tokens", "distill", "finetune-student"}),
     ],
-    ids=["loss", "distill_step", "true_size"],
+    ids=["loss", "distill_step", "answering", "true_size"],
 )
 def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDE)
@@ -113,7 +156,7 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     ((_, rows),) = json.loads(done.stdout.splitlines()[-1]).items()
     assert {row[column] for row in rows} == measured
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(row.get("seconds", row.get("token_ms")) > 0 for row in rows)
 
 
 # By module: its arguments, how it is scaled down, and the rows that it writes.

@@ -21,6 +21,7 @@ from firstsight.core.params import Optimisation
 from firstsight.core.variants import LEFT_OUT
 from firstsight.models.loading import load_model, load_processor
 from firstsight.packing.dataset import ExpandedDataset, PackedDataset
+from firstsight.packing.pack import encode_questions, expand
 from firstsight.packing.vision_tower import VisionTower
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.records.sample import Sample
@@ -276,6 +277,15 @@ def test_a_model_of_an_unknown_family_is_refused(settings, processor, tmp_path):
     save_qwen2(tmp_path, settings, processor)
     with pytest.raises(UserError, match=r"expected a model of one of the types qwen2_vl, .*, found qwen2; set"):
         VisionTower(load_model(tmp_path, "float32", "cpu"), "cpu")
+
+
+def test_a_processor_that_makes_room_for_more_than_the_tower_gives_is_refused(settings, processor, tmp_path):
+    student = saved("Qwen2VLForConditionalGeneration", settings, processor, tmp_path)
+    tower, image = VisionTower(load_model(student, "float32", "cpu"), "cpu"), SAMPLES[0]
+    expanded = expand(processor, image, encode_questions(processor, image, image.records))
+    expanded["prefix"] = torch.cat([expanded["prefix"], torch.tensor([processor.image_token_id])])
+    with pytest.raises(UserError, match="expected a visual token for each of 10 placeholders, found 9; take processor"):
+        tower.tokens(expanded)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,11 @@ class VisionTower:
         """Return the visual tokens [n, H] of a sample that was expanded, in the order of their placeholders.
 
         None for a sample without images and videos.
+
+        Raises:
+            UserError: there are more or fewer visual tokens than placeholders.
         """
-        if not self.count(expanded):
+        if not (count := self.count(expanded)):
             return None
         kind = "image" if "pixel_values" in expanded else "video"
         # second_per_grid_ts is for the positions of Qwen2.5-VL's language model, not for its tower.
@@ -57,4 +60,10 @@ class VisionTower:
         inputs = {name: tensor.to(self._device) for name, tensor in expanded.items() if name not in left}
         with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
             features = getattr(self._model.model, f"get_{kind}_features")(**inputs, return_dict=True)
-        return torch.cat(list(features.pooler_output))
+        tokens = torch.cat(list(features.pooler_output))
+        if len(tokens) != count:
+            raise UserError(
+                f"{self._model.name_or_path}: expected a visual token for each of {count} placeholders, found "
+                f"{len(tokens)}; take processor and weights of one checkpoint"
+            )
+        return tokens

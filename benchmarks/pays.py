@@ -121,8 +121,9 @@ def students(settings: params.Params, seed: int, wanted: list[Arm], device: str)
             build_egoqa_dataset.run()
             if noise:
                 mislabel(Path("data/egoqa/train.parquet"), noise, seed)
-            cache_teacher_targets.run()
-            cache_visual_tokens.run()
+            if any(arm.learns_from not in UNTRAINED for arm in wanted):
+                cache_teacher_targets.run()
+                cache_visual_tokens.run()
             for arm in wanted:
                 started = time.perf_counter()
                 model = UNTRAINED.get(arm.learns_from) or student(values, arm)

@@ -30,7 +30,7 @@ from firstsight.core.stage import log, main
 ROOT = Path(__file__).parents[1]
 # Not copied: caches, environments and what belongs to a checkout.
 _MADE = (".git", ".venv*", ".scratch", "cache", "tmp", "config.local", "__pycache__", ".*_cache")
-_OUTPUTS = ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics")
+_OUTPUTS = ("data/egoqa", "data/teacher-targets", "data/visual-tokens", "models", "evaluations", "metrics")
 # Files that hold timings, and the figures and pages made from them.
 _TIMED = re.compile(r"(performance|metrics)\.json|variants\.csv|report\.html|summary\.txt|.*\.png")
 _KILL, _TERM = signal.SIGKILL, signal.SIGTERM

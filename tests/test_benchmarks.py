@@ -163,7 +163,8 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
 SMALL = {
     "pays": (
         ["0"],
-        "SHARES, NOISES, TEMPERATURES, ALPHAS, show = (0.5, 1.0), (0.4,), (2.0,), (1.0,), lambda rows: None",
+        "SHARES, NOISES, TEMPERATURES, ALPHAS, show = (0.5, 1.0), (0.4,), (2.0,), (1.0,), lambda rows: None\n"
+        "RESULTS = RESULTS.with_name('none.csv')",
         10,
     ),
     "build": ([], "PICTURES = (4, 16)", 2),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from conftest import ROOT, YAML_SAFE, make_sample, picture, run_stage, workspace, write_params
 from egogpt_checkpoint import save_original
 from families import SAVE, save_qwen2
@@ -324,6 +325,8 @@ def test_eight_bit_moments_are_the_real_ones(processor, tmp_path):
     """With the embedding's in float32, and but for tensors of fewer than 4,096 numbers, here the norms and biases."""
     wide = tiny()
     model = build_model(wide.models.teacher.init, processor.tokenizer)
+    # It knows embeddings by their addresses, which weights of this model may have from those of earlier tests.
+    GlobalOptimManager.get_instance().initialize()
     trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, optim=trainer_name("adamw_8bit", "cpu")))
     optimizer = trainer.create_optimizer()
     sum(parameter.sum() for parameter in model.parameters()).backward()

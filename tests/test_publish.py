@@ -46,7 +46,7 @@ pytestmark = pytest.mark.system
 def measured(smoke, tmp_path_factory) -> Path:
     """A committed clone with the outputs of a run, all stages up to date. Read only."""
     project = new_project(tmp_path_factory.mktemp("publish") / "project")
-    for output in ("data/egoqa", "data/teacher-targets", "models", "evaluations", "metrics"):
+    for output in ("data/egoqa", "data/teacher-targets", "data/visual-tokens", "models", "evaluations", "metrics"):
         shutil.copytree(smoke / output, project / output)
     command(project, "git", "init", "--quiet")
     command(project, "git", "config", "user.name", "test")

@@ -12,7 +12,7 @@ from firstsight.core.errors import UserError
 def test_a_pipeline_that_is_killed_three_times_ends_as_one_that_is_not(smoke, tmp_path):
     project = torture.new_project(tmp_path.resolve() / "project")
     kills = [
-        Kill("build-egoqa-dataset", 0.8, "the stage"),
+        Kill("build-egoqa-dataset", 0.2, "the stage"),
         Kill("finetune-teacher", 1.0, "DVC alone, told to end"),
         Kill("distill", 0.9, "everything"),
     ]

@@ -7,12 +7,14 @@ A seed draws its own scenes, test split, labelled scenes and order of samples; t
 First come the models that others are compared with: the teacher, and the student before it learns anything. For each
 share of labelled scenes, a student learns from the labels alone, one also from the teacher's answers to the other
 questions, and one from the teacher's distributions; at the share of params.yaml the latter at several temperatures and
-alphas. Where all scenes are labelled, students also learn from labels of which a share is wrong. Each row of
-benchmarks/pays.csv is a model: its exact match on the seed's test split. Rows that are there already are kept, so that
-an interrupted study continues.
+alphas. Where all scenes are labelled, students also learn from labels of which a share is wrong. Last, a grey patch
+hides a quarter of every picture, in the test split too, so that the true answer is often a matter of chance. Each row
+of benchmarks/pays.csv is a model: its exact match on the seed's test split. Rows that are there already are kept, so
+that an interrupted study continues.
 """
 
 import csv
+import io
 import json
 import math
 import random
@@ -36,6 +38,7 @@ from firstsight.evaluation.metrics import score
 from firstsight.generation.pytorch_model import PyTorchModel
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.records.parquet import Split, SplitWriter
+from firstsight.records.sample import Sample
 from firstsight.reporting import text_table
 from stages import build_egoqa_dataset, cache_teacher_targets, cache_visual_tokens, distill, finetune_student
 
@@ -52,10 +55,12 @@ UNTRAINED = {"the teacher itself": cache_teacher_targets.TEACHER, "the student b
 
 @dataclass(frozen=True)
 class Arm:
-    """Describe what a student learns from: `share` of the scenes labelled, `noise` of the labels wrong."""
+    """Describe what a student learns from: `share` of the scenes labelled, `noise` of the labels wrong, a quarter of
+    each of a share `occluded` of the pictures hidden."""
 
     share: float
     noise: float
+    occluded: float
     learns_from: str
     temperature: float | None = None
     alpha: float | None = None
@@ -65,15 +70,18 @@ def arms(settings: params.Params) -> list[list[Arm]]:
     """Return all arms, in groups that share their data: first those that say whether the default pays."""
     own, point = settings.data.labelled_fraction, (settings.train.temperature, settings.train.alpha)
 
-    def clean(share: float) -> list[Arm]:
-        # Where all scenes are labelled, the teacher is asked nothing.
-        answers = [Arm(share, 0.0, ANSWERS)] if share < 1 else []
-        return [Arm(share, 0.0, LABELS), *answers, Arm(share, 0.0, DISTRIBUTIONS, *point)]
+    def untrained(occluded: float) -> list[Arm]:
+        return [Arm(own, 0.0, occluded, name) for name in UNTRAINED]
 
-    grid = [Arm(own, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS if (t, a) != point]
-    noisy = [[Arm(1.0, noise, LABELS), Arm(1.0, noise, DISTRIBUTIONS, *point)] for noise in NOISES]
-    untrained = [Arm(own, 0.0, name) for name in UNTRAINED]
-    return [[*untrained, *clean(own)], *(clean(share) for share in SHARES if share != own), grid, *noisy]
+    def trained(share: float, occluded: float = 0.0) -> list[Arm]:
+        # Where all scenes are labelled, the teacher is asked nothing.
+        answers = [Arm(share, 0.0, occluded, ANSWERS)] if share < 1 else []
+        return [Arm(share, 0.0, occluded, LABELS), *answers, Arm(share, 0.0, occluded, DISTRIBUTIONS, *point)]
+
+    shares = [trained(share) for share in SHARES if share != own]
+    grid = [Arm(own, 0.0, 0.0, DISTRIBUTIONS, t, a) for t in TEMPERATURES for a in ALPHAS if (t, a) != point]
+    noisy = [[Arm(1.0, noise, 0.0, LABELS), Arm(1.0, noise, 0.0, DISTRIBUTIONS, *point)] for noise in NOISES]
+    return [[*untrained(0.0), *trained(own)], *shares, grid, *noisy, [*untrained(1.0), *trained(own, 1.0)]]
 
 
 def run() -> None:
@@ -95,7 +103,7 @@ def run() -> None:
 
 def identity(row: dict) -> tuple[str, ...]:
     """Return what tells a student from the others, as the CSV file has it."""
-    names = ("seed", "share", "noise", "learns_from", "temperature", "alpha")
+    names = ("seed", "share", "noise", "occluded", "learns_from", "temperature", "alpha")
     return tuple("" if row[name] in (None, "") else f"{row[name]}" for name in names)
 
 
@@ -106,7 +114,7 @@ def read() -> list[dict[str, str]]:
 
 def students(settings: params.Params, seed: int, wanted: list[Arm], device: str) -> Iterator[dict]:
     """Build the data that the arms share, then train and score their students."""
-    share, noise = wanted[0].share, wanted[0].noise
+    share, noise, occluded = wanted[0].share, wanted[0].noise, wanted[0].occluded
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for path in LINKED:
@@ -121,6 +129,9 @@ def students(settings: params.Params, seed: int, wanted: list[Arm], device: str)
             build_egoqa_dataset.run()
             if noise:
                 mislabel(Path("data/egoqa/train.parquet"), noise, seed)
+            if occluded:
+                for path in Path("data/egoqa").glob("*.parquet"):
+                    occlude(path, occluded, seed)
             if any(arm.learns_from not in UNTRAINED for arm in wanted):
                 cache_teacher_targets.run()
                 cache_visual_tokens.run()
@@ -181,6 +192,28 @@ def mislabel(path: Path, noise: float, seed: int) -> None:
     path.with_suffix(".noisy").replace(path)
 
 
+def occlude(path: Path, share: float, seed: int) -> None:
+    """Hide a quarter of the picture behind a grey patch in a share of a split's samples, in all frames of one alike."""
+    rng = random.Random(f"{path.name} {seed}")
+    with SplitWriter(path.with_suffix(".occluded")) as writer:
+        for sample in Split(path):
+            writer.write(hide_quarter(sample, rng) if rng.random() < share else sample)
+    path.with_suffix(".occluded").replace(path)
+
+
+def hide_quarter(sample: Sample, rng: random.Random) -> Sample:
+    across, down = rng.random(), rng.random()
+    frames = []
+    for image in sample.images():
+        width, height = image.size
+        left, top = round(across * width / 2), round(down * height / 2)
+        image.paste((128, 128, 128), (left, top, left + width // 2, top + height // 2))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        frames.append(buffer.getvalue())
+    return replace(sample, frames=tuple(frames))
+
+
 def exact_match(folder: Path, settings: params.Evaluate, device: str) -> float:
     """Return the share of the test questions that the model in `folder` answers exactly."""
     questions = [(sample, record) for sample in Split(Path("data/egoqa/test.parquet")) for record in sample.records]
@@ -200,20 +233,21 @@ def show(rows: list[dict]) -> None:
         (
             f"{float(arm[0]):.0%}",
             f"{float(arm[1]):.0%}",
-            *arm[2:],
+            f"{float(arm[2]):.0%}",
+            *arm[3:],
             f"{mean:.3f}",
             f"{low:.3f} to {high:.3f}" if n > 1 else "-",
             str(n),
         )
         for arm, (mean, low, high, n) in sorted(means.items())
     ]
-    header = ("labelled", "wrong", "learns from", "T", "alpha", "exact match", "95% over seeds", "seeds")
-    print(text_table.render([header, *cells], left=3))
+    header = ("labelled", "wrong", "occluded", "learns from", "T", "alpha", "exact match", "95% over seeds", "seeds")
+    print(text_table.render([header, *cells], left=4))
     settings = params.load().train
     own = {LABELS: ("", ""), ANSWERS: ("", ""), DISTRIBUTIONS: (str(settings.temperature), str(settings.alpha))}
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for (learns_from, point), colour in zip(own.items(), ("#888888", "#0072B2", "#D55E00"), strict=True):
-        line = sorted((float(a[0]), *means[a]) for a in means if float(a[1]) == 0 and a[2:] == (learns_from, *point))
+        line = sorted((float(a[0]), *means[a]) for a in means if a[1:] == ("0.0", "0.0", learns_from, *point))
         if line:
             shares, mean, low, high, _ = map(np.array, zip(*line, strict=True))
             label = f"{learns_from}, T = {point[0]}, α = {point[1]}" if point[0] else learns_from

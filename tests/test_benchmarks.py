@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT
@@ -165,7 +166,7 @@ SMALL = {
         ["0"],
         "SHARES, NOISES, TEMPERATURES, ALPHAS, show = (0.5, 1.0), (0.4,), (2.0,), (1.0,), lambda rows: None\n"
         "RESULTS = RESULTS.with_name('none.csv')",
-        10,
+        14,
     ),
     "build": ([], "PICTURES = (4, 16)", 2),
     "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 3),
@@ -215,21 +216,28 @@ def rows_of(after_repro):
 @pytest.mark.system
 def test_each_student_of_the_study_learns_from_what_its_row_says(rows_of):
     rows = rows_of("pays")
-    learnt = [(row["share"], row["noise"], row["learns_from"], row["temperature"], row["alpha"]) for row in rows]
+    learnt = [
+        (row["share"], row["noise"], row["occluded"], row["learns_from"], row["temperature"], row["alpha"])
+        for row in rows
+    ]
     labels, answers, distributions = "labels", "teacher's answers", "teacher's distributions"
     assert learnt == [
-        (1.0, 0.0, "the teacher itself", None, None),
-        (1.0, 0.0, "the student before", None, None),
-        (1.0, 0.0, labels, None, None),
-        (1.0, 0.0, distributions, 3.0, 0.7),
-        (0.5, 0.0, labels, None, None),
-        (0.5, 0.0, answers, None, None),
-        (0.5, 0.0, distributions, 3.0, 0.7),
-        (1.0, 0.0, distributions, 2.0, 1.0),
-        (1.0, 0.4, labels, None, None),
-        (1.0, 0.4, distributions, 3.0, 0.7),
+        (1.0, 0.0, 0.0, "the teacher itself", None, None),
+        (1.0, 0.0, 0.0, "the student before", None, None),
+        (1.0, 0.0, 0.0, labels, None, None),
+        (1.0, 0.0, 0.0, distributions, 3.0, 0.7),
+        (0.5, 0.0, 0.0, labels, None, None),
+        (0.5, 0.0, 0.0, answers, None, None),
+        (0.5, 0.0, 0.0, distributions, 3.0, 0.7),
+        (1.0, 0.0, 0.0, distributions, 2.0, 1.0),
+        (1.0, 0.4, 0.0, labels, None, None),
+        (1.0, 0.4, 0.0, distributions, 3.0, 0.7),
+        (1.0, 0.0, 1.0, "the teacher itself", None, None),
+        (1.0, 0.0, 1.0, "the student before", None, None),
+        (1.0, 0.0, 1.0, labels, None, None),
+        (1.0, 0.0, 1.0, distributions, 3.0, 0.7),
     ]
-    assert [row["steps"] > 0 for row in rows] == [False] * 2 + [True] * 8
+    assert [row["steps"] > 0 for row in rows] == [False] * 2 + [True] * 8 + [False] * 2 + [True] * 2
     assert all(0 <= row["exact_match"] <= 1 for row in rows)
 
 
@@ -237,13 +245,13 @@ def test_the_study_shows_means_and_intervals_over_seeds(monkeypatch, tmp_path, c
     settings = params.load(ROOT / "presets/smoke.yaml")
     monkeypatch.setattr(pays, "PICTURE", tmp_path / "pays.png")
     monkeypatch.setattr(pays.params, "load", lambda: settings)
-    arm = {"noise": 0.0, "learns_from": "labels", "temperature": None, "alpha": None}
+    arm = {"noise": 0.0, "occluded": 0.0, "learns_from": "labels", "temperature": None, "alpha": None}
     found = {0.05: (0.5, 0.6, 0.7), 1.0: (0.9,)}
     pays.show([arm | {"seed": n, "share": s, "exact_match": m} for s, ms in found.items() for n, m in enumerate(ms)])
     shown = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     # 4.303 standard errors of 0.1 / sqrt(3); one seed has no interval.
-    assert shown[0] == ["5%", "0%", "labels", "0.600", "0.352", "to", "0.848", "3"]
-    assert shown[1] == ["100%", "0%", "labels", "0.900", "-", "1"]
+    assert shown[0] == ["5%", "0%", "0%", "labels", "0.600", "0.352", "to", "0.848", "3"]
+    assert shown[1] == ["100%", "0%", "0%", "labels", "0.900", "-", "1"]
     assert (tmp_path / "pays.png").stat().st_size > 5000
 
 
@@ -258,6 +266,18 @@ def test_labels_that_are_replaced_are_answers_of_the_same_question(smoke, tmp_pa
     assert 0 < changed < len(before)
     assert all((record.question, record.options, record.answer) in given for record in after)
     assert [record.id for record in after] == [record.id for record in before]
+
+
+def test_a_quarter_of_the_picture_is_hidden_in_all_frames_alike(smoke, tmp_path):
+    path = tmp_path / "train.parquet"
+    shutil.copy(smoke / "data/egoqa/train.parquet", path)
+    before = list(Split(path))
+    pays.occlude(path, 1.0, 0)
+    after = list(Split(path))
+    assert [sample.records for sample in after] == [sample.records for sample in before]
+    grey = [[abs(np.asarray(image).astype(int) - 128).max(-1) <= 4 for image in sample.images()] for sample in after]
+    assert all(np.all(frames, 0).mean() > 0.2 for frames in grey)
+    assert np.all([frames[0] for frames in grey], 0).mean() < 0.1
 
 
 @pytest.mark.system

@@ -14,10 +14,6 @@ from firstsight.core.errors import UserError
 from firstsight.core.validation import mistakes
 
 PARAMS_FILE = Path("params.yaml")
-# Folders of models/ that stages write, and therefore replace or remove.
-STUDENT_OUTPUTS = ("student-finetuned", "student-distilled", "student-int8", "student-nf4")
-EXPORT_OUTPUTS = ("student-onnx", "student-onnx-int8", "student-onnx-w4a8", "teacher-onnx")
-MODEL_OUTPUTS = ("teacher", "student", "teacher-finetuned", *STUDENT_OUTPUTS, *EXPORT_OUTPUTS)
 
 # Keys that had another name in earlier versions, with the section that holds them, and their names now.
 RENAMED = {
@@ -37,6 +33,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["int8", "nf4"]
 Precision = Literal[Dtype, Method]
 Format = Literal["onnx", "onnx-int8", "onnx-w4a8"]
+
+# Folders of models/ that stages write, and therefore replace or remove.
+MODEL_OUTPUTS = (
+    *("teacher", "teacher-finetuned", "teacher-onnx", "student", "student-finetuned", "student-distilled"),
+    *(f"student-{name}" for name in (*get_args(Method), *get_args(Format))),
+)
 
 
 def _distinct(values: list) -> list:

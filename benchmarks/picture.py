@@ -37,11 +37,14 @@ def run() -> None:
     most = loss["answer_tokens"].max()
     loss = loss[loss["answer_tokens"] == most]
     minutes = sweep.groupby("targets")["seconds"].sum() / 60
-    cases = step["student"] + ": " + step["teacher"]
+    # Cases of other bodies and numbers of samples are left to the CSV file.
+    step = step[(step["body"] == "transformers") & (step["samples"] == step["samples"].min())]
+    seen = step["visual_tokens"].map({"computed": "", "cached": ", visual tokens too"})
+    cases = step["student"] + ": " + step["teacher"] + seen
 
     figure, grid = plt.subplots(2, 2, figsize=(10, 4.6), layout="constrained")
     axes = grid.flat
-    title = f"Loss and gradients, {most:,} answer tokens"
+    title = f"Loss, {most:,} answer tokens"
     for axis, column, label, unit in ((axes[0], "seconds", "time", "s"), (axes[1], "memory_mb", "memory", "MB")):
         bars(axis, loss["implementation"], loss[column], {"FirstSight"}, f"{title}: {label}", unit)
     cached = set(cases[step["teacher"] == "cached"])

@@ -4,7 +4,7 @@ Checkpoints are written shard by shard, so that one of 16 GB needs 2 GB of memor
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,10 +32,19 @@ def padded_tokenizer(corpus: Sequence[str], words: int, tokens: int) -> Qwen2Tok
     )
 
 
-def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> None:
+# Returns weights of a shape, those of a norm where the second argument is true.
+Draw = Callable[[tuple[int, ...], bool, torch.Generator], torch.Tensor]
+
+
+def normal(shape: tuple[int, ...], norm: bool, generator: torch.Generator) -> torch.Tensor:
+    """Return weights with standard deviation 0.02, or those of a norm, which are one: outputs are finite."""
+    return torch.ones(shape) if norm else torch.empty(shape).normal_(0, 0.02, generator=generator)
+
+
+def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype, draw: Draw = normal) -> None:
     """Write a checkpoint of `config`'s architecture into `folder`: sharded safetensors with an index, as on the hub.
 
-    Weights are normal with standard deviation 0.02, those of norms are one, biases zero: outputs are finite.
+    Weights are drawn by `draw`, biases are zero.
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -54,7 +63,7 @@ def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> 
     files = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weights = {name: _weight(name, parameters[name], norms, generator) for name in names}
+        weights = {name: _weight(name, parameters[name], norms, generator, draw) for name in names}
         save_file(weights, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)
     size = sum(parameter.nbytes for parameter in parameters.values())
@@ -62,9 +71,9 @@ def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _weight(name: str, parameter: nn.Parameter, norms: set[str], generator: torch.Generator) -> torch.Tensor:
+def _weight(
+    name: str, parameter: nn.Parameter, norms: set[str], generator: torch.Generator, draw: Draw
+) -> torch.Tensor:
     if name.endswith(".bias"):
         return torch.zeros(parameter.shape, dtype=parameter.dtype)
-    if name.rsplit(".", 1)[0] in norms:
-        return torch.ones(parameter.shape, dtype=parameter.dtype)
-    return torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0, 0.02, generator=generator)
+    return draw(tuple(parameter.shape), name.rsplit(".", 1)[0] in norms, generator).to(parameter.dtype)

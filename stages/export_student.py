@@ -2,10 +2,11 @@
 
     python -m stages.export_student
 
-reads  models/student-distilled, the validation split, `export.formats` in params.yaml
+reads  models/student-distilled, the train split (by whose tokens weights in 4 bits are rounded), the validation split,
+       `export.formats` and `export.calibration_samples` in params.yaml
 writes models/student-{format} for onnx, onnx-int8 and onnx-w4a8: graphs, tokenizer and exported.json, which also holds
-       how the graphs' logits and answers compared with the student's; for a format that `export.formats` does not list,
-       only a note that it is left out
+       how the graphs' logits and answers compared with the student's, and the error of each matrix in 4 bits; for a
+       format that `export.formats` does not list, only a note that it is left out
 """
 
 from contextlib import ExitStack
@@ -16,11 +17,13 @@ from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import FORMATS, LEFT_OUT, VARIANTS
 
-SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
+SOURCE = Path("models/student-distilled")
+TRAIN, VALIDATION = Path("data/egoqa/train.parquet"), Path("data/egoqa/validation.parquet")
 
 
 def run() -> None:
-    formats = params.load().export.formats
+    settings = params.load().export
+    formats = settings.formats
     with ExitStack() as outputs:
         folders = {name: outputs.enter_context(whole_folder(VARIANTS[f"student-{name}"].model)) for name in FORMATS}
         for name in FORMATS.keys() - set(formats):
@@ -29,10 +32,11 @@ def run() -> None:
             log.info("the student is not exported: export.formats is empty")
             return
         # Imported here, because they take seconds, and without a format none of them is needed.
-        from firstsight.export.folder import compared_questions, export_folders
+        from firstsight.export.folder import export_folders, spread_questions
 
         targets = {FORMATS[name]: folders[name] for name in formats}
-        layouts = export_folders(SOURCE, targets, compared_questions(VALIDATION))
+        calibration = spread_questions(TRAIN, settings.calibration_samples)
+        layouts = export_folders(SOURCE, targets, spread_questions(VALIDATION), calibration)
     for name in formats:
         log.info("%s: %s", name, layouts[FORMATS[name]].summary())
 

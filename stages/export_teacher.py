@@ -24,9 +24,9 @@ def run() -> None:
             log.info("%s is left out: export.teacher is false", EXPORTED_TEACHER)
             return
         # Imported here, because they take seconds, and a teacher that is left out needs none of them.
-        from firstsight.export.folder import compared_questions, export_folders
+        from firstsight.export.folder import export_folders, spread_questions
 
-        layouts = export_folders(SOURCE, {"float32": folder}, compared_questions(VALIDATION))
+        layouts = export_folders(SOURCE, {"float32": folder}, spread_questions(VALIDATION))
     log.info("%s: %s", EXPORTED_TEACHER, layouts["float32"].summary())
 
 

@@ -169,6 +169,7 @@ SMALL = {
         14,
     ),
     "build": ([], "PICTURES = (4, 16)", 2),
+    "device": (["8"], "QWEN2_VL_2B = QWEN2_VL_2B | {'num_hidden_layers': 2}", 5),
     "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 3),
     # Of graphs that have few bits already: the smoke preset asks for no others.
     "export_weights": (["0.2"], "FLOAT, BLOCKS = VARIANTS['student-onnx-w4a8'].model, ()", 3),
@@ -283,6 +284,17 @@ def test_a_quarter_of_the_picture_is_hidden_in_all_frames_alike(smoke, tmp_path)
 @pytest.mark.system
 def test_a_data_set_is_built_at_each_size(rows_of):
     assert [(row["records"], row["size_ratio"]) for row in rows_of("build")] == [(20, 1), (80, 4)]
+
+
+@pytest.mark.system
+def test_a_model_and_its_exports_are_measured_each_in_its_process(rows_of):
+    rows = rows_of("device")
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16", "float32", "int8", "w4a8"]
+    assert all(row[name] > 0 for row in rows for name in ("disk_mb", "memory_mb", "load_s", "prefill_ms"))
+    whole, int8, w4a8 = rows[2:]
+    assert whole["same_answer"]
+    assert whole["disk_mb"] > 3 * int8["disk_mb"] > 3 * w4a8["disk_mb"]
+    assert float(whole["logit_difference"]) < 1e-4 < float(int8["logit_difference"]) < float(w4a8["logit_difference"])
 
 
 @pytest.mark.system

@@ -91,8 +91,9 @@ def distilled(tmp_path, model, processor) -> Path:
     model.save_pretrained(folder / "models/student-distilled")
     processor.save_pretrained(folder / "models/student-distilled")
     (folder / "data/egoqa").mkdir(parents=True)
-    with SplitWriter(folder / "data/egoqa/validation.parquet") as split:
-        split.write(IMAGE)
+    for name in ("train", "validation"):
+        with SplitWriter(folder / f"data/egoqa/{name}.parquet") as split:
+            split.write(IMAGE)
     change(folder, "export", formats=["onnx"])
     return folder
 
@@ -127,7 +128,17 @@ def test_one_tracing_serves_each_format(distilled, monkeypatch):
         weights[model.layout.weights] = model.weights_bytes
         assert not [path for path in model.folder.iterdir() if path.is_dir()]
     assert weights["w4a8"] < weights["int8"]
+    # One question says too little of inputs: weights are rounded to the nearest.
+    errors = model.layout.errors.values()
+    assert errors and all((one.visual, one.text) == (one.visual_nearest, one.text_nearest) for one in errors)
     assert (distilled / "models/student-onnx" / LEFT_OUT).exists()
+
+
+@pytest.mark.system
+def test_without_calibration_weights_are_rounded_to_the_nearest(distilled):
+    change(distilled, "export", formats=["onnx-w4a8"], calibration_samples=0)
+    run_stage(distilled, "export_student")
+    assert ExportedModel(distilled / "models/student-onnx-w4a8").layout.errors == {}
 
 
 def test_an_export_that_is_not_asked_for_is_left_out(distilled):

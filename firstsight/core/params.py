@@ -7,7 +7,7 @@ checks the whole file at once, so that a mistake under `evaluate` is reported be
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from firstsight.core import yaml12
 from firstsight.core.errors import UserError
@@ -350,10 +350,12 @@ class Export(Section):
 
     Each is a folder of ONNX graphs that onnxruntime runs without torch: with float32 weights (onnx), with those of all
     layers in 8 bits (onnx-int8), or with those of the language model in 4 bits (onnx-w4a8); of the last two, products
-    are computed in int8. The teacher is exported with float32 weights.
+    are computed in int8. Weights in 4 bits are rounded by the tokens of `calibration_samples` samples of the train
+    split; with 0, to the nearest. The teacher is exported with float32 weights.
     """
 
     formats: Annotated[list[Format], AfterValidator(_distinct)]
+    calibration_samples: NonNegativeInt
     teacher: bool
 
 

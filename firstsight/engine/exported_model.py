@@ -97,6 +97,21 @@ class ExportedModel:
         logits, _ = self._step(self._embedded(batch), batch.positions, batch.mask, self._no_past(len(batch.tokens)))
         return logits
 
+    def read(self, question: Question, tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return what the decoder's graph takes to read a question with the model's answer of at most `tokens` tokens,
+        and where visual tokens are, as booleans [S]."""
+        batch = self.inputs([question])
+        answer = np.array(self.decode(batch, tokens), np.int64)
+        states = np.concatenate([self._embedded(batch), self._embeddings.run(None, {"tokens": answer})[0]], axis=1)
+        further = batch.positions[..., -1:] + 1 + np.arange(answer.shape[1])
+        inputs = {
+            "embeddings": states,
+            "positions": np.concatenate([batch.positions, further], axis=-1),
+            "mask": np.ones(states.shape[:2], np.int64),
+            **dict(zip(self._past, self._no_past(1), strict=True)),
+        }
+        return inputs, self._prompts.visual(np.concatenate([batch.tokens, answer], axis=1))[0]
+
     def _chosen(self, batch: Batch, most: int) -> Iterator[np.ndarray]:
         """Yield the most likely next token of each question [B], `most` times."""
         if (length := batch.tokens.shape[1] + most) > self.layout.context:

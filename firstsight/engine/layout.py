@@ -10,7 +10,7 @@ from firstsight.core.files import read_json
 from firstsight.core.validation import describe
 
 # Raised when a folder written before can no longer be run as it is.
-VERSION = 1
+VERSION = 2
 LAYOUT, CHAT_TEMPLATE, TOKENIZER = "exported.json", "chat_template.jinja", "tokenizer.json"
 # Files of graphs: the operators, and the weights beside them.
 GRAPH_FILES = ("*.onnx", "*.onnx.data")
@@ -55,14 +55,28 @@ class Check(Part):
     logit_difference: float
 
 
+class LayerError(Part):
+    """Hold the relative error |x W' - x W| / |x W| of a 4-bit matrix W', over inputs x of the calibration questions.
+
+    That of visual and that of text tokens, as the matrix is stored, and as it would be if rounded to the nearest. None
+    stands for a kind of tokens of which none were read.
+    """
+
+    visual: float | None
+    text: float | None
+    visual_nearest: float | None
+    text_nearest: float | None
+
+
 class Layout(Part):
     """Hold the contents of exported.json.
 
     `weights` is the precision of the decoder's weights. `context` is the most tokens of a question with its answer.
     `special_tokens` are the variables that the chat template may use. `pictures` is None for a model of text alone.
+    `errors` are those of 4-bit matrices, by name, where they were rounded by their inputs.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     weights: Literal["float32", "int8", "w4a8"]
     model_type: str
     parameters: int
@@ -76,15 +90,30 @@ class Layout(Part):
     special_tokens: dict[str, str]
     pictures: Pictures | None
     check: Check | None
+    errors: dict[str, LayerError]
 
     def summary(self) -> str:
         """Return in words how large the weights are, and how the exported model compared with the original."""
-        size = f"{self.weights} weights of {self.weights_bytes / 1e6:.1f} MB"
+        size = f"{self.weights} weights of {self.weights_bytes / 1e6:.1f} MB{self._rounding()}"
         if self.check is None:
             return f"{size}; not compared, for want of questions"
         return (
             f"{size}; {self.check.same_answers} of {self.check.questions} answers are the original's, logits within "
             f"{self.check.logit_difference:.1e}"
+        )
+
+    def _rounding(self) -> str:
+        """Return in words how far 4-bit matrices are from the original's on average, or nothing if that is unknown."""
+
+        def mean(name: str) -> str:
+            found = [value for one in self.errors.values() if (value := getattr(one, name)) is not None]
+            return f"{sum(found) / len(found):.1%}" if found else "unknown"
+
+        if not self.errors:
+            return ""
+        return (
+            f", products with visual tokens {mean('visual')} and with text {mean('text')} off "
+            f"({mean('visual_nearest')} and {mean('text_nearest')} if rounded to the nearest)"
         )
 
 

@@ -1,5 +1,6 @@
 """Export a model folder to one that runs without torch, and compare the two before it is kept."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -47,13 +48,16 @@ class Expected:
     answers: list[str]
 
 
-def export_folders(source: Path, targets: Mapping[str, Path], questions: Sequence[Question]) -> dict[str, Layout]:
+def export_folders(
+    source: Path, targets: Mapping[str, Path], questions: Sequence[Question], calibration: Sequence[Question] = ()
+) -> dict[str, Layout]:
     """Export the model in `source`, compare each export with it on `questions`, and return the layouts.
 
     The model is traced once, in float32; weights of fewer bits are made from those graphs.
 
     Args:
         targets: an empty folder for each precision of the weights, "float32", "int8" and "w4a8", in any choice.
+        calibration: questions by whose tokens 4-bit weights are rounded; without any, to the nearest.
 
     Raises:
         UserError: a package is missing, the architecture or its processor is not one that is exported, or the disk is
@@ -67,31 +71,43 @@ def export_folders(source: Path, targets: Mapping[str, Path], questions: Sequenc
     check_disk_space(
         first, _needed_bytes(model, targets), "free some, or take formats out of export (its section in params.yaml)"
     )
+    expected, layout, config = _expected(model, processor, questions), _layout(model, processor), model.config
     with TemporaryDirectory(dir=first) as temporary:
         traced = targets.get("float32", Path(temporary))
         write_graphs(model, traced)
+        for folder in {traced, *targets.values()}:
+            processor.save_pretrained(folder)
+            config.save_pretrained(folder)
+        write_json(traced / LAYOUT, layout.model_dump())
+        # The quantizer holds weights in float32 as well, and the memory may have no room for both. What torch.export
+        # leaves behind refers to the model in cycles.
+        del model
+        gc.collect()
         for weights, target in targets.items():
             if weights != "float32":
                 from firstsight.export.weights import quantize_graphs  # onnx takes a second to import
 
                 quantize_graphs(traced, target, weights)
-    expected = _expected(model, processor, questions)
-    return {
-        weights: _completed(target, source, model, processor, weights, expected) for weights, target in targets.items()
-    }
+        errors = {}
+        if "w4a8" in targets and calibration:
+            from firstsight.export.calibration import moments
+            from firstsight.export.weights import round_by_inputs
+
+            errors = round_by_inputs(traced, targets["w4a8"], moments(traced, calibration, _TOKENS))
+    layouts = {weights: layout.model_copy(update={"weights": weights}) for weights in targets}
+    if errors:
+        layouts["w4a8"] = layouts["w4a8"].model_copy(update={"errors": errors})
+    return {weights: _completed(target, source, layouts[weights], expected) for weights, target in targets.items()}
 
 
-def _completed(
-    target: Path, source: Path, model: PreTrainedModel, processor: Any, weights: str, expected: Expected
-) -> Layout:
-    """Write what a folder of graphs lacks, compare it with the original, and return its layout."""
-    processor.save_pretrained(target)
-    model.config.save_pretrained(target)
+def _completed(target: Path, source: Path, layout: Layout, expected: Expected) -> Layout:
+    """Write the layout of a folder of graphs, compare the folder with the original, and return its whole layout."""
     if not (target / CHAT_TEMPLATE).is_file():
         raise UserError(
             f"{source}: expected one chat template, found several or none; give the model a chat_template.jinja"
         )
-    layout = _layout(model, processor, weights, sum(path.stat().st_size for path in target.glob("*.onnx.data")))
+    size = sum(path.stat().st_size for path in target.glob("*.onnx.data"))
+    layout = layout.model_copy(update={"weights_bytes": size})
     write_json(target / LAYOUT, layout.model_dump())
     if expected.questions:
         layout = layout.model_copy(update={"check": compare(expected, ExportedModel(target))})
@@ -118,11 +134,11 @@ def check_architecture(source: Path) -> None:
         )
 
 
-def compared_questions(path: Path) -> list[Question]:
-    """Return questions to compare on: of at most `_COMPARED` samples, evenly spread over a split, the first each."""
+def spread_questions(path: Path, count: int = _COMPARED) -> list[Question]:
+    """Return questions of a split: of at most `count` samples, evenly spread, the first each."""
     split = Split(path)
-    samples = (split[index] for index in range(0, len(split), max(1, len(split) // _COMPARED)))
-    return [(sample, sample.records[0]) for sample in islice(samples, _COMPARED)]
+    samples = (split[index] for index in range(0, len(split), max(1, len(split) // max(1, count))))
+    return [(sample, sample.records[0]) for sample in islice(samples, count)]
 
 
 @torch.inference_mode()
@@ -167,17 +183,18 @@ def _needed_bytes(model: PreTrainedModel, targets: Mapping[str, Path]) -> int:
     return numbers * (4 + sum(_QUANTIZED_BYTES for weights in targets if weights != "float32"))
 
 
-def _layout(model: PreTrainedModel, processor: Any, weights: str, weights_bytes: int) -> Layout:
+def _layout(model: PreTrainedModel, processor: Any) -> Layout:
+    """Return the layout of a model's float32 graphs, which are not written yet."""
     layers, heads, width = cache_shape(model)
     tokenizer = processor.tokenizer
     ends = end_tokens(model, processor)
     pad = tokenizer.pad_token_id
     return Layout(
         version=VERSION,
-        weights=weights,
+        weights="float32",
         model_type=model.config.model_type,
         parameters=model.num_parameters(),
-        weights_bytes=weights_bytes,
+        weights_bytes=0,
         layers=layers,
         kv_heads=heads,
         head_dim=width,
@@ -187,6 +204,7 @@ def _layout(model: PreTrainedModel, processor: Any, weights: str, weights_bytes:
         special_tokens={name: one for name, one in tokenizer.special_tokens_map.items() if isinstance(one, str)},
         pictures=_pictures(model, processor) if model.config.model_type == _VISION else None,
         check=None,
+        errors={},
     )
 
 

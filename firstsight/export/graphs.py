@@ -5,6 +5,7 @@ traced on a clip here, because a graph that is traced on an image may be silentl
 compute what the model's own forward pass computes, with its own modules.
 """
 
+from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ _OPSET = 23
 _STEPS, _SIDE = 3, 4
 _ROWS, _NEW, _PAST = 2, 5, 7
 _ANY = Dim.DYNAMIC
+# Under this key torch.onnx says in which modules a node's operation is, and the operation itself.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 # The name under which transformers knows `_grouped_attention`.
@@ -179,8 +182,12 @@ def _write(module: nn.Module, example: tuple, shapes: tuple, inputs: list[str], 
         verbose=False,
         opset_version=_OPSET,
     )
-    # Where each node comes from in Python takes more bytes than small graphs do.
     for node in program.model.graph:
+        # Matrices are called as in PyTorch, by the module that holds them.
+        scopes = literal_eval(node.metadata_props.get(_SCOPES, "[]"))[:-1]
+        if node.op_type == "MatMul" and scopes and scopes[-1]:
+            node.name = scopes[-1]
+        # Where each node comes from in Python takes more bytes than small graphs do.
         for one in (node, *node.outputs):
             one.metadata_props.clear()
             one.doc_string = None

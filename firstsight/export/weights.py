@@ -1,4 +1,6 @@
-"""Store the weights of exported graphs in 8 or 4 bits, rounded to the nearest; products are then computed in int8.
+"""Store the weights of exported graphs in 8 or 4 bits; products are then computed in int8.
+
+8 bits are rounded to the nearest, 4 by their inputs.
 
 `MatMulNBits`, an operator of onnxruntime, holds blocks of a matrix with a scale each; at accuracy level 4 it rounds
 activations to int8, block by block, as they come, and multiplies integers. docs/export.md has the figures by which it
@@ -6,6 +8,7 @@ was preferred to onnxruntime's dynamic quantization, whose answers are further f
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION
+from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, LayerError
+from firstsight.export.calibration import Moments
+from firstsight.export.rounding import gptq, nearest, packed, restored
 
 # It tells of every node.
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
@@ -37,6 +42,42 @@ def quantize_graphs(source: Path, target: Path, weights: str) -> None:
             quantizer.process()
             _save(quantizer.model.model, target / name)
     _save(_embeddings(onnx.load(source / EMBEDDINGS)), target / EMBEDDINGS)
+
+
+def round_by_inputs(source: Path, target: Path, found: Iterable[Moments]) -> dict[str, LayerError]:
+    """Round the 4-bit weights of the decoder in `target` again, by the inputs that they are multiplied with.
+
+    A matrix that fewer tokens passed than it has rows stays rounded to the nearest: its inputs say too little.
+
+    Args:
+        source: the folder of the float32 graphs.
+        found: the moments of all inputs, as `calibration.moments` yields them.
+
+    Returns the errors of each matrix, by the name of its node.
+    """
+    whole = {one.name: one for one in onnx.load(source / DECODER, load_external_data=False).graph.initializer}
+    model = onnx.load(target / DECODER)
+    stored = {one.name: one for one in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+    errors = {}
+    for moments in found:
+        for matrix in moments.matrices:
+            weights = numpy_helper.to_array(whole[matrix.input[1]], base_dir=str(source))
+            levels, scales = plain = nearest(weights, BLOCK)
+            if moments.tokens >= len(weights):
+                levels, scales = gptq(weights, moments.balanced(), BLOCK)
+            _, *names = nodes[f"{matrix.name}_Q4"].input
+            for name, values in zip(names, (packed(levels, BLOCK), np.ascontiguousarray(scales.T)), strict=True):
+                stored[name].CopyFrom(numpy_helper.from_array(values, name))
+            change, before = restored(levels, scales, BLOCK) - weights, restored(*plain, BLOCK) - weights
+            errors[matrix.name] = LayerError(
+                visual=moments.visual.error(weights, change),
+                text=moments.text.error(weights, change),
+                visual_nearest=moments.visual.error(weights, before),
+                text_nearest=moments.text.error(weights, before),
+            )
+    _save(model, target / DECODER)
+    return errors
 
 
 def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,0 +1,136 @@
+"""Measure Qwen2-VL-2B at its true size on this CPU: its exports with onnxruntime beside the same model in PyTorch.
+
+    python -m benchmarks.device [DIVISOR]      default: 1; 8 divides widths and vocabulary by eight
+
+Weights are random: sizes, memory and times are those of the real model, answers are not. Run it on an otherwise idle
+machine, with 21 GB of disk in $TMPDIR and 20 GB of memory. Each model runs in its own process. `memory_mb` is what
+loading and asking add to its resident memory at most, `load_s` the seconds until a process with its libraries can ask
+the model, `prefill_ms` the time to the first token of an answer about a picture of 448 x 448 pixels, which is prepared
+before, and `token_ms` that of each further token of an answer to a question without a picture. Writes
+benchmarks/device.csv.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+
+from benchmarks.checkpoints import Draw, normal, padded_tokenizer, write_random
+from benchmarks.distill_step import PRESET, SHARED, config
+from benchmarks.measuring import alone, environment, write
+from firstsight.acquisition.initialise import build_processor
+from firstsight.core import params
+from firstsight.core.stage import log, main
+from firstsight.engine.exported_model import ExportedModel
+from firstsight.export.folder import export_folders
+from firstsight.generation.answering import Question
+from firstsight.generation.pytorch_model import PyTorchModel
+from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.planning.shapes import QWEN2_VL_2B
+from firstsight.profiling.cost import folder_bytes
+from firstsight.records.sample import Record, Sample
+
+SOURCE, WEIGHTS = "checkpoint", ("float32", "int8", "w4a8")
+SIDE, TOKENS, REPEATS = 448, 16, 5
+
+
+def run() -> None:
+    # As the benchmark calls itself, for a process of its own.
+    if sys.argv[1:2] == ["export"]:
+        print(json.dumps(exported(Path(sys.argv[2]))))
+        return
+    if sys.argv[1:2] == ["model"]:
+        print(json.dumps(measured(Path(sys.argv[2]), *sys.argv[3:])))
+        return
+    divisor = int(sys.argv[1]) if sys.argv[1:] else 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(folder / SOURCE, divisor)
+        log.info("exporting took %(seconds)d s and %(memory_mb)d MB of memory", alone("device", "export", str(folder)))
+        rows = []
+        for name, precision in [(SOURCE, "float32"), (SOURCE, "bfloat16"), *((weights, "") for weights in WEIGHTS)]:
+            rows.append(alone("device", "model", str(folder / name), *filter(None, [precision])) | environment("cpu"))
+            log.info("%s", rows[-1])
+        write("device", rows)
+
+
+def write_model(folder: Path, divisor: int, draw: Draw = normal) -> None:
+    """Write Qwen2-VL-2B with random weights, its widths and vocabulary divided, and a processor, as a hub has them."""
+    init = params.load(PRESET).models.student.init
+    corpus = Path(init.corpus).read_text(encoding="utf-8").splitlines()
+    processor = build_processor(padded_tokenizer(corpus, init.vocabulary_size, SHARED // divisor), SIDE**2)
+    folder.mkdir()
+    write_random(config(QWEN2_VL_2B, divisor, processor.tokenizer), folder, torch.bfloat16, draw)
+    processor.save_pretrained(folder)
+
+
+def question(side: int | None) -> Question:
+    """Return a question of about 32 tokens about a picture with this side in pixels, or about none."""
+    picture = BytesIO()
+    if side is not None:
+        Image.radial_gradient("L").resize((side, side)).convert("RGB").save(picture, "JPEG")
+    text = ("Where is the cup? " * 6).strip()
+    record = Record("one", text, "on the table", ("on the table",), "open")
+    frames = () if side is None else (picture.getvalue(),)
+    return Sample("one", "one", "device", "none" if side is None else "image", frames, 0.0, (record,)), record
+
+
+def exported(folder: Path) -> dict[str, float]:
+    """Export the model with weights of each kind; return the seconds that this took, and its memory."""
+    started = time.perf_counter()
+    pick_device("cpu")
+    for weights in WEIGHTS:
+        (folder / weights).mkdir()
+    export_folders(folder / SOURCE, {weights: folder / weights for weights in WEIGHTS}, [question(SIDE)])
+    return {"seconds": round(time.perf_counter() - started), "memory_mb": peak_mb()}
+
+
+def measured(folder: Path, precision: str = "") -> dict[str, Any]:
+    """Load a model, ask it, and return a row: in PyTorch with weights of this precision, else as exported."""
+    pick_device("cpu")
+    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    if precision:
+        model: Any = PyTorchModel(load_model(folder, precision, "cpu"), load_processor(folder), precision)
+        check = {"logit_difference": "", "same_answer": ""}
+    else:
+        model = ExportedModel(folder)
+        found = model.layout.check
+        check = {"logit_difference": f"{found.logit_difference:.1e}", "same_answer": found.same_answers == 1}
+    loaded = time.perf_counter() - started
+    seen, read = model.inputs([question(SIDE)]), model.inputs([question(None)])
+
+    def milliseconds(inputs: Any, tokens: int) -> float:
+        begun = time.perf_counter()
+        model.generate(inputs, tokens)
+        return 1000 * (time.perf_counter() - begun)
+
+    for inputs in (seen, read):
+        milliseconds(inputs, 2)  # warms up
+    prefill = statistics.median(milliseconds(seen, 1) for _ in range(REPEATS))
+    further = (milliseconds(read, 1 + TOKENS) - milliseconds(read, 1) for _ in range(REPEATS))
+    return {
+        **{key: model.environment()[key] for key in ("engine", "precision")},
+        "disk_mb": round(folder_bytes(folder) / 1e6),
+        "memory_mb": peak_mb() - round(before / 1e6),
+        "load_s": round(loaded, 1),
+        "prefill_ms": round(prefill),
+        "token_ms": round(statistics.median(further) / TOKENS, 1),
+        **check,
+    }
+
+
+def peak_mb() -> int:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,108 @@
+"""Measure by what an exported decoder's matrices are multiplied, as it reads questions and gives its answers.
+
+Visual and text tokens are counted apart, because their inputs differ in size and in number, and a rounding that is
+good for the one can be poor for the other (arXiv 2412.19509).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import NodeProto, helper
+
+from firstsight.core.progress import progress
+from firstsight.engine.exported_model import ExportedModel
+from firstsight.engine.layout import DECODER
+from firstsight.engine.prompts import Question
+
+# Of the moments that are held at once.
+_MOST_BYTES = 2 << 30
+
+
+@dataclass
+class Moment:
+    """Hold the sum of x x^T [K, K] over the inputs x of `tokens` tokens."""
+
+    total: np.ndarray
+    tokens: int = 0
+
+    def add(self, inputs: np.ndarray) -> None:
+        """Add inputs [n, K]."""
+        self.total += inputs.T @ inputs
+        self.tokens += len(inputs)
+
+    def error(self, weights: np.ndarray, change: np.ndarray) -> float | None:
+        """Return |x change| / |x weights| over all tokens, both matrices [K, N]; None where there are no tokens."""
+        if not self.tokens:
+            return None
+        return float(np.sqrt(np.sum(change * (self.total @ change)) / np.sum(weights * (self.total @ weights))))
+
+
+@dataclass
+class Moments:
+    """Hold the moments of the inputs of `matrices`, nodes that share their input, by modality."""
+
+    matrices: list[NodeProto]
+    visual: Moment
+    text: Moment
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens."""
+        return self.visual.tokens + self.text.tokens
+
+    def balanced(self) -> np.ndarray:
+        """Return the mean of x x^T [K, K], in which visual and text tokens weigh the same, however many of each."""
+        return np.mean([one.total / one.tokens for one in (self.visual, self.text) if one.tokens], axis=0)
+
+
+def moments(folder: Path, questions: Sequence[Question], tokens: int) -> Iterator[Moments]:
+    """Yield what each input of float32 matrices is, in the decoder of the exported model in `folder`.
+
+    Answers have at most `tokens` tokens. Questions are read again for each part of the decoder whose moments fit
+    `_MOST_BYTES`.
+    """
+    graph = onnx.load(folder / DECODER, load_external_data=False)
+    sizes = {one.name: one.dims for one in graph.graph.initializer}
+    by_input: dict[str, list[NodeProto]] = {}
+    for node in graph.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in sizes:
+            by_input.setdefault(node.input[0], []).append(node)
+    rows = {name: sizes[nodes[0].input[1]][0] for name, nodes in by_input.items()}
+    graph.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in by_input)
+
+    model = ExportedModel(folder)
+    read = [model.read(question, tokens) for question in questions]
+    with NamedTemporaryFile(dir=folder, suffix=".onnx") as file:  # beside its weights, where the engine looks for them
+        onnx.save(graph, file.name)
+        decoder = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
+    for names in _parts(rows):
+        found = {
+            name: Moments(by_input[name], *(Moment(np.zeros((rows[name],) * 2, np.float32)) for _ in range(2)))
+            for name in names
+        }
+        for inputs, visual in progress(read, desc="calibration", unit="questions", total=len(read)):
+            for name, values in zip(names, decoder.run(names, inputs), strict=True):
+                # The head's are those of the last token alone.
+                seen = visual[-values.shape[1] :]
+                found[name].visual.add(values[0][seen])
+                found[name].text.add(values[0][~seen])
+        yield from found.values()
+
+
+def _parts(rows: dict[str, int]) -> Iterator[list[str]]:
+    """Yield the names in groups whose moments, two of rows x rows each, take at most `_MOST_BYTES`."""
+    part, size = [], 0
+    for name, count in rows.items():
+        needed = 2 * count**2 * np.dtype(np.float32).itemsize
+        if part and size + needed > _MOST_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += needed
+    if part:
+        yield part

@@ -1,14 +1,16 @@
 """Several processes do what one does: they train to the same weights, to rounding, and compute the same bytes."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import change, launch, launch_as_on_gpus, run_stage
+from conftest import change, launch, launch_as_on_gpus, one_core, run_stage
 from safetensors.torch import load_file
 
 from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files
 from firstsight.core.launch import LOST, ended
 from firstsight.core.params import Optimisation
 from firstsight.training.fit import micro_batches
@@ -118,3 +120,153 @@ def test_a_launcher_says_what_its_processes_could_not(capsys):
     assert "other processes: expected them to run to the end, found them gone" in capsys.readouterr().err
     assert ended({0: LOST, 1: -9}) == 137
     assert "process 1: expected it to run to the end, found it killed by SIGKILL" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shared_work(smoke_copy):
+    """Half of the questions are answered by the teacher; 9 batches of the train split, the last of one sample."""
+    change(smoke_copy, "data", unanswered="teacher", labelled_fraction=0.5)
+    change(smoke_copy, "train", train_vision=False)
+    change(smoke_copy, "targets", batch_size=4)
+    change(smoke_copy, "evaluate", batch_size=8)
+    run_stage(smoke_copy, "build_egoqa_dataset")
+    return smoke_copy
+
+
+def contents(folder):
+    """The outputs of the stages that share their work, without timings."""
+    outputs = ("data/teacher-targets", "data/visual-tokens", "evaluations/student")
+    files = [path for output in outputs for path in (folder / output).iterdir() if path.name != "performance.json"]
+    return {str(path.relative_to(folder)): fingerprint_files([path]) for path in files}
+
+
+def computed_by_one(folder):
+    with one_core():
+        run_stage(folder, "cache_teacher_targets")
+        run_stage(folder, "cache_visual_tokens")
+        run_stage(folder, "evaluate", "student")
+    return contents(folder)
+
+
+# The stages that share their work, of which this process is killed in one after some of its batches.
+STAGES = """
+import os, signal, sys
+from firstsight.core import processes, scratch
+from firstsight.core.stage import main
+from firstsight.caching import shards
+from stages import cache_teacher_targets, cache_visual_tokens, evaluate
+
+share, rank, (victim, after) = processes.share, int(os.environ["RANK"]), map(int, sys.argv[2:4])
+
+def until_killed(items):
+    for number, item in enumerate(share(items)):
+        if (rank, number) == (victim, after):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+if victim >= 0:
+    processes._TOGETHER = 1  # batches are handed over one by one,
+    shards._SHARD_RECORDS = 1  # and every one is kept
+    shards.share = evaluate.share = until_killed
+    scratch._code = dict
+
+def run():
+    if "c" in sys.argv[1]:
+        cache_teacher_targets.run()
+    if "v" in sys.argv[1]:
+        cache_visual_tokens.run()
+    if "e" in sys.argv[1]:
+        evaluate.run("student")
+
+main(run)
+"""
+
+
+def computed_by(folder, processes, stages="cve", victim=-1, after=0):
+    (folder / "program.py").write_text(STAGES)
+    with one_core():
+        return launch_as_on_gpus(folder, processes, "program.py", stages, str(victim), str(after))
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize(("kind", "processes"), [("hidden", 2), ("hidden", 4), ("topk", 2)])
+def test_what_several_processes_compute_is_what_one_does(shared_work, kind, processes):
+    change(shared_work, "targets", kind=kind)
+    expected = computed_by_one(shared_work)
+    done = computed_by(shared_work, processes)
+    assert done.returncode == 0, done.stderr
+    assert contents(shared_work) == expected
+    for line in (
+        "the teacher answered",
+        "wrote data/teacher-targets",
+        "wrote data/visual-tokens",
+        "student: exact match",
+    ):
+        assert done.stderr.count(line) == 1, done.stderr
+    assert list((shared_work / ".scratch").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize(("stage", "victim", "resumed"), [
+    ("c", 1, r"answers: resuming after [1-9]\d* of"), ("e", 0, r"resuming at question [1-9]\d* of 48"),
+])  # fmt: skip
+def test_what_a_killed_process_leaves_is_of_use_to_another_number(
+    shared_work, monkeypatch, caplog, stage, victim, resumed
+):
+    expected = computed_by_one(shared_work)
+    done = computed_by(shared_work, 2, stage, victim, 2)
+    assert done.returncode == 137, done.stderr
+    assert [line for line in done.stderr.splitlines() if "rror" in line] == [
+        f"error: process {victim}: expected it to run to the end, found it killed by SIGKILL (out of memory?); run the "
+        "stage again, which continues from what it has saved"
+    ]
+    assert contents(shared_work) == expected  # as it was
+    monkeypatch.setattr("firstsight.core.scratch._code", dict)  # this process has loaded more of it
+    with caplog.at_level("INFO", logger="firstsight"):
+        assert computed_by_one(shared_work) == expected
+    assert re.search(resumed, caplog.text)
+    assert list((shared_work / ".scratch").iterdir()) == []
+
+
+# A stage that notes when models are loaded and measured, on a machine that has six cores.
+NOTED = """
+import os, time
+import torch
+from firstsight.core.stage import main
+from firstsight.models import loading
+from firstsight.profiling import cost
+from stages import evaluate
+
+def noted(name, work):
+    def doing(*given, **named):
+        with open("noted-" + os.environ["RANK"], "a") as file:
+            print(name, time.monotonic(), torch.get_num_threads(), file=file)
+            done = work(*given, **named)
+            print("after", name, time.monotonic(), file=file)
+        return done
+    return doing
+
+loading.cores = lambda: 6
+loading.load_model = noted("loading", loading.load_model)
+cost.measure_throughput = noted("measuring", cost.measure_throughput)
+main(lambda: evaluate.run("student"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_one_process_measures_with_all_cores_while_the_others_wait(smoke_copy):
+    (smoke_copy / "noted.py").write_text(NOTED)
+    with one_core():
+        done = launch_as_on_gpus(smoke_copy, 2, "noted.py")
+    assert done.returncode == 0, done.stderr
+    assert "running on the CPU, 3 threads, in 2 processes" in done.stderr
+    first, second = ((smoke_copy / f"noted-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert [line.rsplit(" ", 2)[::2] for line in first if "after" not in line] == [["loading", "6"], ["measuring", "6"]]
+    (loaded,) = (line.split() for line in second if "after" not in line)
+    assert loaded[0] == "loading"
+    assert float(loaded[1]) > float(first[-1].split()[-1])
+    performance = json.loads((smoke_copy / "evaluations/student/performance.json").read_text())
+    assert performance["device"].endswith("6 threads")

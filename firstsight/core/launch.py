@@ -6,6 +6,7 @@ Ends with the status of the process that failed first.
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -23,6 +24,8 @@ def main() -> int:
 
     logging.disable(logging.ERROR)  # of the launcher alone: it reports each signal that it sends
     arguments = launch_command_parser().parse_args()
+    if (arguments.num_machines or 1) > 1:
+        arguments.machine_rank = int(os.environ["SLURM_NODEID"])  # each node's own, where the command is the same
     try:
         launch_command(arguments)
     except ChildFailedError as error:

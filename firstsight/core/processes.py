@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 # Set by accelerate and by torch's launcher for each process that they start.
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "RANK")
+# Set by Slurm in a job: the number of its nodes.
+_NODES = "SLURM_JOB_NUM_NODES"
 _LAUNCH = [sys.executable, "-m", launch.__name__, "--quiet", "--mixed_precision", "no", "--dynamo_backend", "no"]
 # The errors, of what processes exchange data by, when another has gone; torch has no class for them.
 _GONE = re.compile(
@@ -45,9 +48,9 @@ def processes_here() -> int:
 def use_all_gpus(device: str) -> None:
     """Replace this process by `accelerate launch`, which starts its stage once for each GPU, if there are several.
 
-    So too if the user has a file of `accelerate config`, for FSDP and the like. One process needs no launcher, which
-    would import torch for itself before it starts the stage. Return if this process was launched already, or is not a
-    stage's own.
+    So too if the user has a file of `accelerate config`, for FSDP and the like, and in a job of Slurm with several
+    nodes, on each of which `srun` starts it. One process needs no launcher, which would import torch for itself before
+    it starts the stage. Return if this process was launched already, or is not a stage's own.
 
     Args:
         device: `runtime.device`.
@@ -61,7 +64,12 @@ def use_all_gpus(device: str) -> None:
 
     configured = Path(default_config_file).is_file()
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    nodes = int(os.environ.get(_NODES, "1"))
     stage = ["-m", module.name, *sys.argv[1:]]
+    if nodes > 1:
+        # To srun's tasks DVC would seem to have died, for it is not above them (`firstsight.core.launchers`).
+        environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
+        os.execvpe("srun", [*on_nodes(nodes, max(gpus, 1), configured), *stage], environment)
     if configured or gpus > 1:
         os.execv(sys.executable, [*launcher(None if configured else gpus), *stage])
 
@@ -71,6 +79,23 @@ def launcher(processes: int | None) -> list[str]:
     # Port 0: any that is free, so that stages of two clones run beside each other.
     here = ["--num_machines", "1", "--main_process_port", "0"]
     return [*_LAUNCH, *(["--multi_gpu", *here, "--num_processes", str(processes)] if processes else [])]
+
+
+def on_nodes(nodes: int, processes: int, configured: bool) -> list[str]:
+    """Return the command that starts so many processes on each of the nodes of a job of Slurm, of which this is one.
+
+    A task of srun on each node launches the node's processes. When one fails, srun ends the others.
+
+    Args:
+        configured: whether there is a file of `accelerate config`, which says how they work together.
+    """
+    from accelerate.utils.other import get_free_port  # takes seconds
+
+    tasks = ["srun", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"]
+    here = ["--main_process_ip", socket.gethostname(), "--main_process_port", str(get_free_port())]
+    there = ["--num_machines", str(nodes), "--num_processes", str(nodes * processes), *here]
+    how = [] if configured else ["--multi_gpu"]
+    return [*tasks, "--cpu-bind", "none", "--kill-on-bad-exit", *_LAUNCH, *how, *there]
 
 
 @contextmanager

@@ -4,27 +4,31 @@
 
 The teacher first answers the questions that have no answer; what it computes for an answer are its targets. It then
 runs over the samples whose answers are in the data. With `targets.kind: online` no targets are stored, and distill runs
-the teacher itself.
+the teacher itself. Several processes share the batches; what they write does not depend on how many there are.
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, `targets` in params.yaml
 writes data/teacher-targets (its files: `firstsight.distillation.targets`)
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
 
+from firstsight.caching.shards import write_shared
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder
-from firstsight.core.progress import progress
+from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
 from firstsight.distillation.builder import TargetBuilder
-from firstsight.distillation.targets import Index, SplitTargetsWriter, write_answers, write_index
+from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.models.loading import load_model, load_processor, pick_device
@@ -38,24 +42,18 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 @torch.inference_mode()
 def run() -> None:
     loaded = params.load()
+    use_all_gpus(loaded.runtime.device)
     settings = loaded.targets
     processor = load_processor(TEACHER)
-    shared = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
-    if settings.kind == "topk" and settings.k > shared:
-        log.info("targets.k is %d: the logits of all %d shared tokens are stored", settings.k, shared)
+    shared_tokens = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
+    if settings.kind == "topk" and settings.k > shared_tokens:
+        log.info("targets.k is %d: the logits of all %d shared tokens are stored", settings.k, shared_tokens)
     data = {split: Split(path) for split, path in SPLITS.items()}
     device = pick_device(loaded.runtime.device)
-    made_from = {
-        "kind": settings.kind,
-        # Over all its files: config, processor and chat template change the teacher's outputs as its weights do.
-        "teacher": fingerprint_folder(TEACHER),
-        "precision": settings.precision,
-        "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
-        "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared),
-        "shared_vocabulary": shared,
-    }
+    # Large files are read for it: by the main process, for all.
+    made_from = provenance(settings, processor, shared_tokens) if is_main_process() else {}
     work = made_from | settings.model_dump() | {"device": device}
-    with scratch.kept_folder("cache-teacher-targets", work) as scratch_folder:
+    with shared(scratch.kept_folder(STAGE, work)) as scratch_folder:
         unanswered = [question for split in data.values() for question in split.unanswered()]
         needs_teacher = settings.kind != "online" or unanswered
         model = load_model(TEACHER, settings.precision, device) if needs_teacher else None
@@ -68,20 +66,34 @@ def run() -> None:
         if settings.kind == "online":
             log.info("targets.kind is online: no targets are stored, distill will run the teacher")
         else:
-            builder = TargetBuilder(model, settings, shared)
+            builder = TargetBuilder(model, settings, shared_tokens)
             head = builder.head
             built = build(
                 builder, splits, encoded, answers, settings, scratch_folder, loaded.runtime.data_workers, device
             )
-        with whole_folder(OUTPUT) as folder:
-            for shard in sorted(scratch_folder.glob("*.safetensors")):
-                link_file(shard, folder / shard.name)
-            write_answers(folder, answers.texts)
-            write_index(folder, Index(**made_from, answer_tokens=tokens, **built), head)
+        if is_main_process():
+            with whole_folder(OUTPUT) as folder:
+                for shard in sorted(scratch_folder.glob("*.safetensors")):
+                    link_file(shard, folder / shard.name)
+                write_answers(folder, answers.texts)
+                write_index(folder, Index(**made_from, answer_tokens=tokens, **built), head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
     for temperature, kl in built["topk_error"].items():
         log.info("top-%d at T = %s: KL from the exact teacher %.2g per token", settings.k, temperature, kl)
+
+
+def provenance(settings: params.Targets, processor: ProcessorMixin, shared_tokens: int) -> dict[str, Any]:
+    """Return what the targets are made from, as the index records it."""
+    return {
+        "kind": settings.kind,
+        # Over all its files: config, processor and chat template change the teacher's outputs as its weights do.
+        "teacher": fingerprint_folder(TEACHER),
+        "precision": settings.precision,
+        "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
+        "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared_tokens),
+        "shared_vocabulary": shared_tokens,
+    }
 
 
 def build(
@@ -94,7 +106,7 @@ def build(
     workers: int,
     device: str,
 ) -> dict[str, Any]:
-    """Write the shards that are not yet in `scratch_folder`; return what the index records of them.
+    """Write the shards that are not yet in `scratch_folder`, all processes together; return what the index records.
 
     `encoded` has the answer tokens of each record of each sample of a split.
     """
@@ -106,38 +118,52 @@ def build(
         check_disk_space(place, size * 20 // 19, "free some space, or set targets.kind to topk or online")
     error_sums: Counter[str] = Counter()
     for split, dataset in splits.items():
-        writer = SplitTargetsWriter(scratch_folder, split)
+        compute = partial(
+            targets,
+            builder=builder,
+            dataset=dataset,
+            encoded=encoded[split],
+            answers=answers,
+            workers=workers,
+            device=device,
+        )
         everything = range(len(dataset))
         batches = [everything[start : start + settings.batch_size] for start in everything[:: settings.batch_size]]
-        if writer.batches:
-            log.info("%s: resuming after batch %d of %d", split, writer.batches, len(batches))
-        remaining = batches[writer.batches :]
-        # The teacher runs over these samples of each batch alone: for the others, it has computed all that is needed.
-        to_run = [
-            [one for one in batch if not answers.has_states(dataset.split[one].records, encoded[split][one])]
-            for batch in remaining
-        ]
-        loader = iter(
-            DataLoader(
-                dataset, batch_sampler=list(filter(None, to_run)), collate_fn=dataset.collate, num_workers=workers
-            )
-        )
-        label = f"cache-teacher-targets: {split}"
-        shown = progress(desc=label, unit="batches", total=len(batches), initial=writer.batches)
-        for batch, run_over in zip(remaining, to_run, strict=True):
-            computed = iter(builder.states(to(next(loader), device)) if run_over else ())
-            states = [
-                next(computed) if one in run_over else answers.states(dataset.split[one].records).to(device)
-                for one in batch
-            ]
-            targets, errors = builder.targets(torch.cat(states))
-            tokens = [answer for one in batch for answer in encoded[split][one]]
-            writer.write({"answers": torch.tensor(list(chain(*tokens))), **targets}, list(map(len, tokens)), errors)
-            shown.update()
-        shown.close()
-        error_sums.update(writer.close())
+        label = f"{STAGE}: {split}"
+        notes = write_shared(SplitTargetsWriter, scratch_folder, split, batches, compute, label, "samples")
+        error_sums.update(notes.get("error_sums", {}))
     error = {temperature: sums / total for temperature, sums in error_sums.items()}
     return {"bytes_per_token": builder.bytes_per_token, "topk_error": error}
+
+
+def targets(
+    batches: Sequence[Sequence[int]],
+    *,
+    builder: TargetBuilder,
+    dataset: PackedDataset,
+    encoded: list[list[list[int]]],
+    answers: TeacherAnswers,
+    workers: int,
+    device: str,
+) -> Iterator[tuple[dict[str, torch.Tensor], list[int], dict[str, float]]]:
+    """Yield what `SplitTargetsWriter.write` takes for each of the batches, which are numbers of samples."""
+    # The teacher runs over these samples of each batch alone: for the others, it has computed all that is needed.
+    to_run = [
+        [one for one in batch if not answers.has_states(dataset.split[one].records, encoded[one])] for batch in batches
+    ]
+    loader = iter(
+        DataLoader(dataset, batch_sampler=list(filter(None, to_run)), collate_fn=dataset.collate, num_workers=workers)
+    )
+    for batch, run_over in zip(batches, to_run, strict=True):
+        computed = iter(builder.states(to(next(loader), device)) if run_over else ())
+        states = [
+            next(computed) if one in run_over else answers.states(dataset.split[one].records).to(device)
+            for one in batch
+        ]
+        made, errors = builder.targets(torch.cat(states))
+        tokens = [answer for one in batch for answer in encoded[one]]
+        on_cpu = {name: tensor.cpu() for name, tensor in made.items()}
+        yield {"answers": torch.tensor(list(chain(*tokens))), **on_cpu}, list(map(len, tokens)), errors
 
 
 def count(encoded: list[list[list[int]]]) -> int:

@@ -3,6 +3,7 @@
     python -m stages.cache_visual_tokens
 
 distill and finetune-student then train on its outputs, the visual tokens, and neither run the tower nor process pixels.
+Several processes share the samples; what they write does not depend on how many there are.
 
 reads  models/student, the train and validation splits, `method`, `train_vision` and `visual_tokens` of `train` in
        params.yaml
@@ -10,18 +11,22 @@ writes data/visual-tokens (its files: `firstsight.caching.visual_tokens`); if th
        computed in every epoch, left-out.json with the reason instead
 """
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
 from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder, write_json
-from firstsight.core.progress import progress
+from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT
 
 if TYPE_CHECKING:
-    from firstsight.caching.visual_tokens import VisualTokensWriter
+    from torch import Tensor
+
     from firstsight.packing.dataset import ExpandedDataset
     from firstsight.packing.vision_tower import VisionTower
 
@@ -37,44 +42,58 @@ def run() -> None:
         cache(loaded.train, loaded.runtime)
         return
     reason = f"train.{'train_vision is true' if loaded.train.train_vision else 'visual_tokens is computed'}"
-    with whole_folder(OUTPUT) as folder:
-        write_json(folder / LEFT_OUT, reason)
+    if is_main_process():
+        with whole_folder(OUTPUT) as folder:
+            write_json(folder / LEFT_OUT, reason)
     log.info("%s is left out: %s", OUTPUT, reason)
 
 
 def cache(settings: params.Train, runtime: params.Runtime) -> None:
     """Write the visual tokens of both splits."""
+    use_all_gpus(runtime.device)
     # Imported here, because they take seconds, and a stage that is left out needs none of them.
-    from firstsight.caching.visual_tokens import VisualIndex, VisualTokensWriter, write_visual_index
+    from firstsight.caching.shards import write_shared
+    from firstsight.caching.visual_tokens import STAGE, VisualIndex, VisualTokensWriter, write_visual_index
     from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
     from firstsight.packing.dataset import ExpandedDataset
     from firstsight.packing.vision_tower import VisionTower
     from firstsight.records.parquet import Split
 
     device = pick_device(runtime.device)
-    made_from = {
-        # Over all its files: config and processor change the tower's outputs as its weights do.
-        "student": fingerprint_folder(STUDENT),
-        # As in training, so that the visual tokens are the same.
-        "precision": training_precision(settings.method, device),
-        "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
-    }
+    # As in training, so that the visual tokens are the same.
+    precision = training_precision(settings.method, device)
+    # Large files are read for it: by the main process, for all.
+    made_from = provenance(precision) if is_main_process() else {}
     processor = load_processor(STUDENT)
     splits = {split: ExpandedDataset(Split(path), processor) for split, path in SPLITS.items()}
-    with scratch.kept_folder("cache-visual-tokens", made_from | {"device": device}) as scratch_folder:
-        tower = VisionTower(load_model(STUDENT, made_from["precision"], device), device)
+    with shared(scratch.kept_folder(STAGE, made_from | {"device": device})) as scratch_folder:
+        tower = VisionTower(load_model(STUDENT, precision, device), device)
         check_room(tower, list(splits.values()))
-        writers = {split: VisualTokensWriter(scratch_folder, split) for split in splits}
-        for split, writer in writers.items():
-            look(tower, splits[split], writer, f"cache-visual-tokens: {split}", runtime.data_workers)
-        tokens = {split: writer.tokens for split, writer in writers.items()}
-        samples = {split: writer.records for split, writer in writers.items()}
-        with whole_folder(OUTPUT) as folder:
-            for shard in sorted(scratch_folder.glob("*.safetensors")):
-                link_file(shard, folder / shard.name)
-            write_visual_index(folder, VisualIndex(**made_from, samples=samples, tokens=tokens))
+        tokens = {}
+        for split, dataset in splits.items():
+            compute = partial(look, tower=tower, dataset=dataset, workers=runtime.data_workers)
+            batches = [[one] for one in range(len(dataset))]
+            label = f"{STAGE}: {split}"
+            notes = write_shared(VisualTokensWriter, scratch_folder, split, batches, compute, label, "samples")
+            tokens[split] = notes.get("tokens", 0)
+        if is_main_process():
+            samples = {split: len(dataset) for split, dataset in splits.items()}
+            with whole_folder(OUTPUT) as folder:
+                for shard in sorted(scratch_folder.glob("*.safetensors")):
+                    link_file(shard, folder / shard.name)
+                write_visual_index(folder, VisualIndex(**made_from, samples=samples, tokens=tokens))
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s visual tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
+
+
+def provenance(precision: str) -> dict[str, Any]:
+    """Return what the visual tokens are made from, as the index records it."""
+    return {
+        # Over all its files: config and processor change the tower's outputs as its weights do.
+        "student": fingerprint_folder(STUDENT),
+        "precision": precision,
+        "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
+    }
 
 
 def check_room(tower: "VisionTower", splits: list["ExpandedDataset"]) -> None:
@@ -90,19 +109,16 @@ def check_room(tower: "VisionTower", splits: list["ExpandedDataset"]) -> None:
 
 
 def look(
-    tower: "VisionTower", dataset: "ExpandedDataset", writer: "VisualTokensWriter", label: str, workers: int
-) -> None:
-    """Run the tower over the samples that the writer has not written yet, and write their visual tokens."""
+    batches: Sequence[Sequence[int]], *, tower: "VisionTower", dataset: "ExpandedDataset", workers: int
+) -> Iterator[tuple["dict[str, Tensor]", "Tensor | None"]]:
+    """Yield what `VisualTokensWriter.write` takes for each of the batches, which are the number of one sample each."""
     from torch.utils.data import DataLoader  # as in `cache`
 
-    if writer.records:
-        log.info("%s: resuming after sample %d of %d", label, writer.records, len(dataset))
-    remaining = range(writer.records, len(dataset))
-    with progress(desc=label, unit="samples", total=len(dataset), initial=writer.records) as shown:
-        for expanded in DataLoader(dataset, sampler=remaining, batch_size=None, num_workers=workers):
-            writer.write(expanded, tower.tokens(expanded))
-            shown.update()
-    writer.finish()
+    from firstsight.caching.visual_tokens import without_pixels
+
+    for expanded in DataLoader(dataset, sampler=list(chain(*batches)), batch_size=None, num_workers=workers):
+        tokens = tower.tokens(expanded)
+        yield without_pixels(expanded), None if tokens is None else tokens.cpu()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,16 @@ from typing import TYPE_CHECKING, Any
 from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
+from firstsight.core.processes import (
+    all_cores,
+    collected,
+    from_main,
+    is_main_process,
+    share,
+    shared,
+    use_all_gpus,
+    wait_for_all,
+)
 from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT, VARIANTS, Variant
@@ -29,66 +39,103 @@ TEST = Path("data/egoqa/test.parquet")
 
 def run(name: str) -> None:
     loaded = params.load()
-    with whole_folder(Path("evaluations") / name) as folder:
-        if reason := left_out(name, loaded.evaluate):
+    reason = left_out(name, loaded.evaluate)
+    if reason is None:
+        evaluate(name, loaded)
+        return
+    if is_main_process():
+        with whole_folder(Path("evaluations") / name) as folder:
             write_json(folder / LEFT_OUT, reason)
-            log.info("%s is left out: %s", name, reason)
-        else:
-            measure(name, loaded, folder)
+    log.info("%s is left out: %s", name, reason)
 
 
-def measure(name: str, loaded: params.Params, folder: Path) -> None:
-    """Measure a variant, and write its files into `folder`."""
-    # Imported here, because they take seconds, and a variant that is left out needs none of them.
+def evaluate(name: str, loaded: params.Params) -> None:
+    """Measure a variant and have it answer, and write its files.
+
+    The main process measures alone, as the only one would; then all processes share the questions.
+    """
     from firstsight.engine.layout import is_exported
-    from firstsight.evaluation.answer_limit import answer_limit
-    from firstsight.evaluation.quality import summarise
-    from firstsight.profiling import cost
-    from firstsight.profiling.peak_memory import PeakMemory
-    from firstsight.records.parquet import Split
 
     variant, settings = VARIANTS[name], loaded.evaluate
+    if not (onnx := is_exported(variant.model)):
+        use_all_gpus(loaded.runtime.device)
+    # Imported here, because they take seconds, and a variant that is left out needs none of them.
+    from firstsight.evaluation.answer_limit import answer_limit
+    from firstsight.records.parquet import Split
+
     questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-    device, load = exported(variant) if is_exported(variant.model) else in_pytorch(variant, loaded)
-    memory = PeakMemory(device)
-    started = time.perf_counter()
-    model = load()
-    load_seconds = time.perf_counter() - started
-    # Batch 1 first: memory that larger batches leave in the process would otherwise count.
-    memory.reset()
-    latency = cost.measure_latency(model, questions, settings)
-    performance = {
-        "parameters": model.parameters,
-        "disk_bytes": cost.folder_bytes(variant.model),
-        "weights_bytes": model.weights_bytes,
-        "peak_bytes": memory.peak(),
-        "load_seconds": load_seconds,
-        **latency,
-        "throughput": cost.measure_throughput(model, questions, settings, memory),
-        "token_limit_ms": cost.token_limit_ms(model),  # after the peaks of memory, to which its buffers add
-        **model.environment(),
-    }
+    device, load = exported(variant) if onnx else in_pytorch(variant, loaded)
+    model, performance = measure(variant, load, device, questions, settings) if is_main_process() else (None, {})
+    wait_for_all()
+    if model is None:
+        model = load()
     records = [record for _, record in questions]
     tokens = answer_limit(model.token_counts, records, settings.max_new_tokens)
     settings = settings.model_copy(update={"max_new_tokens": tokens})
-    work = {
-        "model": fingerprint_folder(variant.model),
-        "test": fingerprint_files([TEST]),
-        "settings": settings.model_dump(),
-        "device": device,
-    }
-    with scratch.kept_folder(f"evaluate-{name}", work) as kept:
+    work = {}
+    if is_main_process():  # for all, because large files are read
+        work = {
+            "model": fingerprint_folder(variant.model),
+            "test": fingerprint_files([TEST]),
+            "settings": settings.model_dump(),
+            "device": device,
+        }
+    with shared(scratch.kept_folder(f"evaluate-{name}", work)) as kept:
         predicted = answer(name, model, questions, settings, kept)
+    if is_main_process():
+        write(name, questions, predicted, settings, performance)
+
+
+def measure(
+    variant: Variant, load: Callable[[], Any], device: str, questions: list["Question"], settings: params.Evaluate
+) -> tuple[Any, dict[str, Any]]:
+    """Load a variant, and measure its size, latency, throughput and memory. Returns the model and the figures."""
+    from firstsight.profiling import cost  # as in `evaluate`
+    from firstsight.profiling.peak_memory import PeakMemory
+
+    with all_cores():
+        memory = PeakMemory(device)
+        started = time.perf_counter()
+        model = load()
+        load_seconds = time.perf_counter() - started
+        # Batch 1 first: memory that larger batches leave in the process would otherwise count.
+        memory.reset()
+        latency = cost.measure_latency(model, questions, settings)
+        return model, {
+            "parameters": model.parameters,
+            "disk_bytes": cost.folder_bytes(variant.model),
+            "weights_bytes": model.weights_bytes,
+            "peak_bytes": memory.peak(),
+            "load_seconds": load_seconds,
+            **latency,
+            "throughput": cost.measure_throughput(model, questions, settings, memory),
+            "token_limit_ms": cost.token_limit_ms(model),  # after the peaks of memory, to which its buffers add
+            **model.environment(),
+        }
+
+
+def write(
+    name: str,
+    questions: list["Question"],
+    predicted: list[str],
+    settings: params.Evaluate,
+    performance: dict[str, Any],
+) -> None:
+    """Score the answers of a variant, and write its files."""
+    from firstsight.evaluation.quality import summarise  # as in `evaluate`
+
+    records = [record for _, record in questions]
     groups = [sample.group for sample, _ in questions]
     quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
-    write_json(
-        folder / "predictions.json",
-        [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],
-    )
-    write_json(folder / "quality.json", quality)
-    write_json(folder / "performance.json", performance)
+    with whole_folder(Path("evaluations") / name) as folder:
+        write_json(
+            folder / "predictions.json",
+            [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],
+        )
+        write_json(folder / "quality.json", quality)
+        write_json(folder / "performance.json", performance)
     log.info(
         "%s: exact match %.3f, F1 %.3f, %.1f ms an answer",
         name,
@@ -137,29 +184,39 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
 
 
 def answer(name: str, model: Any, questions: list["Question"], settings: params.Evaluate, kept: Path) -> list[str]:
-    """Return the model's answers, continuing from those that an interrupted run has saved in the folder `kept`.
+    """Return the model's answers in the main process, after those that an interrupted run has saved in `kept`.
 
-    The longest questions are asked first, so that batches are padded little, and memory runs out at once if it does.
+    All processes share the batches. The longest questions are asked first, so that batches are padded little, and
+    memory runs out at once if it does.
     """
-    from firstsight.generation.order import by_length  # as in `measure`
+    from firstsight.generation.order import by_length  # as in `evaluate`
 
-    order = by_length(questions)
+    order, size = by_length(questions), settings.batch_size
     path = kept / "answers-by-length.json"
-    given: list[str] = []
-    if path.exists():
-        try:
-            given = list(map(str, json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError as error:
-            log.warning("%s is damaged (%s); all questions are asked again", path, error)
-    if given:
-        log.info("%s: resuming at question %d of %d, from %s", name, len(given), len(questions), kept)
+    given = from_main(saved(name, path, len(questions)) if is_main_process() else [])
     remaining = [questions[number] for number in order[len(given) :]]
-    asked = model.answers(remaining, settings.batch_size, settings.max_new_tokens)
-    for text in progress(asked, desc=f"evaluate {name}", unit="questions", total=len(questions), initial=len(given)):
-        given.append(text)
-        if len(given) % settings.batch_size == 0:
+    batches = [remaining[start : start + size] for start in range(0, len(remaining), size)]
+    answered = (list(model.answers(batch, size, settings.max_new_tokens)) for batch in share(batches))
+    with progress(desc=f"evaluate {name}", unit="questions", total=len(questions), initial=len(given)) as shown:
+        for texts in collected(answered, len(batches)):
+            given += texts
             write_json(path, given)
-    return [text for _, text in sorted(zip(order, given, strict=True))]
+            shown.update(len(texts))
+    # Elsewhere than in the main process, no answers have come.
+    return [text for _, text in sorted(zip(order, given, strict=is_main_process()))]
+
+
+def saved(name: str, path: Path, questions: int) -> list[str]:
+    """Return the answers to the first of so many questions that an interrupted run has saved; none if it has not."""
+    if not path.exists():
+        return []
+    try:
+        given = list(map(str, json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        log.warning("%s is damaged (%s); all questions are asked again", path, error)
+        return []
+    log.info("%s: resuming at question %d of %d, from %s", name, len(given), questions, path.parent)
+    return given
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import chdir
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +30,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from firstsight.core import params
+from firstsight.core.processes import launcher
 from firstsight.core.variants import METHODS, VARIANTS
 from firstsight.records.sample import Record, Sample
 
@@ -112,6 +114,24 @@ def launch(folder: Path, processes: int, *program: str) -> subprocess.CompletedP
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     words += program
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def launch_as_on_gpus(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess:
+    """Run a program, or `-m` and a module, as a stage starts itself on a machine of so many GPUs."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [*launcher(processes), *program]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Have this process, and what it starts, use a single core and thread: with more, sums are rounded otherwise."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(bound)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
 
 
 def workspace(folder: Path, preset: str = "smoke") -> Path:

@@ -1,34 +1,36 @@
-"""A Slurm of one node for tests: Debian's daemons, as this user, on ports and in a folder of their own."""
+"""A Slurm of one or two nodes for tests: Debian's daemons, as this user, on ports and in a folder of their own."""
 
 import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 # Debian keeps daemons where only root looks.
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-# Two cores, whatever the machine has; jobs of the partition `urgent` preempt those of `usual`. A job that is queued
-# again waits until the credential of its last start has expired: 120 seconds, if nothing were said.
+# Nodes are daemons on this machine, each of two cores, whatever the machine has; one that is silent for a few seconds
+# is taken for dead, and serves again once it is restarted. Jobs of the partition `urgent` preempt those of `usual`. A
+# job that is queued again waits until the credential of its last start has expired: 120 seconds, if nothing were said.
 CONFIGURATION = """
 ClusterName=firstsight
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -39,7 +41,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=1,sched_interval=1
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000
+SlurmdTimeout=6
+ReturnToService=2
+{nodes}
 PartitionName=usual Nodes=ALL Default=YES PriorityTier=1
 PartitionName=urgent Nodes=ALL PriorityTier=2
 """
@@ -53,6 +57,7 @@ def missing() -> list[str]:
 class Cluster:
     folder: Path
     environment: dict[str, str]
+    nodes: dict[str, subprocess.Popen]
 
     def run(self, *words: str, cwd: Path | None = None, **variables: str) -> str:
         """What a command prints that finds this cluster."""
@@ -74,24 +79,42 @@ class Cluster:
             time.sleep(0.3)
         return state
 
+    def kill(self, node: str, project: Path) -> None:
+        """Kill a node as a loss of power does: its daemon, and all processes of its tasks, which work in `project`."""
+        self.nodes[node].kill()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                on_node = process.environ().get("SLURMD_NODENAME") == node
+                if on_node and Path(process.cwd()) == project:
+                    for one in (*(above for above in process.parents() if above.name() == "slurmstepd"), process):
+                        one.kill()
+
+    @contextmanager
+    def restarted(self, node: str) -> Iterator[None]:
+        """Have a killed node serve again, until the block ends."""
+        with daemon(["slurmd", "-D", "-N", node], self.folder, self.environment):
+            yield
+
     def logs(self) -> str:
         return "\n".join("\n".join(path.read_text().splitlines()[-20:]) for path in self.folder.glob("*.log"))
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start munged, slurmctld and slurmd in `folder`, and stop them, with their jobs, when the block ends."""
+def cluster(folder: Path, names: Sequence[str] = ("node1",)) -> Iterator[Cluster]:
+    """Start munged, slurmctld and a slurmd a node in `folder`, and stop them, with their jobs, when the block ends."""
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    ports = free_ports(2)
+    ports = free_ports(1 + len(names))
     host = socket.gethostname().split(".")[0]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    configuration = CONFIGURATION.format(
-        host=host, user=user, folder=folder, controller_port=ports[0], node_port=ports[1]
+    nodes = "\n".join(
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000"
+        for name, port in zip(names, ports[1:], strict=True)
     )
+    configuration = CONFIGURATION.format(host=host, user=user, folder=folder, controller_port=ports[0], nodes=nodes)
     (folder / "slurm.conf").write_text(configuration)
     environment = os.environ | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     version = subprocess.run(["slurmd", "-V"], env=environment, capture_output=True, text=True, check=True).stdout
@@ -101,12 +124,14 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
     munge += [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "seed", "log")]
     with ExitStack() as stack:
-        for words in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
-            stack.enter_context(daemon(words, folder, environment))
-            if words is munge:
-                wait_for((folder / "munge.socket").exists, folder)
-        one = Cluster(folder, environment)
-        wait_for(lambda: "idle" in sinfo(environment), folder)
+        stack.enter_context(daemon(munge, folder, environment))
+        wait_for((folder / "munge.socket").exists, folder)
+        stack.enter_context(daemon(["slurmctld", "-D"], folder, environment))
+        slurmds = {
+            name: stack.enter_context(daemon(["slurmd", "-D", "-N", name], folder, environment)) for name in names
+        }
+        one = Cluster(folder, environment, slurmds)
+        wait_for(lambda: sinfo(environment).split() == ["idle"], folder)
         try:
             yield one
         finally:
@@ -115,11 +140,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def daemon(words: list[str], folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    with (folder / f"{words[0]}.out.log").open("w") as output:
+def daemon(words: list[str], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    with (folder / f"{Path(words[-1]).name}.out.log").open("w") as output:
         process = subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(30)

@@ -219,21 +219,22 @@ def test_an_evaluation_that_was_ended_goes_on_where_it_was(smoke_copy, monkeypat
     asked = []
 
     def ended(model, processor, questions, batch_size, tokens):
-        for number, answer in enumerate(answers(model, processor, questions, batch_size, tokens)):
-            if len(asked) == 0 and number == 20:
-                asked.append(number)
+        for answer in answers(model, processor, questions, batch_size, tokens):
+            asked.append(answer)
+            if len(asked) == 20:
                 raise KeyboardInterrupt
             yield answer
 
     monkeypatch.setattr("firstsight.generation.answering.answers", ended)
     with pytest.raises(KeyboardInterrupt):
         run_stage(smoke_copy, "evaluate", "teacher")
+    asked.clear()
     monkeypatch.setattr(
-        "firstsight.generation.answering.answers", lambda *given: (asked.append(len(given[2])), answers(*given))[1]
+        "firstsight.generation.answering.answers", lambda *given: (asked.extend(given[2]), answers(*given))[1]
     )
     run_stage(smoke_copy, "evaluate", "teacher")
     questions = json.loads((smoke_copy / "metrics/quality.json").read_text())["teacher"]["questions"]
-    assert asked == [20, questions - 16]  # two batches of eight were kept
+    assert len(asked) == questions - 16  # two batches of eight were kept
     assert (smoke_copy / "evaluations/teacher/predictions.json").read_bytes() == whole
     assert not list((smoke_copy / ".scratch").iterdir())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from firstsight.core.processes import launcher
+from firstsight.core.processes import launcher, on_nodes
 
 pytestmark = [
     pytest.mark.system,
@@ -191,6 +191,16 @@ def test_a_stage_is_launched_where_accelerate_is_configured(tmp_path, config, pr
 def test_a_process_for_each_gpu_is_started_without_a_warning(tmp_path):
     """accelerate starts them whether there are GPUs or not; each is then a stage that was launched."""
     assert sorted(probe(tmp_path, launcher(2)).splitlines()) == ["0 True", "1 True"]
+
+
+def test_on_several_nodes_srun_starts_a_launcher_on_each():
+    """How processes work together is said by the file of `accelerate config`, if there is one, as on one machine."""
+    alone, configured = on_nodes(2, 8, configured=False), on_nodes(2, 8, configured=True)
+    assert alone[:7] == ["srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
+    for words in (alone, configured):
+        assert (words[words.index("--num_machines") + 1], words[words.index("--num_processes") + 1]) == ("2", "16")
+    assert "--multi_gpu" in alone
+    assert "--multi_gpu" not in configured
 
 
 def probe(folder: Path, launched_by: list[str]) -> str:

@@ -1,14 +1,17 @@
-"""Several processes train what one does: the same steps, the same losses, the same weights, to rounding."""
+"""Several processes do what one does: they train to the same weights, to rounding, and compute the same bytes."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import change, launch, run_stage
+from conftest import change, launch, launch_as_on_gpus, one_core, run_stage
 from safetensors.torch import load_file
 
 from firstsight.core.errors import UserError
+from firstsight.core.files import fingerprint_files
+from firstsight.core.launch import LOST, ended
 from firstsight.core.params import Optimisation
 from firstsight.training.fit import micro_batches
 
@@ -26,7 +29,7 @@ def test_processes_agree(smoke_copy, processes):
     shutil.rmtree(folder)
     done = launch(smoke_copy, processes, "-m", "stages.distill")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("running on the CPU") == processes
+    assert done.stderr.count("running on the CPU") == done.stderr.count(f"in {processes} processes") == 1
     for name, weight in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(weight, alone[name], atol=2e-5, rtol=1e-4)
     rows = json.loads((folder / "history.json").read_text())
@@ -51,3 +54,219 @@ def test_a_step_that_cannot_be_shared_is_refused(settings):
     values = {name: getattr(settings.train, name) for name in Optimisation.model_fields}
     with pytest.raises(UserError, match=r"a multiple of the 3 processes, found 4 x 2"):
         micro_batches(Optimisation(**values | {"batch_size": 4, "gradient_accumulation_steps": 2}), 3)
+
+
+# A program that several processes run, after which it does what is to be tested: they know their `rank`.
+PROGRAM = """
+import os, signal, sys, time
+from firstsight.core.errors import Unfinished, UserError
+from firstsight.core.processes import *
+from firstsight.core.stage import main
+
+def run():
+    from accelerate import PartialState
+    PartialState(cpu=True)
+    rank = int(os.environ["RANK"])
+    {body}
+
+main(run)
+"""
+
+
+def run_program(folder, processes, body):
+    (folder / "program.py").write_text(PROGRAM.format(body=body.strip().replace("\n", "\n    ")))
+    return launch_as_on_gpus(folder, processes, "program.py")
+
+
+@pytest.mark.system
+def test_results_come_in_order_to_the_main_process(tmp_path):
+    body = """
+for total in (0, 1, 5, 24, 27, 50):
+    made = (number * number for number in share(range(total)))
+    came = list(collected(made, total))
+    assert came == ([number * number for number in range(total)] if rank == 0 else []), came
+assert from_main(rank) == 0
+print("all the same")
+"""
+    done = run_program(tmp_path, 3, body)
+    assert (done.returncode, done.stdout) == (0, "all the same\n" * 3), done.stderr
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        # In one process, while the others wait for it.
+        ("if rank == 1: raise UserError('no room')\nwait_for_all()", 1, "error: no room"),
+        # In all of them, at different times.
+        ("time.sleep(rank / 4)\nraise UserError('no room')", 1, "error: no room"),
+        ("if rank == 0: raise Unfinished('stopped')\nwait_for_all()", 75, "unfinished: stopped"),
+        ("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for_all()", 137, "error: process 1: expected it to "
+         "run to the end, found it killed by SIGKILL (out of memory?); run the stage again, which continues from what "
+         "it has saved"),
+    ],
+    ids=["one", "all", "unfinished", "killed"],
+)  # fmt: skip
+def test_a_process_that_fails_ends_all_with_one_line(tmp_path, body, status, said):
+    done = run_program(tmp_path, 2, body)
+    assert (done.returncode, done.stderr.splitlines()) == (status, [said])
+
+
+def test_a_launcher_says_what_its_processes_could_not(capsys):
+    assert ended({0: 1, 1: LOST}) == 1
+    assert ended({1: 1, 0: -9}) == 1  # one that hung was ended by the launcher
+    assert capsys.readouterr().err == ""
+    assert ended({0: LOST, 1: LOST}) == LOST
+    assert "other processes: expected them to run to the end, found them gone" in capsys.readouterr().err
+    assert ended({0: LOST, 1: -9}) == 137
+    assert "process 1: expected it to run to the end, found it killed by SIGKILL" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shared_work(smoke_copy):
+    """Half of the questions are answered by the teacher; 9 batches of the train split, the last of one sample."""
+    change(smoke_copy, "data", unanswered="teacher", labelled_fraction=0.5)
+    change(smoke_copy, "train", train_vision=False)
+    change(smoke_copy, "targets", batch_size=4)
+    change(smoke_copy, "evaluate", batch_size=8)
+    run_stage(smoke_copy, "build_egoqa_dataset")
+    return smoke_copy
+
+
+def contents(folder):
+    """The outputs of the stages that share their work, without timings."""
+    outputs = ("data/teacher-targets", "data/visual-tokens", "evaluations/student")
+    files = [path for output in outputs for path in (folder / output).iterdir() if path.name != "performance.json"]
+    return {str(path.relative_to(folder)): fingerprint_files([path]) for path in files}
+
+
+def computed_by_one(folder):
+    with one_core():
+        run_stage(folder, "cache_teacher_targets")
+        run_stage(folder, "cache_visual_tokens")
+        run_stage(folder, "evaluate", "student")
+    return contents(folder)
+
+
+# The stages that share their work, of which this process is killed in one after some of its batches.
+STAGES = """
+import os, signal, sys
+from firstsight.core import processes, scratch
+from firstsight.core.stage import main
+from firstsight.caching import shards
+from stages import cache_teacher_targets, cache_visual_tokens, evaluate
+
+share, rank, (victim, after) = processes.share, int(os.environ["RANK"]), map(int, sys.argv[2:4])
+
+def until_killed(items):
+    for number, item in enumerate(share(items)):
+        if (rank, number) == (victim, after):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+if victim >= 0:
+    processes._TOGETHER = 1  # batches are handed over one by one,
+    shards._SHARD_RECORDS = 1  # and every one is kept
+    shards.share = evaluate.share = until_killed
+    scratch._code = dict
+
+def run():
+    if "c" in sys.argv[1]:
+        cache_teacher_targets.run()
+    if "v" in sys.argv[1]:
+        cache_visual_tokens.run()
+    if "e" in sys.argv[1]:
+        evaluate.run("student")
+
+main(run)
+"""
+
+
+def computed_by(folder, processes, stages="cve", victim=-1, after=0):
+    (folder / "program.py").write_text(STAGES)
+    with one_core():
+        return launch_as_on_gpus(folder, processes, "program.py", stages, str(victim), str(after))
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize(("kind", "processes"), [("hidden", 2), ("hidden", 4), ("topk", 2)])
+def test_what_several_processes_compute_is_what_one_does(shared_work, kind, processes):
+    change(shared_work, "targets", kind=kind)
+    expected = computed_by_one(shared_work)
+    done = computed_by(shared_work, processes)
+    assert done.returncode == 0, done.stderr
+    assert contents(shared_work) == expected
+    for line in (
+        "the teacher answered",
+        "wrote data/teacher-targets",
+        "wrote data/visual-tokens",
+        "student: exact match",
+    ):
+        assert done.stderr.count(line) == 1, done.stderr
+    assert list((shared_work / ".scratch").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize(("stage", "victim", "resumed"), [
+    ("c", 1, r"answers: resuming after [1-9]\d* of"), ("e", 0, r"resuming at question [1-9]\d* of 48"),
+])  # fmt: skip
+def test_what_a_killed_process_leaves_is_of_use_to_another_number(
+    shared_work, monkeypatch, caplog, stage, victim, resumed
+):
+    expected = computed_by_one(shared_work)
+    done = computed_by(shared_work, 2, stage, victim, 2)
+    assert done.returncode == 137, done.stderr
+    assert [line for line in done.stderr.splitlines() if "rror" in line] == [
+        f"error: process {victim}: expected it to run to the end, found it killed by SIGKILL (out of memory?); run the "
+        "stage again, which continues from what it has saved"
+    ]
+    assert contents(shared_work) == expected  # as it was
+    monkeypatch.setattr("firstsight.core.scratch._code", dict)  # this process has loaded more of it
+    with caplog.at_level("INFO", logger="firstsight"):
+        assert computed_by_one(shared_work) == expected
+    assert re.search(resumed, caplog.text)
+    assert list((shared_work / ".scratch").iterdir()) == []
+
+
+# A stage that notes when models are loaded and measured, on a machine that has six cores.
+NOTED = """
+import os, time
+import torch
+from firstsight.core.stage import main
+from firstsight.models import loading
+from firstsight.profiling import cost
+from stages import evaluate
+
+def noted(name, work):
+    def doing(*given, **named):
+        with open("noted-" + os.environ["RANK"], "a") as file:
+            print(name, time.monotonic(), torch.get_num_threads(), file=file)
+            done = work(*given, **named)
+            print("after", name, time.monotonic(), file=file)
+        return done
+    return doing
+
+loading.cores = lambda: 6
+loading.load_model = noted("loading", loading.load_model)
+cost.measure_throughput = noted("measuring", cost.measure_throughput)
+main(lambda: evaluate.run("student"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_one_process_measures_with_all_cores_while_the_others_wait(smoke_copy):
+    (smoke_copy / "noted.py").write_text(NOTED)
+    with one_core():
+        done = launch_as_on_gpus(smoke_copy, 2, "noted.py")
+    assert done.returncode == 0, done.stderr
+    assert "running on the CPU, 3 threads, in 2 processes" in done.stderr
+    first, second = ((smoke_copy / f"noted-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert [line.rsplit(" ", 2)[::2] for line in first if "after" not in line] == [["loading", "6"], ["measuring", "6"]]
+    (loaded,) = (line.split() for line in second if "after" not in line)
+    assert loaded[0] == "loading"
+    assert float(loaded[1]) > float(first[-1].split()[-1])
+    performance = json.loads((smoke_copy / "evaluations/student/performance.json").read_text())
+    assert performance["device"].endswith("6 threads")

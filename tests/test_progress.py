@@ -64,6 +64,12 @@ def test_where_nothing_is_left_to_do_nothing_is_said(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_of_several_processes_the_main_one_shows_it_alone(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert list(progress(range(3), desc="counting", unit="numbers", total=3)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.system
 def test_a_stage_on_a_terminal_shows_a_bar(tmp_path):
     folder = workspace(tmp_path)

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ under a real Slurm of one node, which the tests start themselves."""
+"""The scripts of slurm/ under a real Slurm of one node or two, which the tests start themselves."""
 
 import csv
 import io
@@ -15,13 +15,14 @@ import pytest
 import slurm_cluster
 from conftest import QUANTIZATIONS, ROOT, command, stages_run
 
+from firstsight.core.cores import cores
 from slurm.set_params import set_params
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 # What the tests' user writes into slurm/site.sh: the node has no GPU, and the environment is there already.
 SITE = """
-unset SBATCH_GPUS SBATCH_CPUS_PER_GPU
+unset SBATCH_GPUS_PER_NODE SBATCH_CPUS_PER_GPU
 export SBATCH_TIMELIMIT=1:00:00
 export FIRSTSIGHT_SCRATCH={scratch}
 export PATH={environment}:$PATH
@@ -41,6 +42,15 @@ def slurm(tmp_path_factory):
     if missing := slurm_cluster.missing():
         pytest.skip(f"no {', '.join(missing)}: install slurm-wlm and munge, or run `make test-all` as root on Debian")
     with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    if missing := slurm_cluster.missing():
+        pytest.skip(f"no {', '.join(missing)}")
+    (tmp_path / "slurm").mkdir()
+    with slurm_cluster.cluster(tmp_path / "slurm", ("node1", "node2")) as cluster:
         yield cluster
 
 
@@ -74,8 +84,8 @@ def submit(
     return slurm.run("bash", "-c", command, cwd=project, **variables).strip()
 
 
-def wait_for(log: Path, text: str) -> None:
-    deadline = time.monotonic() + 60
+def wait_for(log: Path, text: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not log.exists() or text not in log.read_text():
         assert time.monotonic() < deadline, log.read_text() if log.exists() else f"no {log}"
         time.sleep(0.1)
@@ -130,6 +140,68 @@ def test_a_job_that_fails_is_not_queued_again(slurm, counting):
     state = slurm.wait(job, "COMPLETED", "FAILED")
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
     assert "expected a number to count to" in (counting / f"slurm-{job}.out").read_text()
+
+
+SHARING = """
+stages:
+  share:
+    cmd: python -m stages.share
+    deps: [stages/share.py]
+    params: [share]
+    outs: [shared.json]
+"""
+
+
+def sharing(cluster, folder: Path, to: int) -> tuple[Path, str]:
+    """A project of one stage that processes share, at work as a job of two nodes; and the job's number."""
+    project = folder / "sharing"
+    (project / "stages").mkdir(parents=True)
+    (project / "stages/__init__.py").touch()
+    (folder / "scratch").mkdir()
+    shutil.copytree(ROOT / "slurm", project / "slurm")
+    shutil.copytree(ROOT / "firstsight", project / "firstsight")
+    shutil.copy(ROOT / "tests/data/sharing_stage.py", project / "stages/share.py")
+    (project / "dvc.yaml").write_text(SHARING)
+    (project / "preset.yaml").write_text(f"share: {{to: {to}}}\n")
+    site(project, folder / "scratch")
+    cluster.run("git", "init", "--quiet", cwd=project)
+    cluster.run("dvc", "init", "--quiet", cwd=project)
+    command = "source slurm/site.sh && sbatch --parsable --nodes 2 slurm/repro.sbatch preset.yaml"
+    return project, cluster.run("bash", "-c", command, cwd=project).strip()
+
+
+def assert_shared(project: Path, to: int) -> list[tuple[int, str, str]]:
+    """Every number once, and each node did some of them; the numbers with their nodes and starts."""
+    done = json.loads((project / "shared.json").read_text())
+    assert [number for number, _, _ in done] == list(range(to))
+    assert {node for _, node, _ in done} == {"node1", "node2"}
+    return done
+
+
+def test_a_job_of_several_nodes_uses_them_all(two_nodes, tmp_path):
+    project, job = sharing(two_nodes, tmp_path, 40)
+    state = two_nodes.wait(job, "COMPLETED", "FAILED", seconds=900)
+    log = (project / f"slurm-{job}.out").read_text()
+    assert state["JobState"] == "COMPLETED", log
+    assert_shared(project, 40)
+    assert log.count("running on the CPU") == 1
+    assert f"{cores()} threads, in 2 processes" in log  # one on each node
+
+
+def test_a_job_whose_node_dies_goes_on_when_there_is_another(two_nodes, tmp_path):
+    project, job = sharing(two_nodes, tmp_path, 400)
+    wait_for(project / "begun-node2", "101\n", seconds=900)
+    two_nodes.kill("node2", project)
+    state = two_nodes.wait(job, "PENDING", "COMPLETED", "FAILED", seconds=120)
+    log = project / f"slurm-{job}.out"
+    assert state["JobState"] == "PENDING", log.read_text()
+    assert not (project / "shared.json").exists()
+    with two_nodes.restarted("node2"):
+        state = two_nodes.wait(job, "COMPLETED", "FAILED", seconds=900)
+        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+        done = assert_shared(project, 400)
+    assert sum(start == "0" for _, _, start in done) >= 80  # what was kept was not done again
+    assert {start for _, _, start in done} == {"0", "1"}
 
 
 def test_a_sweep_runs_a_job_a_point_and_its_experiments_arrive_here(slurm, committed, tmp_path):

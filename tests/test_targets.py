@@ -49,7 +49,7 @@ def test_targets_read_back_equal_over_several_shards(tmp_path, monkeypatch):
         hidden, answers = (torch.cat(column) for column in zip(*written[first : first + 4], strict=True))
         tensors = {"hidden": hidden, "answers": answers}
         writer.write(tensors, lengths[first : first + 4], {"1.0": 0.5})
-    assert writer.close() == {"1.0": 0.5 * 15}
+    assert writer.close() == {"error_sums": {"1.0": 0.5 * 15}}
     head = torch.randn(500, 16, generator=generator)
     write_index(tmp_path, replace(INDEX, answer_tokens={"train": sum(lengths)}), head)
     assert len(list(tmp_path.glob("train-*.safetensors"))) > 3

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from firstsight.acquisition.egogpt_conversion import convert
 from firstsight.caching import shards
-from firstsight.caching.visual_tokens import SplitVisualTokens, VisualIndex, VisualTokensWriter, read_visual_index
+from firstsight.caching.visual_tokens import (
+    SplitVisualTokens,
+    VisualIndex,
+    VisualTokensWriter,
+    read_visual_index,
+    without_pixels,
+)
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, write_json
 from firstsight.core.params import Optimisation
@@ -75,9 +81,9 @@ def looked_at(folder, student, samples, monkeypatch):
     processor, tower = load_processor(student), VisionTower(load_model(student, "float32", "cpu"), "cpu")
     written = VisualTokensWriter(folder, "train")
     for expanded in map(ExpandedDataset(Split(path), processor).__getitem__, range(len(samples))):
-        written.write(expanded, tower.tokens(expanded))
-    written.finish()
-    index = VisualIndex("s", "float32", {"train": "d"}, {"train": written.records}, {"train": written.tokens})
+        written.write(without_pixels(expanded), tower.tokens(expanded))
+    tokens = written.close()["tokens"]
+    index = VisualIndex("s", "float32", {"train": "d"}, {"train": written.records}, {"train": tokens})
     answered = Split(path).answered({})
     seen = SplitVisualTokens(folder, "train", index, "d")
     return PackedDataset(answered, processor), PackedDataset(answered, processor, visual=seen)

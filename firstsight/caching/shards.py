@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from firstsight.core.errors import UserError
 from firstsight.core.faults import writing
 from firstsight.core.files import fingerprint_files, read_json
+from firstsight.core.processes import collected, from_main, is_main_process, share
+from firstsight.core.progress import progress
 from firstsight.core.stage import log
 from firstsight.core.validation import describe
 
@@ -64,10 +66,11 @@ class ShardWriter:
         if self._pending_records >= _SHARD_RECORDS or size >= _SHARD_BYTES:
             self._flush()
 
-    def finish(self) -> None:
-        """Write the last shard."""
+    def close(self) -> dict[str, Any]:
+        """Write the last shard and return the `notes`."""
         if self._pending:
             self._flush()
+        return self.notes
 
     def _joined(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the tensors of a shard of these batches; `lengths` among them has a row for each record."""
@@ -87,6 +90,41 @@ class ShardWriter:
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{self._split}-{shard:05d}.safetensors"
+
+
+def write_shared(
+    kind: type[ShardWriter],
+    folder: Path,
+    split: str,
+    batches: Sequence[Sequence[Any]],
+    compute: Callable[[Sequence[Sequence[Any]]], Iterable[tuple]],
+    label: str,
+    unit: str,
+) -> dict[str, Any]:
+    """Have all processes compute the batches that are not yet written, and the main process write them.
+
+    A batch is computed as it is, by one process: what is written does not depend on how many there are.
+
+    Args:
+        kind: a writer whose `write` takes what `compute` yields.
+        compute: yields for each of the batches that it is given what is to be written, tensors on the CPU.
+        label, unit: what progress is called, and what a batch has several of.
+
+    Returns:
+        The writer's `notes`, in every process, when all shards are written.
+    """
+    writer: Any = kind(folder, split) if is_main_process() else None
+    done = from_main(writer.batches if writer else 0)
+    remaining = batches[done:]
+    total, known = sum(map(len, batches)), sum(map(len, batches[:done]))
+    if done:
+        log.info("%s: resuming after %d of %d %s", label, known, total, unit)
+    with progress(desc=label, unit=unit, total=total, initial=known) as shown:
+        # Elsewhere than in the main process, nothing comes out.
+        for computed, batch in zip(collected(compute(share(remaining)), len(remaining)), remaining, strict=False):
+            writer.write(*computed)
+            shown.update(len(batch))
+    return from_main(writer.close() if writer else {})
 
 
 def _checksum(tensors: dict[str, Tensor], written: dict[str, Any]) -> str:

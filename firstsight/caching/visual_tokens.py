@@ -51,36 +51,37 @@ class VisualIndex:
 
 
 class VisualTokensWriter(shards.ShardWriter):
-    """Write one split's visual tokens, sample by sample, so that it continues after an interruption (`ShardWriter`)."""
+    """Write one split's visual tokens, sample by sample, so that it continues after an interruption (`ShardWriter`).
+
+    The note "tokens" is the number of visual tokens.
+    """
 
     def write(self, expanded: dict[str, Tensor], tokens: Tensor | None) -> None:
-        """Write a sample: what `expand` returned, of which pixels are left out, and its visual tokens, if it has any.
+        """Write a sample: what `without_pixels` returned, and its visual tokens on the CPU, if it has any.
 
         Raises:
             UserError: a token is not finite; names the sample by its number.
         """
-        kept = {name: tensor for name, tensor in expanded.items() if not name.startswith("pixel_values")}
-        if tokens is not None:
-            if not tokens.isfinite().all():
-                raise UserError(
-                    f"{self._split} split: expected finite visual tokens from the student, found NaN or infinity in "
-                    f"those of sample {self.records}; repair the student, or set train.method to full for float32"
-                )
-            kept[_TOKENS] = tokens.cpu()
+        if tokens is not None and not tokens.isfinite().all():
+            raise UserError(
+                f"{self._split} split: expected finite visual tokens from the student, found NaN or infinity in "
+                f"those of sample {self.records}; repair the student, or set train.method to full for float32"
+            )
+        kept = expanded if tokens is None else expanded | {_TOKENS: tokens}
         integers = {name: tensor.to(torch.int32) for name, tensor in kept.items() if not tensor.is_floating_point()}
-        self.notes["tokens"] = self.tokens + (0 if tokens is None else len(tokens))
+        self.notes["tokens"] = self.notes.get("tokens", 0) + (0 if tokens is None else len(tokens))
         self.append(kept | integers, 1)
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of visual tokens that have been written."""
-        return self.notes.get("tokens", 0)
 
     def _joined(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         names = sorted({name for batch in batches for name in batch})
         lengths = [[len(batch[name]) if name in batch else -1 for name in names] for batch in batches]
         tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]) for name in names}
         return tensors | {"lengths": torch.tensor(lengths, dtype=torch.int32)}
+
+
+def without_pixels(expanded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those tensors of a sample, as `firstsight.packing.pack.expand` returned them, that are kept on disk."""
+    return {name: tensor for name, tensor in expanded.items() if not name.startswith("pixel_values")}
 
 
 def write_visual_index(folder: Path, index: VisualIndex) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from firstsight.core.processes import is_main_process
+
 # Seconds between two lines, and what they say.
 _INTERVAL = 10
 _LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} elapsed, {remaining} remaining"
@@ -19,13 +21,15 @@ def on_terminal() -> bool:
 def progress(iterable: Iterable | None = None, *, desc: str, unit: str, total: int, initial: int = 0) -> tqdm:
     """Return a tqdm over `iterable`, or one to be updated; it shows nothing if nothing is left to be done.
 
+    Of several processes, the main one shows it alone.
+
     Args:
         unit: the plural of what is counted.
         initial: how many of the `total` an earlier run has done.
     """
     shown = tqdm if on_terminal() else _Lines
     options = {"desc": desc, "unit": f" {unit}", "total": total, "initial": initial, "dynamic_ncols": True}
-    return shown(iterable, disable=initial >= total, **options)
+    return shown(iterable, disable=initial >= total or not is_main_process(), **options)
 
 
 class _Lines(tqdm):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from firstsight.core.errors import Unfinished, UserError
 from firstsight.core.faults import in_words
+from firstsight.core.launch import LOST
 from firstsight.core.launchers import end_with_launchers
-from firstsight.core.processes import is_main_process
+from firstsight.core.processes import first_to_fail, has_lost_another, is_main_process
 
 # With a handler of its own, because libraries set the root logger as they please.
 log = logging.getLogger("firstsight")
@@ -26,7 +27,7 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
 
     A `UserError`, or a fault of the machine (`faults.in_words`), is printed as one line on stderr without a traceback,
     and ends the process with status 1. So is `Unfinished`, with status 75 (EX_TEMPFAIL of sysexits.h): run again, the
-    command resumes.
+    command resumes. Of several processes, only the first that fails says why.
 
     Args:
         choices: what the one argument of a stage may be, which `run` is then called with; empty for a stage without
@@ -44,25 +45,36 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, _hung_up)
+    if not is_main_process():
+        log.setLevel(logging.ERROR)  # what the main process says holds for all
     end_with_launchers()
     try:
         run(*([] if choices is None else _checked(sys.argv[1:], choices)))
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = _in_one_line(error)
+        # Ended by its launcher, because another process has failed, it must not fail a second time as it leaves.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if status != LOST and first_to_fail():
+            if line is None:
+                raise
+            print(line, file=sys.stderr)
+        sys.exit(status)
+
+
+def _in_one_line(error: BaseException) -> tuple[int, str | None]:
+    """Return the status with which the error ends a stage, and what is said of it; None for a traceback."""
+    if isinstance(error, UserError):
         # A data worker's error arrives with its traceback before it.
         line = str(error).rsplit("UserError: ", 1)[-1]
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
-        sys.exit(1)
-    except Unfinished as stopped:
-        print(f"unfinished: {stopped}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
-    except KeyboardInterrupt:
-        print("interrupted; run it again to resume", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        if (line := in_words(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1)
+        return 1, f"error: {' '.join(line.split())}"
+    if isinstance(error, Unfinished):
+        return os.EX_TEMPFAIL, f"unfinished: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted; run it again to resume"
+    if has_lost_another(error):
+        return LOST, None
+    line = in_words(error) if isinstance(error, Exception) else None
+    return 1, line and f"error: {line}"
 
 
 def _checked(arguments: list[str], choices: Collection[str]) -> list[str]:

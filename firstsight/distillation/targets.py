@@ -67,15 +67,14 @@ class SplitTargetsWriter(shards.ShardWriter):
         """Write a batch.
 
         Args:
-            tensors: by name, `answers` among them, with a row per answer token.
+            tensors: by name, `answers` among them, on the CPU, with a row per answer token.
             lengths: number of answer tokens of each record.
-            error_sums: values to be summed over the split.
+            error_sums: values to be summed over the split, by name, in the note "error_sums".
 
         Raises:
             UserError: a value is not finite; names the first such record.
         """
-        batch = {name: tensor.cpu() for name, tensor in tensors.items()}
-        for name, tensor in batch.items():
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(-1).nonzero()[0])
                 record = self.records + bisect.bisect_right(list(accumulate(lengths)), row)
@@ -83,16 +82,11 @@ class SplitTargetsWriter(shards.ShardWriter):
                     f"{self._split} split: expected finite values from the teacher, found NaN or infinity in {name} of "
                     f"record {record}; set targets.precision to float32, or repair or retrain the teacher"
                 )
-        integers = {"answers": batch["answers"], "lengths": torch.tensor(lengths)}
+        integers = {"answers": tensors["answers"], "lengths": torch.tensor(lengths)}
         sums = self.notes.setdefault("error_sums", {})
         for name, value in error_sums.items():
             sums[name] = sums.get(name, 0.0) + value
-        self.append(batch | {name: tensor.to(torch.int32) for name, tensor in integers.items()}, len(lengths))
-
-    def close(self) -> dict[str, float]:
-        """Write the last shard and return `error_sums`, summed over the split."""
-        self.finish()
-        return self.notes.get("error_sums", {})
+        self.append(tensors | {name: tensor.to(torch.int32) for name, tensor in integers.items()}, len(lengths))
 
 
 def write_index(folder: Path, index: Index, head: Tensor | None) -> None:

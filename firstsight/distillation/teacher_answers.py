@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from firstsight.caching.shards import write_shared
 from firstsight.core.errors import UserError
 from firstsight.core.params import Targets
-from firstsight.core.progress import progress
 from firstsight.core.stage import log
-from firstsight.distillation.targets import Shards, SplitTargetsWriter
+from firstsight.distillation.targets import STAGE, Shards, SplitTargetsWriter
 from firstsight.generation.answering import Question, answer_texts, generated_answers
 from firstsight.records.sample import LETTERS, Record
 
@@ -61,7 +61,7 @@ def generate_answers(
     settings: Targets,
     folder: Path,
 ) -> TeacherAnswers:
-    """Answer the questions with the teacher.
+    """Answer the questions with the teacher, which all processes share.
 
     What it computes is written to `folder` as it goes, and what is there already is not computed again. `model` may be
     None if there are no questions.
@@ -69,20 +69,20 @@ def generate_answers(
     Raises:
         UserError: none of the answers is usable.
     """
-    (folder / _ANSWERS).mkdir(exist_ok=True)
-    writer = SplitTargetsWriter(folder / _ANSWERS, _ANSWERS)
-    batches = list(_batches(questions, settings.batch_size))
-    done = sum(map(len, batches[: writer.batches]))
-    with progress(desc="cache-teacher-targets: answers", unit="questions", total=len(questions), initial=done) as shown:
-        for batch in batches[writer.batches :]:
+
+    def compute(batches: Sequence[Sequence[Question]]) -> Iterator[tuple]:
+        for batch in batches:
             given = list(generated_answers(model, processor, batch, len(batch), settings.max_answer_tokens))
             tensors = {"answers": torch.tensor([token for answer in given for token in answer.tokens])}
             # Not for "topk", whose user may have no room for states: they are as large as targets of kind "hidden".
             if settings.kind == "hidden":
-                tensors["hidden"] = torch.cat([answer.states for answer in given])
-            writer.write(tensors, [len(answer.tokens) for answer in given], {})
-            shown.update(len(batch))
-    writer.close()
+                tensors["hidden"] = torch.cat([answer.states for answer in given]).cpu()
+            yield tensors, [len(answer.tokens) for answer in given], {}
+
+    (folder / _ANSWERS).mkdir(exist_ok=True)
+    batches = list(_batches(questions, settings.batch_size))
+    label = f"{STAGE}: answers"
+    write_shared(SplitTargetsWriter, folder / _ANSWERS, _ANSWERS, batches, compute, label, "questions")
     shards = Shards(folder / _ANSWERS, _ANSWERS)
     tokens = [shards.tokens(number) for number in range(len(shards))]
     texts = {

@@ -23,6 +23,7 @@ from transformers import (
 
 from firstsight.core.cores import cores
 from firstsight.core.errors import UserError
+from firstsight.core.processes import processes_here
 from firstsight.core.stage import log
 from firstsight.core.variants import METHODS
 from firstsight.models.architecture import auto_class
@@ -61,13 +62,14 @@ def pick_device(wanted: str) -> str:
     device = "cuda" if available and wanted != "cpu" else "cpu"
     state = PartialState(cpu=device == "cpu")
     if device == "cuda":
-        log.info("running on %s", torch.cuda.get_device_name(state.device))
-        if not has_bfloat16(device):
-            log.info("it computes no bfloat16: precision auto is float16, and training computes in float32")
+        place = torch.cuda.get_device_name(state.device)
     else:
-        # `accelerate launch` leaves each process one thread; divide all that this process may use.
-        torch.set_num_threads(max(1, cores() // state.num_processes))
-        log.info("running on the CPU, %d threads", torch.get_num_threads())
+        # `accelerate launch` leaves each process one thread; divide all that those on this machine may use.
+        torch.set_num_threads(max(1, cores() // processes_here()))
+        place = f"the CPU, {torch.get_num_threads()} threads"
+    log.info("running on %s%s", place, f", in {state.num_processes} processes" if state.num_processes > 1 else "")
+    if device == "cuda" and not has_bfloat16(device):
+        log.info("it computes no bfloat16: precision auto is float16, and training computes in float32")
     return device
 
 

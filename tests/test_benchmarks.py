@@ -173,6 +173,14 @@ SMALL = {
     "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 3),
     # Of graphs that have few bits already: the smoke preset asks for no others.
     "export_weights": (["0.2"], "FLOAT, BLOCKS = VARIANTS['student-onnx-w4a8'].model, ()", 3),
+    "export_rounding": (
+        ["0.2"],
+        "from benchmarks import device\n"
+        "device.QWEN2_VL_2B = device.QWEN2_VL_2B | {'num_hidden_layers': 1}\n"
+        "STUDENT = Path(tempfile.mkdtemp())\n"
+        "export_folders(VARIANTS['student-distilled'].model, {'float32': STUDENT}, [])",
+        10,
+    ),
     "processes": (["0.2"], "PROCESSES = (1, 2)", 2),
     "repeat": (["student-nf4"], "FIGURES = FIGURES[:2]", 3),
     "settings": (["student-nf4"], "SETTINGS = {name: SETTINGS[name] for name in list(SETTINGS)[::5]}", 2),
@@ -295,6 +303,18 @@ def test_a_model_and_its_exports_are_measured_each_in_its_process(rows_of):
     assert whole["same_answer"]
     assert whole["disk_mb"] > 3 * int8["disk_mb"] > 3 * w4a8["disk_mb"]
     assert float(whole["logit_difference"]) < 1e-4 < float(int8["logit_difference"]) < float(w4a8["logit_difference"])
+
+
+@pytest.mark.system
+def test_ways_to_round_are_compared_on_both_models(rows_of):
+    rows = rows_of("export_rounding")
+    ways = ["to the nearest", "AWQ", "AWQ, balanced", "GPTQ", "GPTQ, balanced"]
+    assert [row["weights"] for row in rows] == 2 * ways
+    for nearest, _, _, plain, balanced in (rows[:5], rows[5:]):
+        assert plain["text_error"] < balanced["text_error"] < nearest["text_error"]
+        assert balanced["visual_error"] < plain["visual_error"] < nearest["visual_error"]
+    assert all(0 <= row["same_answers"] <= row["questions"] and float(row["divergence"]) > 0 for row in rows[:5])
+    assert all(row["divergence"] == "" for row in rows[5:])
 
 
 @pytest.mark.system

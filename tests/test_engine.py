@@ -21,7 +21,7 @@ from firstsight.asking.question import question_about
 from firstsight.cli import app
 from firstsight.core.errors import UserError
 from firstsight.engine.exported_model import ExportedModel
-from firstsight.engine.layout import DECODER, LAYOUT, read_layout
+from firstsight.engine.layout import DECODER, LAYOUT, VERSION, read_layout
 from firstsight.engine.pictures import patches
 from firstsight.export.folder import export_folders
 from firstsight.export.weights import quantize_graphs
@@ -211,8 +211,8 @@ def test_weights_outside_of_the_folder_are_not_read(copied):
 
 def version_of_another(folder):
     values = json.loads((folder / LAYOUT).read_text())
-    (folder / LAYOUT).write_text(json.dumps(values | {"version": 2}))
-    return "exported.json: expected version 1, found 2; export the model again"
+    (folder / LAYOUT).write_text(json.dumps(values | {"version": VERSION + 1}))
+    return f"exported.json: expected version {VERSION}, found {VERSION + 1}; export the model again"
 
 
 def key_of_another(folder):

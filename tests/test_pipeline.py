@@ -36,7 +36,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
             ),
         ],
         "quantize-student": ["quantize"],
-        "export-student": ["export.formats"],
+        "export-student": ["export.formats", "export.calibration_samples"],
         "export-teacher": ["export.teacher"],
         "evaluate": ["evaluate"],
         "report": [

@@ -209,6 +209,16 @@ def test_weights_outside_of_the_folder_are_not_read(copied):
         ExportedModel(copied)
 
 
+def test_only_the_decoders_threads_wait_actively(folder):
+    """With three graphs whose threads do, an answer of small graphs takes twice as long on two cores."""
+    model = ExportedModel(folder)
+    key = "session.intra_op.allow_spinning"
+    for session in (model._vision, model._embeddings):
+        assert session.get_session_options().get_session_config_entry(key) == "0"
+    with pytest.raises(RuntimeError, match=key):  # not set: it does
+        model._decoder.get_session_options().get_session_config_entry(key)
+
+
 def version_of_another(folder):
     values = json.loads((folder / LAYOUT).read_text())
     (folder / LAYOUT).write_text(json.dumps(values | {"version": VERSION + 1}))

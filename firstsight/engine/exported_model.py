@@ -19,6 +19,9 @@ from firstsight.core.errors import UserError
 from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, missing_file, read_layout
 from firstsight.engine.prompts import Batch, Prompts, Question
 
+# Of onnxruntime: whether threads wait actively for more work.
+_SPINNING = "session.intra_op.allow_spinning"
+
 
 class ExportedModel:
     """Load an exported folder; `layout` says what it holds.
@@ -173,6 +176,9 @@ class ExportedModel:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors alone
+        if name != DECODER:
+            # Threads that wait actively for their graph's next run would take the cores from the decoder's.
+            options.add_session_config_entry(_SPINNING, "0")
         try:
             with ExitStack() as opened:
                 if (weights := self.folder / f"{name}.data").is_symlink():

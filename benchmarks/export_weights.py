@@ -33,24 +33,24 @@ BLOCKS = (32, 64, 128)
 BITS = ((8, 32), (8, 8), (4, 32), (4, 8), (4, 4))
 
 
-def ways() -> dict[str, Callable[[Path], None]]:
-    """Return, by its name, what each way does to a folder with float32 graphs."""
-    found: dict[str, Callable[[Path], None]] = {"float32": lambda _: None}
+def ways() -> dict[str, Callable[[Path, Path], None]]:
+    """Return, by its name, what changes a copy of a folder of float32 graphs, given the folder too."""
+    found: dict[str, Callable[[Path, Path], None]] = {"float32": lambda *_: None}
     for graphs in ((DECODER,), (DECODER, VISION)):
-        found[f"dynamic int8, {' and '.join(graphs)}"] = lambda folder, graphs=graphs: dynamic(folder, graphs)
+        found[f"dynamic int8, {' and '.join(graphs)}"] = lambda *folders, graphs=graphs: dynamic(*folders, graphs)
     for block in BLOCKS:
         for decoder, vision in BITS:
             name = f"decoder {decoder} bits, vision {vision} bits, blocks of {block}"
-            found[name] = lambda folder, bits=(decoder, vision), block=block: in_blocks(folder, *bits, block)
+            found[name] = lambda *folders, bits=(decoder, vision), block=block: in_blocks(*folders, *bits, block)
     return found
 
 
-def dynamic(folder: Path, graphs: tuple[str, ...]) -> None:
+def dynamic(folder: Path, source: Path, graphs: tuple[str, ...]) -> None:
     """Store matrices in int8 with a scale for each column, by onnxruntime's dynamic quantization."""
     for name in graphs:
         (folder / f"{name}.data").unlink()
         quantize_dynamic(
-            FLOAT / name,
+            source / name,
             folder / name,
             per_channel=True,
             weight_type=QuantType.QInt8,
@@ -59,12 +59,12 @@ def dynamic(folder: Path, graphs: tuple[str, ...]) -> None:
         )
 
 
-def in_blocks(folder: Path, decoder: int, vision: int, block: int) -> None:
+def in_blocks(folder: Path, source: Path, decoder: int, vision: int, block: int) -> None:
     """Store matrices as the exports do, with other numbers of bits and other blocks."""
     bits = {DECODER: decoder, VISION: vision}
     weights.BITS["tried"] = {name: some for name, some in bits.items() if some < 32}
     weights.BLOCK = block
-    weights.quantize_graphs(FLOAT, folder, "tried")
+    weights.quantize_graphs(source, folder, "tried")
 
 
 def run() -> None:
@@ -74,8 +74,9 @@ def run() -> None:
     rows, expected = [], []
     for name, make in ways().items():
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(shutil.copytree(FLOAT, Path(temporary) / "model"))
-            make(folder)
+            # DVC links the folder's files to its cache, and onnx opens none that have several links.
+            source, folder = (Path(shutil.copytree(FLOAT, Path(temporary) / name)) for name in ("source", "model"))
+            make(folder, source)
             answers = list(ExportedModel(folder).answers(asked, settings.batch_size, settings.asked_tokens()))
             megabytes = folder_bytes(folder) / 1e6
         expected = expected or answers

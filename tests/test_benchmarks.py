@@ -194,8 +194,10 @@ def after_repro(smoke, tmp_path):
     """A folder as benchmarks find it after `dvc repro`: the repository's files, and what the smoke run has left."""
     for name in ("benchmarks", "firstsight", "presets", "stages", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("data", "evaluations", "models", "params.yaml"):
+    for name in ("data", "evaluations", "params.yaml"):
         (tmp_path / name).symlink_to(smoke / name)
+    # As DVC makes them of its cache.
+    shutil.copytree(smoke / "models", tmp_path / "models", copy_function=os.link)
     return tmp_path
 
 

@@ -74,10 +74,16 @@ class Cluster:
     def wait(self, job: str, *states: str, seconds: float = 180) -> dict[str, str]:
         """The job's state, once it is one of these."""
         deadline = time.monotonic() + seconds
-        while (state := self.state(job))["JobState"] not in states:
+        while True:
+            state = self.state(job)
+            if state["Reason"] == "launch_failed_requeued_held":
+                # On a busy machine slurmstepd sometimes does not start ("failed to send return code"). Nothing of the
+                # job has run, and Slurm leaves it to an administrator to let the job try again.
+                self.run("scontrol", "release", job)
+            elif state["JobState"] in states:
+                return state
             assert time.monotonic() < deadline, f"{state}\n{self.logs()}"
             time.sleep(0.3)
-        return state
 
     def kill(self, node: str, project: Path) -> None:
         """Kill a node as a loss of power does: its daemon, and all processes of its tasks, which work in `project`."""

@@ -254,7 +254,9 @@ def facts(folder: Path) -> dict[str, Any]:
     present = names(folder)
     files = [folder / name for name in weight_files(folder, present, str(folder))]
     stored = {name: (path, *kind) for path in files for name, *kind in _headers(path)}
-    for name in _stored_twice(stored):
+    # A bias of four dimensions is an attention mask, which checkpoints of GPT-2 store with the weights.
+    masks = [name for name, (_, _, shape) in stored.items() if name.endswith(".bias") and len(shape) == 4]
+    for name in (*_stored_twice(stored), *masks):
         del stored[name]
     for _, dtype, shape in stored.values():
         dtypes[dtype] += prod(shape)

@@ -235,12 +235,15 @@ class Data(Section):
 
 
 class Adapter(Section):
-    """Configure peft's low-rank adapters: `rank`, scale `lora_alpha / rank`, on modules named in `target_modules`."""
+    """Configure peft's low-rank adapters: `rank`, scale `lora_alpha / rank`, on modules named in `target_modules`.
+
+    null takes all linear layers of the language model but the head, whatever the architecture calls them.
+    """
 
     rank: Count
     lora_alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: Annotated[list[str], Field(min_length=1)]
+    target_modules: Annotated[list[str], Field(min_length=1)] | None
 
 
 class Optimisation(Section):

@@ -193,7 +193,9 @@ def model_inputs(processor: Any, questions: Sequence[Question], device: str | to
                 media.setdefault(name, []).extend(value)
             else:
                 media[name] = value
-    return processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **media).to(device)
+    # A template has the begin token itself, if the model wants one.
+    options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
+    return processor(text=texts, **options, **media).to(device)
 
 
 @torch.inference_mode()

@@ -88,7 +88,7 @@ class StaticDecoder:
 
 
 def _states(model: Any, tokens: Tensor, positions: Tensor, mask: Tensor, kept: Cache) -> Tensor:
-    return model.model(
+    return model.base_model(
         input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=kept, use_cache=True
     ).last_hidden_state
 

@@ -1,7 +1,11 @@
-"""Find the transformers class for a checkpoint's `model_type`, and silence what transformers prints as it loads."""
+"""Find the transformers class for a checkpoint's `model_type`, and a model's linear layers.
+
+Also silences what transformers prints as it loads.
+"""
 
 import logging
 
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -9,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from firstsight.models import egogpt  # noqa: F401 - registers EgoGPT with the auto classes
@@ -27,3 +32,15 @@ def auto_class(model_type: str | None) -> type | None:
     if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM if config in MODEL_FOR_CAUSAL_LM_MAPPING else None
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers within a module by name, GPT-2's `Conv1D`, which are linear layers too, among them."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
+
+
+def sides(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features

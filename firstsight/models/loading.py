@@ -13,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
-    BatchEncoding,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,6 +26,7 @@ from firstsight.core.processes import processes_here
 from firstsight.core.stage import log
 from firstsight.core.variants import METHODS
 from firstsight.models.architecture import auto_class
+from firstsight.models.text_processor import TextProcessor
 from firstsight.models.vision_attention import attend_by_size
 
 # It warns for every layer that inputs are cast to float16, which LLM.int8 always does.
@@ -103,38 +103,6 @@ def training_precision(method: str, device: str) -> str:
     return TRAINING_PRECISIONS[method]
 
 
-class TextProcessor:
-    """Wrap the tokenizer of a text-only model in the interface of a processor."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.batch_decode, self.save_pretrained = tokenizer.batch_decode, tokenizer.save_pretrained
-
-    def __call__(self, text: list[str], **options: Any) -> BatchEncoding:
-        return self.tokenizer(text, **options)
-
-    def apply_chat_template(self, conversations: list, **options: Any) -> Any:
-        """Apply the tokenizer's template, with the parts of each turn joined to text, as text-only templates expect.
-
-        Raises:
-            UserError: a turn has images or a video.
-        """
-        single = isinstance(conversations[0], dict)
-        plain = [
-            [turn | {"content": self._text(turn["content"])} for turn in conversation]
-            for conversation in ([conversations] if single else conversations)
-        ]
-        return self.tokenizer.apply_chat_template(plain[0] if single else plain, **options)
-
-    def _text(self, content: list[dict[str, str]]) -> str:
-        if media := [part["type"] for part in content if part["type"] != "text"]:
-            raise UserError(
-                f"{self.tokenizer.name_or_path}: expected records without media, because this model reads text alone, "
-                f"found {media}; take a vision-language model, or data without media"
-            )
-        return "".join(part["text"] for part in content)
-
-
 def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) -> ProcessorMixin | TextProcessor:
     """Load the folder's processor: tokenizer, image and video processor, chat template.
 
@@ -148,7 +116,8 @@ def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(processor, PreTrainedTokenizerBase):
-            processor = TextProcessor(processor)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            processor = TextProcessor(processor, getattr(config, "max_position_embeddings", None))
         read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
         turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
         rendered = processor.apply_chat_template(turns, tokenize=False)
@@ -157,16 +126,37 @@ def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) 
     # A tokenizer without its vocabulary still loads, and encodes to nothing.
     if read_back != _SENTENCE:
         raise _load_error(place, f"a tokenizer that reads {_SENTENCE!r} as {read_back!r}", remedy)
-    # Answers are trained with this token at their end; with another the model would never stop.
-    end = processor.tokenizer.eos_token
-    if f"{_SENTENCE}{end}" not in rendered:
-        found = f"a chat template that does not end a turn with the eos_token {end!r}: {rendered!r}"
+    if found := _unusable_end(folder, processor.tokenizer, rendered):
         raise _load_error(place, found, remedy)
     videos = getattr(processor, "video_processor", None)
     if getattr(videos, "cap_pixels_per_frame", False) is None:
         # Frames were resized when the data set was built; None makes transformers warn in every process.
         videos.cap_pixels_per_frame = False
     return processor
+
+
+def _unusable_end(folder: Path, tokenizer: PreTrainedTokenizerBase, rendered: str) -> str | None:
+    """Return why answers cannot end with the tokenizer's eos_token, as they are trained to, or None.
+
+    A template may end turns with another token, as those of Qwen2.5's base models do, which end texts with theirs. But
+    a model that stops at the template's token gives that one at the end of an answer, and not its eos_token.
+
+    Args:
+        rendered: a conversation in the model's chat template, the last turn of which is `_SENTENCE`.
+    """
+    if (end := tokenizer.eos_token) is None:
+        return "a tokenizer without an eos_token, with which answers end"
+    closing = rendered.rpartition(_SENTENCE)[2]
+    if closing.startswith(end):
+        return None
+    try:
+        named = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
+    if ids and ids[0] in (named if isinstance(named, list) else [named]):
+        return f"a chat template that ends a turn as generation_config.json says, and not with the eos_token {end!r}"
+    return None
 
 
 def load_model(
@@ -250,7 +240,8 @@ def stored_method(folder: Path) -> str | None:
 
 def language_model_prefix(model: PreTrainedModel) -> str:
     """Return the prefix, dot included, of the names of the language model's modules; vision modules lack it."""
-    return "model.language_model." if hasattr(model.model, "language_model") else "model."
+    base = model.base_model_prefix
+    return f"{base}.language_model." if hasattr(model.base_model, "language_model") else f"{base}."
 
 
 def check_quantized(model: PreTrainedModel) -> dict[str, int]:

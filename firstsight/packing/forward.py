@@ -1,4 +1,4 @@
-"""Run a vision-language model over packed samples (`firstsight.packing.pack`), as if each record were asked alone."""
+"""Run a model over packed samples (`firstsight.packing.pack`), as if each record were asked alone."""
 
 from typing import Any
 
@@ -44,15 +44,15 @@ def position_ids(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     The model numbers the packed sequence as any other; each branch is then moved back by its offset. That is exact
     because branches hold text alone, whose positions grow by one per token in every dimension.
     """
-    base = model.base_model if not hasattr(model, "model") else model.model
+    base = model.base_model
     if hasattr(base, "get_rope_index"):
         # All inputs, as generate() passes them: which ones positions depend on differs by architecture, and one that is
         # missing has a silent default (Qwen2.5-VL's second_per_grid_ts).
         positions, _ = base.get_rope_index(**_inputs(batch), attention_mask=(batch["segment_ids"] >= 0).long())
     else:
-        positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device).expand_as(
-            batch["input_ids"]
-        )
+        places = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+        # Padding at position 0, because a model with learned positions has none for all places of a packed sequence.
+        positions = torch.where(batch["segment_ids"] >= 0, places, batch["branch_offsets"])
     return positions - batch["branch_offsets"]
 
 
@@ -63,7 +63,7 @@ def last_hidden_states(model: nn.Module, batch: dict[str, Any], cache: Cache | N
     not run. Keys and values are put into `cache`, if there is one, for tokens that follow.
     """
     seen = "visual_tokens" in batch
-    outputs = model.model(
+    outputs = model.base_model(
         **({"inputs_embeds": _embeddings(model, batch)} if seen else _inputs(batch)),
         position_ids=position_ids(model, batch),
         past_key_values=cache,

@@ -77,7 +77,10 @@ def expand(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor
     Raises:
         UserError: the chat template has the question before the images or video, which then cannot be shared.
     """
-    media = dict(processor(text=[encoded.prompt], return_tensors="pt", **media_inputs(sample)))
+    # A template has the begin token itself, if the model wants one.
+    media = dict(
+        processor(text=[encoded.prompt], return_tensors="pt", add_special_tokens=False, **media_inputs(sample))
+    )
     first, types = media.pop("input_ids")[0], media.pop("mm_token_type_ids", None)
     media.pop("attention_mask", None)
     width = len(first) - len(encoded.branches[0][0])

@@ -11,11 +11,11 @@ Not counted: INT8's scales (about 0.1%).
 
 import math
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
+from firstsight.models.architecture import linear_layers, sides
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
@@ -33,9 +33,13 @@ class Shape:
     def __init__(self, name: str, model: PreTrainedModel):
         self.name, self.model = name, model
         text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
-        self.hidden, self.intermediate, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-        self.rows = text.vocab_size
-        self.kv_width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+        self.hidden, self.layers, self.rows = text.hidden_size, text.num_hidden_layers, text.vocab_size
+        # GPT-2's n_inner may be null, for four times its width, and all its heads have keys and values of their own.
+        self.intermediate = (
+            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * self.hidden
+        )
+        heads = text.num_attention_heads
+        self.kv_width = (getattr(text, "num_key_value_heads", None) or heads) * (text.hidden_size // heads)
         self.vision_hidden = self.vision_intermediate = self.vision_layers = 0
         if vision is not None:
             # In Qwen2-VL embed_dim is the tower's width, and hidden_size the width that it projects to.
@@ -52,10 +56,10 @@ class Shape:
             self.vision_head = self.vision_hidden // heads
 
         decoder = model.get_decoder()
-        self.language_linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+        self.language_linears = linear_layers(decoder)
         head = model.get_output_embeddings()
         inside = {id(m) for m in self.language_linears.values()} | {id(head)}
-        sees = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside}
+        sees = {name: m for name, m in linear_layers(model).items() if id(m) not in inside}
         self.vision_linears = list(sees.values())
         self.vision_gated = any(name.endswith("gate_proj") for name in sees)
         in_decoder = {id(m) for m in decoder.modules()}
@@ -84,8 +88,8 @@ class Shape:
         """
         if settings.method == "full":
             return self.parameters if settings.train_vision else self.language
-        targets = settings.adapter.target_modules
         last = {name: name.rsplit(".", 1)[-1] for name in self.language_linears}
+        targets = settings.adapter.target_modules or sorted(set(last.values()))
         if absent := sorted(set(targets) - set(last.values())):
             raise UserError(
                 f"adapter.target_modules: expected linear layers of {self.name}'s language model "
@@ -94,12 +98,12 @@ class Shape:
         adapted = [module for name, module in self.language_linears.items() if last[name] in targets]
         if settings.train_vision:
             adapted += self.vision_linears
-        if settings.adapter.rank > (most := max(min(m.in_features, m.out_features) for m in adapted)):
+        if settings.adapter.rank > (most := max(min(sides(layer)) for layer in adapted)):
             raise UserError(
                 f"adapter.rank: expected at most {most}, the smaller side of the largest layer of {self.name} that is "
                 f"adapted, found {settings.adapter.rank}; lower it"
             )
         if settings.method == "adalora":
             rank = math.ceil(1.5 * settings.adapter.rank)
-            return sum(rank * (m.in_features + m.out_features + 1) for m in adapted)
-        return sum(settings.adapter.rank * (m.in_features + m.out_features) for m in adapted)
+            return sum(rank * (sum(sides(layer)) + 1) for layer in adapted)
+        return sum(settings.adapter.rank * sum(sides(layer)) for layer in adapted)

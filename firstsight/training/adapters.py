@@ -10,17 +10,20 @@ Without `train_vision`, the language model alone is trained; vision tower and pr
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
+from firstsight.models.architecture import linear_layers, sides
 from firstsight.models.loading import ADAPTER, language_model_prefix, load_model, stored_method, training_precision
 
 # AdaLoRA's state per adapter weight: sensitivity, its moving average, and the moving average of its changes.
@@ -149,8 +152,9 @@ class TrainableModel:
             weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
             if isinstance(layer, BaseTunerLayer):
                 weight = weight + layer.get_delta_weight("default").float()
-            target = merged.get_parameter(f"{name}.weight")
-            target.data.copy_(weight.to(target.dtype))
+            target: Any = merged.get_submodule(name)
+            stored = weight.T if isinstance(target, Conv1D) else weight
+            target.weight.data.copy_(stored.to(target.weight.dtype))
         return merged
 
 
@@ -167,6 +171,8 @@ def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, s
         "lora_dropout": adapter.dropout,
         "target_modules": _target_modules(model, folder, settings),
     }
+    # GPT-2's layers store their weights with inputs first; peft would find out by itself, with a warning for each.
+    common["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
     if settings.method != "adalora":
         return LoraConfig(r=adapter.rank, **common)
     # Ranks start at 1.5 times the target; the budget falls to it between a tenth and four fifths of the steps.
@@ -184,28 +190,27 @@ def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, s
 def _target_modules(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
     """Return a regular expression of the layers to adapt.
 
-    They are the layers of the language model that `adapter.target_modules` names, and, with `train_vision`, every
-    linear layer outside the language model except the head.
+    They are the layers of the language model that `adapter.target_modules` names (null: all), and, with `train_vision`,
+    every linear layer outside the language model except the head.
 
     Raises:
         UserError: no layer has one of these names, or `adapter.rank` exceeds the width of all.
     """
     prefix = language_model_prefix(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = linear_layers(model)
     language = {name.rsplit(".", 1)[-1] for name in layers if name.startswith(prefix)}
-    for target in settings.adapter.target_modules:
+    targets = settings.adapter.target_modules or sorted(language)
+    for target in targets:
         if target not in language:
             raise UserError(
                 f"{folder}: expected a linear layer named {target!r} in the language model, as adapter.target_modules "
-                f"says, found {sorted(language)}; correct adapter.target_modules"
+                f"says, found {sorted(language)}; correct adapter.target_modules, or set it to null, which takes all"
             )
-    chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, settings.adapter.target_modules))})"]
+    chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, targets))})"]
     if settings.train_vision:
         chosen += [re.escape(name) for name in layers if not name.startswith((prefix, "lm_head"))]
     pattern = "|".join(f"(?:{one})" for one in chosen)
-    widths = [
-        min(layers[name].in_features, layers[name].out_features) for name in layers if re.fullmatch(pattern, name)
-    ]
+    widths = [min(sides(layer)) for name, layer in layers.items() if re.fullmatch(pattern, name)]
     if settings.adapter.rank > max(widths):
         raise UserError(
             f"{folder}: expected adapter.rank of at most {max(widths)}, the smaller side of the largest target "

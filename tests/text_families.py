@@ -1,0 +1,169 @@
+"""Checkpoints of language models, tiny and random, in the layout of those on the hub."""
+
+import json
+from pathlib import Path
+
+import torch
+from families import TEXT, TEXT_TEMPLATE
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+GPT2_POSITIONS = 96
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# In the order of DeepSeek-R1-Distill-Qwen-1.5B, whose text tokens are Qwen2's.
+DEEPSEEK_TOKENS = (
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<|EOT|>",
+    "<think>",
+    "</think>",
+)
+# DeepSeek's, without tools: a prompt ends in an opened thought, and a past turn has none.
+DEEPSEEK_TEMPLATE = (
+    "{{bos_token}}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{'<｜User｜>' + message['content']}}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"
+)
+
+
+def write(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False))
+
+
+def byte_level(words: Qwen2Tokenizer, special: tuple[str, ...], split_as_qwen: bool = True) -> Tokenizer:
+    """The words and merges of a tokenizer, with other special tokens after them."""
+    learned = json.loads(words.backend_tokenizer.to_str())["model"]
+    added = set(words.added_tokens_decoder.values())
+    text = {token: index for token, index in learned["vocab"].items() if token not in set(map(str, added))}
+    tokenizer = Tokenizer(BPE(text, [tuple(pair) for pair in learned["merges"]]))
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = words.backend_tokenizer.pre_tokenizer if split_as_qwen else byte
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+def save_gpt2(folder: Path, settings, processor, layers: int = 2) -> None:
+    """GPT-2: no chat template, no padding token, learned positions, Conv1D layers, and masks stored with weights."""
+    tokenizer = byte_level(processor.tokenizer, ("<|endoftext|>",), split_as_qwen=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer_config.json", {"model_max_length": GPT2_POSITIONS})
+    end = tokenizer.token_to_id("<|endoftext|>")
+    torch.manual_seed(layers)
+    config = GPT2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        n_positions=GPT2_POSITIONS,
+        n_embd=64,
+        n_layer=layers,
+        n_head=4,
+        bos_token_id=end,
+        eos_token_id=end,
+        initializer_range=0.08,
+    )
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    weights = {name.removeprefix("transformer."): value for name, value in model.state_dict().items()}
+    del weights["lm_head.weight"]
+    mask = torch.tril(torch.ones(GPT2_POSITIONS, GPT2_POSITIONS))[None, None]
+    masks = {f"h.{number}.attn.bias": mask.clone() for number in range(layers)}
+    save_file(weights | masks, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_qwen2_instruct(folder: Path, settings, processor) -> None:
+    _save_qwen2(folder, processor, eos="<|im_end|>", ends=["<|im_end|>", "<|endoftext|>"])
+
+
+def save_qwen2_base(folder: Path, settings, processor) -> None:
+    """Qwen2.5-0.5B: a template that ends turns with `<|im_end|>`, and a model that ends texts with `<|endoftext|>`."""
+    _save_qwen2(folder, processor, eos="<|endoftext|>", ends=["<|endoftext|>"])
+
+
+def _save_qwen2(folder: Path, processor, eos: str, ends: list[str]) -> None:
+    tokenizer = byte_level(processor.tokenizer, QWEN_TOKENS)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": None,
+        "chat_template": TEXT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": eos,
+        "errors": "replace",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    write(folder / "tokenizer_config.json", settings)
+    torch.manual_seed(1)
+    token = tokenizer.token_to_id
+    config = Qwen2Config(
+        **TEXT,
+        vocab_size=tokenizer.get_vocab_size() + 13,
+        tie_word_embeddings=True,
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=token(eos),
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    generation = {"bos_token_id": token("<|endoftext|>"), "do_sample": False, "eos_token_id": [*map(token, ends)]}
+    write(folder / "generation_config.json", generation | {"max_new_tokens": 2048})
+
+
+def save_deepseek(folder: Path, settings, processor) -> None:
+    """DeepSeek-R1-Distill-Qwen: Qwen2's words, other special tokens, a begin token, thoughts, a Llama tokenizer."""
+    tokenizer = byte_level(processor.tokenizer, DEEPSEEK_TOKENS)
+    begin, end = DEEPSEEK_TOKENS[3], DEEPSEEK_TOKENS[0]
+    token = tokenizer.token_to_id
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, token(begin))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    def added(content: str) -> dict:
+        plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        return {"__type": "AddedToken", "content": content} | plain
+
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": added(begin),
+        "chat_template": DEEPSEEK_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": added(end),
+        "legacy": True,
+        "model_max_length": 16384,
+        "pad_token": added(end),
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unk_token": None,
+        "use_default_system_prompt": False,
+    }
+    write(folder / "tokenizer_config.json", settings)
+    torch.manual_seed(2)
+    config = Qwen2Config(
+        **TEXT,
+        vocab_size=tokenizer.get_vocab_size() + 25,
+        tie_word_embeddings=False,
+        bos_token_id=token(begin),
+        eos_token_id=token(end),
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    generation = {"bos_token_id": token(begin), "do_sample": True, "eos_token_id": token(end), "temperature": 0.6}
+    write(folder / "generation_config.json", generation | {"top_p": 0.95})
+
+
+TEXT_SAVE = {
+    "gpt2": save_gpt2,
+    "qwen2-instruct": save_qwen2_instruct,
+    "qwen2-base": save_qwen2_base,
+    "deepseek": save_deepseek,
+}

@@ -41,6 +41,7 @@ from benchmarks.measuring import alone, environment, write
 from firstsight.acquisition.initialise import build_processor, train_tokenizer
 from firstsight.core import params
 from firstsight.core.stage import log, main
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model
 from firstsight.models.vision_attention import attend_by_size
 from firstsight.packing.output_head import head_weight
@@ -205,7 +206,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         student = fresh_student(case, loaded.train, student_config, device)
         settings = loaded.train.model_copy(update={"method": "full" if case.student == "frozen" else case.student})
         model = DistillationModel(
-            student, settings, teacher_head=head, teacher=teacher, shared_vocabulary=SHARED // divisor
+            student, settings, teacher_head=head, teacher=teacher, vocabulary=SharedVocabulary(SHARED // divisor)
         )
         # Products of a teacher in 8 bits are not counted, nor are those in compiled layers.
         counts = case.teacher == "cached" and case.body == "transformers"

@@ -31,6 +31,7 @@ from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.packing.dataset import PackedDataset
 from firstsight.records.parquet import Split
@@ -46,8 +47,8 @@ def run() -> None:
     settings = loaded.targets
     processor = load_processor(TEACHER)
     shared_tokens = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
-    if settings.kind == "topk" and settings.k > shared_tokens:
-        log.info("targets.k is %d: the logits of all %d shared tokens are stored", settings.k, shared_tokens)
+    if settings.kind == "topk" and settings.k > shared_tokens.size:
+        log.info("targets.k is %d: the logits of all %d shared tokens are stored", settings.k, shared_tokens.size)
     data = {split: Split(path) for split, path in SPLITS.items()}
     device = pick_device(loaded.runtime.device)
     # Large files are read for it: by the main process, for all.
@@ -83,7 +84,7 @@ def run() -> None:
         log.info("top-%d at T = %s: KL from the exact teacher %.2g per token", settings.k, temperature, kl)
 
 
-def provenance(settings: params.Targets, processor: ProcessorMixin, shared_tokens: int) -> dict[str, Any]:
+def provenance(settings: params.Targets, processor: ProcessorMixin, shared_tokens: SharedVocabulary) -> dict[str, Any]:
     """Return what the targets are made from, as the index records it."""
     return {
         "kind": settings.kind,
@@ -91,8 +92,9 @@ def provenance(settings: params.Targets, processor: ProcessorMixin, shared_token
         "teacher": fingerprint_folder(TEACHER),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
-        "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared_tokens),
-        "shared_vocabulary": shared_tokens,
+        "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared_tokens.common),
+        "shared_vocabulary": shared_tokens.common,
+        "ends": list(shared_tokens.ends) if shared_tokens.ends else None,
     }
 
 

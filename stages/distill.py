@@ -62,13 +62,13 @@ def run() -> None:
     steps = total_steps(len(train_set), settings)
     trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
-    head = head_weight(teacher) if online else read_head(TARGETS, device)
+    head = index.tokens.of_teacher(head_weight(teacher)) if online else read_head(TARGETS, device)
     model = DistillationModel(
         trainable.model,
         settings,
         teacher_head=head,
         teacher=teacher,
-        shared_vocabulary=index.shared_vocabulary,
+        vocabulary=index.tokens,
         regularisation=trainable.regularisation,
     )
     inputs = [TARGETS, *([TEACHER] if online else [])]

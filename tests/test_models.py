@@ -20,6 +20,7 @@ from firstsight.core.files import fingerprint_files, whole_folder
 from firstsight.core.params import Initialisation
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.generation.answering import model_inputs
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import check_quantized, load_model, load_processor
 from firstsight.quantization.quantize import quantize_folder
 
@@ -39,7 +40,7 @@ def test_the_teacher_is_larger_and_has_more_rows_for_the_same_tokens(smoke):
     assert teacher.get_input_embeddings().num_embeddings > student.get_input_embeddings().num_embeddings
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     tokenizers = [load_processor(smoke / "models" / name).tokenizer for name in ("teacher", "student")]
-    assert shared_vocabulary(*tokenizers) == len(tokenizers[0])
+    assert shared_vocabulary(*tokenizers) == SharedVocabulary(len(tokenizers[0]))
 
 
 def test_the_chat_template_has_qwens_structure(processor):

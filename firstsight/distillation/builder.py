@@ -8,6 +8,7 @@ from firstsight.core.params import Targets
 from firstsight.loss.divergences import forward_kl
 from firstsight.loss.products import CHUNK
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.packing.forward import answer_states
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
@@ -22,13 +23,13 @@ class TargetBuilder:
     Args:
         teacher: a model in eval mode; call `targets` under `torch.inference_mode`.
         settings: the kind of targets, and k for `topk`.
-        shared: V, the size of the shared vocabulary.
+        vocabulary: the tokens that the teacher shares with the student.
     """
 
-    def __init__(self, teacher: PreTrainedModel, settings: Targets, shared: int):
+    def __init__(self, teacher: PreTrainedModel, settings: Targets, vocabulary: SharedVocabulary):
         self._teacher, self._kind = teacher, settings.kind
-        self._k = min(settings.k, shared)
-        self._head, self._shared = head_weight(teacher)[:shared], shared
+        self._head, self._shared = vocabulary.of_teacher(head_weight(teacher)), vocabulary.size
+        self._k = min(settings.k, self._shared)
 
     @property
     def bytes_per_token(self) -> int:

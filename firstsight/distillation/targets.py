@@ -35,6 +35,7 @@ from firstsight.core.files import read_json, write_json
 from firstsight.core.params import Precision
 from firstsight.distillation.vocabulary import vocabulary_fingerprint
 from firstsight.loss.products import fill_tiles
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.records.sample import Sample
 
 STAGE = "cache-teacher-targets"
@@ -44,6 +45,8 @@ STAGE = "cache-teacher-targets"
 class Index:
     """Hold the contents of index.json; `data`, `vocabulary` and `files` are checked on reading.
 
+    `shared_vocabulary` is the number of tokens that both models have, `vocabulary` their fingerprint, and `ends` the
+    teacher's and the student's end token where they differ (absent from the file where they do not).
     `precision` is that in which the teacher was, or for `online` will be, loaded; `topk_error` is the mean KL per token
     from the exact teacher to its top k, by temperature; `files` has the SHA-256 of every other file of the folder.
     """
@@ -58,6 +61,12 @@ class Index:
     bytes_per_token: int
     topk_error: dict[str, float]
     files: dict[str, str] = field(default_factory=dict)
+    ends: list[int] | None = None
+
+    @property
+    def tokens(self) -> SharedVocabulary:
+        """Return the tokens over which the targets compare the models."""
+        return SharedVocabulary(self.shared_vocabulary, (self.ends[0], self.ends[1]) if self.ends else None)
 
 
 class SplitTargetsWriter(shards.ShardWriter):
@@ -99,7 +108,8 @@ def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
         raise UserError("teacher: expected a finite output head, found NaN or infinity; repair or retrain it")
     if head is not None:
         save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
-    write_json(folder / "index.json", asdict(replace(index, files=shards.checksums(folder))))
+    values = asdict(replace(index, files=shards.checksums(folder)))
+    write_json(folder / "index.json", {name: value for name, value in values.items() if value is not None})
 
 
 def write_answers(folder: Path, answers: dict[str, str]) -> None:
@@ -137,9 +147,10 @@ def read_head(folder: Path, device: str) -> Tensor | None:
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError unless the targets' shared vocabulary is the first V tokens of the student's tokenizer."""
+    """Raise UserError unless the targets' shared vocabulary and end are those of the student's tokenizer."""
     index = read_index(folder)
-    if vocabulary_fingerprint(tokenizer, index.shared_vocabulary) != index.vocabulary:
+    same = vocabulary_fingerprint(tokenizer, index.shared_vocabulary) == index.vocabulary
+    if not same or (index.ends and index.ends[1] != tokenizer.eos_token_id):
         raise UserError(
             f"{folder}: expected targets over the vocabulary of {tokenizer.name_or_path}, "
             f"found targets over another; run {STAGE} again"

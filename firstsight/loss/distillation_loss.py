@@ -63,6 +63,7 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     divergence: Divergence = FORWARD_KL,
+    exchanged: tuple[int, int] | None = None,
 ) -> Loss:
     """Compute the objective L of this module, summed over N answer tokens.
 
@@ -75,6 +76,7 @@ def distillation_loss(
         temperature: T > 0; CE is computed at temperature 1.
         alpha: the weight of D, in [0, 1].
         divergence: D.
+        exchanged: two tokens of the student that stand for each other (`firstsight.loss.vocabulary`), or None.
 
     Raises:
         ValueError: alpha is above 0 and teacher is None.
@@ -85,7 +87,10 @@ def distillation_loss(
     # On CUDA it allows that operands are rounded, to TF32: hidden states that it computed are good to fewer bits.
     head = student_head if torch.is_grad_enabled() else student_head.detach()
     rounded = student_hidden.is_cuda and torch.is_autocast_enabled("cuda")
-    objective = _Objective(teacher, shared_vocabulary, temperature, alpha, divergence, rounded)
+    objective = _Objective(teacher, shared_vocabulary, temperature, alpha, divergence, exchanged, rounded)
+    if exchanged is not None:
+        first, second = exchanged
+        answers = torch.where(answers == first, second, torch.where(answers == second, first, answers))
     with torch.autocast(student_hidden.device.type, enabled=False):
         return Loss(*_ChunkedLoss.apply(student_hidden, head, answers, objective))
 
@@ -127,6 +132,7 @@ class _Objective:
     temperature: float
     alpha: float
     divergence: Divergence
+    exchanged: tuple[int, int] | None
     rounded: bool
 
 
@@ -172,6 +178,7 @@ def _add_chunk(
     """Add the sums and gradients of these rows to `found`, or raise torch.OutOfMemoryError and leave it as it is."""
     precision, chunk = found.sums.dtype, hidden[rows]
     logits = products.logits(chunk, head, len(head), precision)
+    _exchange(logits, objective.exchanged)
     teacher_logits = objective.teacher and objective.teacher.logits(rows, objective.shared, precision)
     if kernel := _kernel(logits.device.type) if precision == torch.float32 else None:
         # In bfloat16 if hidden states and head are, to be multiplied on the tensor cores. Float16 cannot hold the small
@@ -194,6 +201,7 @@ def _add_chunk(
             teacher_part = None if teacher_logits is None else teacher_logits[part]
             # Overwrites the logits with their gradient.
             sums += _differentiate(logits[part], answers[rows][part], teacher_part, objective)
+    _exchange(gradient, objective.exchanged)
     if found.hidden is not None:
         found.hidden[rows] = products.times_head(gradient, head)
     if needs_head:
@@ -205,6 +213,12 @@ def _add_chunk(
             found.head = torch.empty_like(head, dtype=dtype)
         products.add_head_gradient(found.head, gradient, chunk, first)
     found.sums = sums
+
+
+def _exchange(columns: Tensor, pair: tuple[int, int] | None) -> None:
+    """Exchange two columns of [n, V_s] in place; none if `pair` is None."""
+    if pair is not None:
+        columns[:, list(pair)] = columns[:, list(reversed(pair))]
 
 
 @cache

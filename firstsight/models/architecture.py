@@ -4,6 +4,7 @@ Also silences what transformers prints as it loads.
 """
 
 import logging
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -39,7 +40,7 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
 
 
-def sides(layer: nn.Module) -> tuple[int, int]:
+def sides(layer: Any) -> tuple[int, int]:
     """Return the numbers of inputs and outputs of a linear layer."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf

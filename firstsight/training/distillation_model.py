@@ -11,6 +11,7 @@ from firstsight.core.params import Train
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.divergences import Divergence
 from firstsight.loss.teachers import HiddenTeacher, Teacher, TopKTeacher
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.packing.forward import answer_states
 from firstsight.packing.output_head import head_weight
 
@@ -25,7 +26,7 @@ class DistillationModel(nn.Module):
         settings: temperature, alpha and divergence; None for supervised fine-tuning (alpha 0).
         teacher_head: [V, H_t] the teacher's output head over the shared vocabulary; None for `topk` targets.
         teacher: for online targets, the teacher itself, frozen and in eval mode.
-        shared_vocabulary: V; 0 without a teacher.
+        vocabulary: the V tokens that teacher and student share; None without a teacher.
         regularisation: returns the penalty of the fine-tuning method on a step, or None.
     """
 
@@ -38,14 +39,14 @@ class DistillationModel(nn.Module):
         *,
         teacher_head: Tensor | None = None,
         teacher: PreTrainedModel | None = None,
-        shared_vocabulary: int = 0,
+        vocabulary: SharedVocabulary | None = None,
         regularisation: Callable[[], Tensor | None] = lambda: None,
     ):
         super().__init__()
         self.student = student
         # In a tuple, so that the teacher is not a submodule: it is not trained, saved or broadcast.
         self._teacher, self._teacher_head = (teacher,), None if teacher_head is None else teacher_head.detach()
-        self.shared_vocabulary, self._regularisation = shared_vocabulary, regularisation
+        self.vocabulary, self._regularisation = vocabulary, regularisation
         self.temperature, self.alpha = (settings.temperature, settings.alpha) if settings else (1.0, 0.0)
         self.divergence = Divergence(settings.divergence, settings.jsd_beta) if settings else Divergence("forward_kl")
 
@@ -73,10 +74,11 @@ class DistillationModel(nn.Module):
             head_weight(self.student),
             answers,
             self._loss_teacher(teacher) if teacher else None,
-            shared_vocabulary=self.shared_vocabulary,
+            shared_vocabulary=self.vocabulary.size if self.vocabulary else 0,
             temperature=self.temperature,
             alpha=self.alpha,
             divergence=self.divergence,
+            exchanged=self.vocabulary and self.vocabulary.exchanged,
         )
         sums = {"divergence": loss.divergence, "ce": loss.ce, "agreement": loss.agreement}
         sums["tokens"] = torch.full_like(loss.ce, len(answers))
@@ -103,6 +105,6 @@ class DistillationModel(nn.Module):
         divergence, ce, agreement, tokens = (float(np.sum(sums, dtype=np.float64)) for sums in evaluated.predictions)
         objective = self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * ce
         parts = {"objective": objective / tokens, "ce": ce / tokens}
-        if self.shared_vocabulary:  # with a teacher
+        if self.vocabulary is not None:  # with a teacher
             parts |= {"divergence": divergence / tokens, "agreement": agreement / tokens}
         return parts

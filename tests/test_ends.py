@@ -1,0 +1,133 @@
+"""Models that end their answers with different tokens, taught by each other: the loss, and whole runs."""
+
+import json
+
+import pytest
+import torch
+from conftest import YAML_SAFE, change, make_sample, run_stage, workspace, write_params
+from safetensors.torch import load_file
+from text_families import TEXT_SAVE
+
+from firstsight.distillation.vocabulary import shared_vocabulary
+from firstsight.loss.distillation_loss import distillation_loss
+from firstsight.loss.teachers import HiddenTeacher
+from firstsight.loss.vocabulary import SharedVocabulary
+from firstsight.models.loading import load_processor
+from firstsight.records.parquet import SplitWriter
+
+COMMON, TEACHER_ROWS, STUDENT_ROWS = 20, 26, 25
+# What the teacher's and the student's end token are, and then the pairs of tokens that mean the same.
+PLAIN = [(index, index) for index in range(COMMON)]
+ENDS = {
+    None: PLAIN,
+    (20, 20): [*PLAIN, (20, 20)],
+    (21, 21): [*PLAIN, (21, 21)],
+    (20, 23): [*PLAIN, (20, 23)],
+    (24, 22): [*PLAIN, (24, 22)],
+    # One end is a common token, which the other model never uses.
+    (25, 7): [pair for pair in PLAIN if pair != (7, 7)] + [(25, 7)],
+    (7, 22): [pair for pair in PLAIN if pair != (7, 7)] + [(7, 22)],
+    (3, 7): [pair for pair in PLAIN if pair not in ((3, 3), (7, 7))] + [(3, 7), (7, 3)],
+}
+
+
+@pytest.mark.parametrize(("ends", "pairs"), ENDS.items(), ids=str)
+def test_ends_that_differ_are_one_token_to_the_loss(ends, pairs):
+    random = torch.Generator().manual_seed(0)
+    hidden, head, teacher_hidden, teacher_head = (
+        torch.randn(shape, generator=random, dtype=torch.float64)
+        for shape in ((9, 6), (STUDENT_ROWS, 6), (9, 8), (TEACHER_ROWS, 8))
+    )
+    answers = torch.tensor([0, 3, 7, 20, 21, 22, 23, 24, 5])
+    hidden.requires_grad_()
+    head.requires_grad_()
+    vocabulary = SharedVocabulary(COMMON, ends)
+    assert vocabulary.size == len(pairs)
+    loss = distillation_loss(
+        hidden,
+        head,
+        answers,
+        HiddenTeacher(teacher_hidden, vocabulary.of_teacher(teacher_head)),
+        shared_vocabulary=vocabulary.size,
+        temperature=2.0,
+        alpha=0.7,
+        exchanged=vocabulary.exchanged,
+    )
+    of_teacher, of_student = (list(one) for one in zip(*pairs, strict=True))
+    logits = hidden @ head.T
+    log_p = ((teacher_hidden @ teacher_head.T)[:, of_teacher] / 2).log_softmax(-1)
+    log_q = (logits[:, of_student] / 2).log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum()
+    expected = 0.7 * 4 * divergence + 0.3 * torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
+    torch.testing.assert_close(loss.total, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(loss.total, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_ends_of_the_pairs_that_are_named_most(settings, processor, tmp_path):
+    tokenizers = {}
+    for name, save in TEXT_SAVE.items():
+        (folder := tmp_path / name).mkdir()
+        save(folder, settings, processor)
+        tokenizers[name] = load_processor(folder).tokenizer
+    text = tokenizers["deepseek"].eos_token_id  # which follows the text tokens
+    instruct, base, deepseek = (tokenizers[name] for name in ("qwen2-instruct", "qwen2-base", "deepseek"))
+    assert shared_vocabulary(instruct, instruct) == SharedVocabulary(text + 3)
+    assert shared_vocabulary(deepseek, base) == SharedVocabulary(text, (text, text))
+    assert shared_vocabulary(deepseek, instruct) == SharedVocabulary(text, (text, text + 2))
+    assert shared_vocabulary(base, instruct) == SharedVocabulary(text + 3, (text, text + 2))
+
+
+ANSWERS = ["a red cup", "two", "a ball", "in your left hand"]
+
+
+def text_workspace(folder, settings, processor, teacher: str, student: str):
+    """A workspace with text-only data and a pair of checkpoints, all stages up to the dataset done."""
+    folder = workspace(folder)
+    document = YAML_SAFE.load(folder / "params.yaml")
+    for role, name in (("teacher", teacher), ("student", student)):
+        (folder / "hub" / role).mkdir(parents=True)
+        TEXT_SAVE[name](folder / "hub" / role, settings, processor)
+        document["models"][role] = {"source": f"hub/{role}", "revision": None, "init": None}
+    document["finetune_teacher"] |= {"enabled": True, "epochs": 2, "train_vision": False}
+    document["train"] |= {"epochs": 4, "early_stopping_epochs": 4, "alpha": 1.0, "learning_rate": 5e-3}
+    document["control"]["enabled"] = False
+    write_params(folder, document)
+    (folder / "data/egoqa").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
+            for number in range(12):
+                question = f"What is at place {number % 4}?"
+                writer.write(make_sample(f"{split}-{number}", "none", 0, [(question, ANSWERS[number % 4])]))
+    for role in ("teacher", "student"):
+        run_stage(folder, "download_models", role)
+    return folder
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("deepseek", "qwen2-instruct"), ("deepseek", "qwen2-base"), ("qwen2-base", "qwen2-instruct"), ("gpt2", "gpt2")],
+)
+def test_a_student_learns_answers_and_their_end_from_the_teacher_alone(settings, processor, tmp_path, teacher, student):
+    """At alpha 1 nothing but the teacher says where an answer ends; by cached, top-k and online targets alike."""
+    folder = text_workspace(tmp_path, settings, processor, teacher, student)
+    change(folder, "finetune_teacher", epochs=30, learning_rate=5e-3)
+    change(folder, "train", epochs=40, early_stopping_epochs=40)
+    run_stage(folder, "finetune_teacher")
+    weights = []
+    for kind in ("hidden", "online", "topk"):
+        change(folder, "targets", kind=kind, k=10_000)
+        run_stage(folder, "cache_teacher_targets")
+        run_stage(folder, "distill")
+        weights.append(load_file(folder / "models/student-distilled/model.safetensors"))
+    for other in weights[1:]:
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(other[name], weight, atol=1e-3, rtol=1e-2)
+    run_stage(folder, "evaluate", "student-distilled")
+    found = [
+        one["answer"] for one in json.loads((folder / "evaluations/student-distilled/predictions.json").read_text())
+    ]
+    assert found == [ANSWERS[number % 4] for number in range(12)]

@@ -47,6 +47,7 @@ STAGES = (
     ("download_models", "teacher"),
     ("download_models", "student"),
     ("build_egoqa_dataset",),
+    ("check_inputs",),
     ("finetune_teacher",),
     ("cache_teacher_targets",),
     ("cache_visual_tokens",),
@@ -84,6 +85,7 @@ ALL = EVALUATIONS | AFTER_DISTILL | {
     "download-models@teacher",
     "download-models@student",
     "build-egoqa-dataset",
+    "check-inputs",
     "finetune-teacher",
     "cache-teacher-targets",
     "cache-visual-tokens",
@@ -228,7 +230,8 @@ def new_project(project: Path) -> Path:
     shutil.copytree(ROOT, project, ignore=ignored)
     for output in ("data/egoqa", "data/teacher-targets", "data/visual-tokens", "models", "evaluations", "metrics"):
         shutil.rmtree(project / output, ignore_errors=True)
-    (project / "dvc.lock").unlink(missing_ok=True)
+    for file in ("dvc.lock", "data/checked.json"):
+        (project / file).unlink(missing_ok=True)
     shutil.copy(ROOT / "presets/smoke.yaml", project / "params.yaml")
     return project
 

@@ -8,6 +8,7 @@ from conftest import YAML_SAFE, change, make_sample, run_stage, workspace, write
 from safetensors.torch import load_file
 from text_families import TEXT_SAVE
 
+from firstsight.core.errors import UserError
 from firstsight.distillation.vocabulary import shared_vocabulary
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.teachers import HiddenTeacher
@@ -83,6 +84,12 @@ def test_the_ends_of_the_pairs_that_are_named_most(settings, processor, tmp_path
 ANSWERS = ["a red cup", "two", "a ball", "in your left hand"]
 
 
+def write_split(folder, split, questions, kind="none"):
+    with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
+        for number, question in enumerate(questions):
+            writer.write(make_sample(f"{split}-{number}", kind, int(kind != "none"), [question]))
+
+
 def text_workspace(folder, settings, processor, teacher: str, student: str):
     """A workspace with text-only data and a pair of checkpoints, all stages up to the dataset done."""
     folder = workspace(folder)
@@ -97,13 +104,74 @@ def text_workspace(folder, settings, processor, teacher: str, student: str):
     write_params(folder, document)
     (folder / "data/egoqa").mkdir(parents=True)
     for split in ("train", "validation", "test"):
-        with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
-            for number in range(12):
-                question = f"What is at place {number % 4}?"
-                writer.write(make_sample(f"{split}-{number}", "none", 0, [(question, ANSWERS[number % 4])]))
+        write_split(folder, split, [(f"What is at place {n % 4}?", ANSWERS[n % 4]) for n in range(12)])
     for role in ("teacher", "student"):
         run_stage(folder, "download_models", role)
     return folder
+
+
+def test_inputs_that_fit_leave_the_same_note_every_time(settings, processor, tmp_path):
+    folder = text_workspace(tmp_path, settings, processor, "deepseek", "qwen2-instruct")
+    run_stage(folder, "check_inputs")
+    first = (folder / "data/checked.json").read_text()
+    change(folder, "targets", max_answer_tokens=3)
+    run_stage(folder, "check_inputs")
+    assert (folder / "data/checked.json").read_text() == first
+
+
+def too_long(folder):
+    write_split(folder, "validation", [("Why? " * 60, "because")])
+    return r"record validation-0-0: expected at most 96 tokens, as many as models/teacher has positions for, found 248"
+
+
+def no_room_for_an_answer_of_the_teacher(folder):
+    write_split(folder, "train", [("Why? " * 20, "")])
+    change(folder, "targets", max_answer_tokens=90)
+    return r"record train-0-0: expected at most 96 tokens, as many as models/teacher has positions for, found 1\d+"
+
+
+def another_vocabulary(folder):
+    path = folder / "models/teacher/tokenizer.json"
+    values = json.loads(path.read_text())
+    words = values["model"]["vocab"]
+    first, second = (word for word, index in words.items() if index in (300, 301))
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(values))
+    return "models.student: expected the teacher's vocabulary, where token 300 is"
+
+
+def another_split_into_words(folder):
+    """The same tokens, and other tokens of an answer."""
+    path = folder / "models/teacher/tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"] = []
+    path.write_text(json.dumps(values))
+    write_split(folder, "train", [("Why?", "because")])
+    return r"record train-0-0: expected the teacher's answer tokens, where token 0 is \d+ .*, found"
+
+
+def images(folder):
+    write_split(folder, "test", [("Why?", "because")], "image")
+    return "expected records without media, because this model reads text alone"
+
+
+@pytest.mark.parametrize("break_it", [too_long, no_room_for_an_answer_of_the_teacher, another_vocabulary,
+                                      another_split_into_words, images])  # fmt: skip
+def test_inputs_that_do_not_fit_are_one_line_before_anything_is_trained(settings, processor, tmp_path, break_it):
+    folder = text_workspace(tmp_path, settings, processor, "gpt2", "gpt2")
+    found = break_it(folder)
+    with pytest.raises(UserError, match=found) as error:
+        run_stage(folder, "check_inputs")
+    assert "\n" not in str(error.value)
+    assert not (folder / "data/checked.json").exists()
+
+
+def test_a_question_too_long_to_answer_stops_the_evaluation_before_it_begins(settings, processor, tmp_path):
+    folder = text_workspace(tmp_path, settings, processor, "gpt2", "gpt2")
+    change(folder, "evaluate", max_new_tokens=90)
+    with pytest.raises(UserError, match="record test-0-0: expected at most 96 tokens, as many as models/student has"):
+        run_stage(folder, "evaluate", "student")
+    assert not (folder / "evaluations/student").exists()
 
 
 @pytest.mark.system

@@ -61,6 +61,7 @@ def test_a_control_that_is_left_out_reads_the_splits_alone(smoke_copy):
     [
         (("download_models", "teacher"), MODELS),
         (("build_egoqa_dataset",), {"pyarrow", "av", "huggingface_hub", "pandas"}),
+        (("check_inputs",), set()),
         (("finetune_teacher",), MODELS | TRAINER | {"pyarrow"}),
         (("cache_teacher_targets",), MODELS | {"pyarrow"}),
         (("distill",), MODELS | TRAINER | {"pyarrow"}),

@@ -22,6 +22,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
     assert sections == {
         "download-models": ["models.${item}"],
         "build-egoqa-dataset": ["data"],
+        "check-inputs": ["targets.max_answer_tokens"],
         "finetune-teacher": ["finetune_teacher"],
         "cache-teacher-targets": ["targets"],
         "cache-visual-tokens": ["train.method", "train.train_vision", "train.visual_tokens"],
@@ -163,7 +164,10 @@ def refuse_vocabulary(folder):
     first, second = (word for word, index in words.items() if index in (300, 301))
     words[first], words[second] = words[second], words[first]
     path.write_text(json.dumps(tokenizer))
-    return ("models.student: expected the teacher's vocabulary, where token 300",), [("cache_teacher_targets",)]
+    return ("models.student: expected the teacher's vocabulary, where token 300",), [
+        ("check_inputs",),
+        ("cache_teacher_targets",),
+    ]
 
 
 def refuse_other_students_targets(folder):

@@ -41,7 +41,7 @@ class AskedModel:
         self.load_seconds = time.perf_counter() - started
 
     def answer(self, sample: Sample) -> Answer:
-        """Answer the sample's question."""
+        """Answer the sample's question. Raises UserError if the model has too few positions for it."""
         started = time.perf_counter()
         question = (sample, sample.records[0])
         (text,) = self._model.answers([question], 1, self._settings.asked_tokens())

@@ -9,9 +9,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from firstsight.core.errors import UserError
 from firstsight.generation import answering
 from firstsight.generation.answering import Question
 from firstsight.models.footprint import token_bytes, weights_bytes
+from firstsight.packing.positions import check_positions
 
 
 class PyTorchModel:
@@ -28,7 +30,13 @@ class PyTorchModel:
         self.token_bytes = token_bytes(model)
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
-        """Yield the greedy answers as text, in the order of the questions."""
+        """Yield the greedy answers as text, in the order of the questions.
+
+        Raises:
+            UserError: the model has too few positions for a question and its answer, before any is answered.
+        """
+        for sample in {sample.id: sample for sample, _ in questions}.values():
+            check_positions(self._processor, sample, max_new_tokens)
         return answering.answers(self._model, self._processor, questions, batch_size, max_new_tokens)
 
     def inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
@@ -42,7 +50,14 @@ class PyTorchModel:
 
         Raises:
             MemoryError: the questions do not fit the GPU together.
+            UserError: the model has too few positions for the tokens.
         """
+        most, length = getattr(self._processor, "positions", None), inputs["input_ids"].shape[1]
+        if most is not None and length + tokens > most:
+            raise UserError(
+                f"evaluate.latency_new_tokens: expected room for {tokens} tokens after a question of {length}, found "
+                f"{most} positions in {self._model.name_or_path}; lower it, or shorten the questions"
+            )
         try:
             produced = answering.generate(self._model, inputs, max_new_tokens=tokens, min_new_tokens=tokens)
         except torch.OutOfMemoryError as error:

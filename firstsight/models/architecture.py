@@ -20,9 +20,10 @@ from transformers.utils.logging import disable_progress_bar
 from firstsight.models import egogpt  # noqa: F401 - registers EgoGPT with the auto classes
 
 # Silenced: progress bars of loads and saves, which take seconds; tables of mismatched weights, which
-# `firstsight.models.loading` reports in one line; and warnings about tensor parallelism, which is not used.
+# `firstsight.models.loading` reports in one line; warnings about tensor parallelism, which is not used; and that a text
+# is too long, which `firstsight.packing.positions` says of the record.
 disable_progress_bar()
-for _name in ("modeling_utils", "distributed.tensor_parallel"):
+for _name in ("modeling_utils", "distributed.tensor_parallel", "tokenization_utils_base"):
     logging.getLogger(f"transformers.{_name}").setLevel(logging.ERROR)
 
 

@@ -52,12 +52,17 @@ def encode_answers(processor: Any, records: Sequence[Record]) -> list[list[int]]
 
 def encode_questions(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
     """Render and tokenize the prompt of each of the sample's `records`, with no answer tokens."""
-    prompts = processor.apply_chat_template(
+    texts, ids = prompts(processor, sample, records)
+    shared = _common_prefix(ids)
+    return Encoded(texts[0], ids[0][:shared], tuple((question[shared:], []) for question in ids))
+
+
+def prompts(processor: Any, sample: Sample, records: Sequence[Record]) -> tuple[list[str], list[list[int]]]:
+    """Render the prompt of each of the `records`; return the texts and their tokens."""
+    texts = processor.apply_chat_template(
         [messages(record, sample) for record in records], add_generation_prompt=True, tokenize=False
     )
-    ids = processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    shared = _common_prefix(ids)
-    return Encoded(prompts[0], ids[0][:shared], tuple((question[shared:], []) for question in ids))
+    return texts, processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:

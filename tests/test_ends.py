@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import YAML_SAFE, change, make_sample, run_stage, workspace, write_params
+from conftest import STAGES, YAML_SAFE, change, make_sample, run_stage, workspace, write_params
 from safetensors.torch import load_file
 from text_families import TEXT_SAVE
 
@@ -199,3 +199,22 @@ def test_a_student_learns_answers_and_their_end_from_the_teacher_alone(settings,
         one["answer"] for one in json.loads((folder / "evaluations/student-distilled/predictions.json").read_text())
     ]
     assert found == [ANSWERS[number % 4] for number in range(12)]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", ["gpt2", "qwen2-base"])
+def test_a_language_model_goes_through_every_stage(settings, processor, tmp_path, name):
+    folder = text_workspace(tmp_path, settings, processor, name, name)
+    rows = [{"question": f"What is at place {n}?", "answer": ANSWERS[n % 4], "group": str(n)} for n in range(40)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(folder, "data", source="jsonl", path="qa.jsonl", validation_fraction=0.2, test_fraction=0.2)
+    adapter = {"rank": 4, "lora_alpha": 8.0, "dropout": 0.0, "target_modules": None}
+    change(folder, "finetune_teacher", method="lora", adapter=adapter)
+    change(folder, "train", method="lora", adapter=adapter, epochs=2, early_stopping_epochs=2)
+    change(folder, "control", enabled=True)
+    change(folder, "quantize", methods=["int8", "nf4"])
+    for stage in STAGES[2:]:
+        run_stage(folder, *stage)
+    quality = json.loads((folder / "metrics/quality.json").read_text())
+    assert {"teacher", "student-finetuned", "student-distilled", "student-int8", "student-nf4"} <= set(quality)
+    assert (folder / "metrics/plots/quantization.png").exists()

@@ -200,12 +200,14 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
     """Plot the relative error of each quantized layer by its block and kind, one panel per method."""
     figure, axes = _panels(len(errors), 2.3, legend=4)
     for axis, (method, layers) in zip(axes, errors.items(), strict=True):
-        # ...layers.{block}.{attention or mlp}.{kind}
-        named = [(name.split(".layers.")[1].split("."), error) for name, error in layers.items()]
-        kinds = list(dict.fromkeys(parts[-1] for parts, _ in named))
-        for kind, marker, colour in zip(kinds, "sPvXhoD^", _PALETTE, strict=False):
-            points = [(int(parts[0]), error) for parts, error in named if parts[-1] == kind]
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.8, label=kind)
+        # ...{block}.{attention or mlp}.{kind}
+        named = [(*name.rsplit(".", 3)[1:], error) for name, error in layers.items()]
+        kinds = list(dict.fromkeys((part, kind) for _, part, kind, _ in named))
+        for (part, kind), marker, colour in zip(kinds, "sPvXhoD^", _PALETTE, strict=False):
+            points = [(int(block), error) for block, *where, error in named if where == [part, kind]]
+            # GPT-2 has a c_proj in both parts of a block.
+            label = kind if [one for _, one in kinds].count(kind) == 1 else f"{part} {kind}"
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.8, label=label)
         axis.set(title=method, xlabel="block of the language model", ylabel="error / layer's output", ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)

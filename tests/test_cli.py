@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import firstsight
 from firstsight.cli import app
+from firstsight.cli.arguments import TRAINED
 from firstsight.core.errors import UserError
-from firstsight.core.variants import STUDENTS, VARIANTS
+from firstsight.core.variants import VARIANTS
 
 COMMANDS = ("plan", "table", "ask", "demo", "card", "publish", "clean-scratch")
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
@@ -69,8 +70,8 @@ def test_the_version_is_that_of_the_package():
         (["ask", "models/student"], "firstsight ask: missing argument 'media'; see firstsight ask --help"),
         (["plan", "a", "b"], "firstsight plan: got unexpected extra argument(s) (b); see firstsight plan --help"),
         (["demo", "models/student", "--port", "x"], "firstsight demo: invalid value for '--port': "),
-        (["card", "gpt"], f"gpt: expected a student, one of {', '.join(STUDENTS)}; correct VARIANT"),
-        (["publish", "teacher", "me/it"], f"teacher: expected a student, one of {', '.join(STUDENTS)}"),
+        (["card", "gpt"], f"gpt: expected a student, one of {', '.join(TRAINED)}; correct VARIANT"),
+        (["publish", "teacher", "me/it"], f"teacher: expected a student, one of {', '.join(TRAINED)}"),
         (["table", "gpt"], f"gpt: expected a variant, one of {', '.join(VARIANTS)}"),
         (["plan", "nowhere.yaml"], "nowhere.yaml: expected a parameter file, found none"),
     ],

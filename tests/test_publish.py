@@ -311,7 +311,7 @@ def test_what_is_not_the_measured_model_is_refused(served, project, damage):
 
 def test_a_student_that_reads_text_alone_is_refused(settings, processor, tmp_path):
     save_qwen2(tmp_path, settings, processor)
-    with pytest.raises(UserError, match="expected a vision-language model that transformers loads by itself"):
+    with pytest.raises(UserError, match="expected a model that transformers loads by itself"):
         checks.check_folder(tmp_path)
     (exported := tmp_path / "exported").mkdir()
     export_folders(tmp_path, {"float32": exported}, [])

@@ -53,8 +53,8 @@ def publish(
         for licence in Path("models/student").glob("LICENSE*"):
             link_file(licence, whole / licence.name)
         (whole / CARD).write_text(card, encoding="utf-8")
-        for path in sorted(whole.iterdir()):
-            print(f"{size(path.stat().st_size):>9}  {path.name}")
+        for path in sorted(path for path in whole.rglob("*") if path.is_file()):
+            print(f"{size(path.stat().st_size):>9}  {path.relative_to(whole)}")
         print(f"\n{CARD}:\n\n{card}", flush=True)
         if push:
             log.info("pushed: %s", hub.push(whole, repository))

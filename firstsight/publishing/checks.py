@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from transformers import AutoModelForImageTextToText
 
 from firstsight.acquisition import checks
 from firstsight.acquisition.hub_client import checked_token
@@ -73,10 +72,10 @@ def check_folder(folder: Path) -> None:
     checks.check_config(folder, str(folder))
     checks.check_weights(folder, str(folder))
     kind = read_json(folder / checks.CONFIG, "distill")["model_type"]
-    if auto_class(kind) is not AutoModelForImageTextToText or kind == egogpt.EgoGptConfig.model_type:
+    if auto_class(kind) is None or kind == egogpt.EgoGptConfig.model_type:
         raise UserError(
-            f"{folder}: expected a vision-language model that transformers loads by itself, found model_type {kind!r}; "
-            "take such a student, Qwen2-VL or LLaVA-OneVision for one"
+            f"{folder}: expected a model that transformers loads by itself, found model_type {kind!r}; take such a "
+            "student, Qwen2-VL or LLaVA-OneVision for one"
         )
 
 

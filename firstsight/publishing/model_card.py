@@ -8,11 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from firstsight.core import params, yaml12
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.core.variants import EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER
+from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER
 from firstsight.reporting.headline import origin
 from firstsight.reporting.text_table import size
 
@@ -41,6 +42,7 @@ def model_card(variant: str, place: str) -> str:
             "ask for it in params.yaml, and dvc repro measures it"
         )
     loaded = params.load()
+    distilled = variant != CONTROL and "teacher" in models
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
@@ -48,17 +50,21 @@ def model_card(variant: str, place: str) -> str:
     # Speed and memory of an exported model are comparable with those of a teacher in the same engine.
     teacher = EXPORTED_TEACHER if variant in EXPORTED and EXPORTED_TEACHER in performance else TEACHER
     return templates.get_template("card.md.jinja").render(
-        metadata=_metadata(models["student"], "onnx" if variant in EXPORTED else "transformers"),
+        metadata=_metadata(models["student"], "onnx" if variant in EXPORTED else "transformers", distilled),
+        text=_reads_text_alone(models["student"]),
         variant=variant,
         place=place,
         local=place == f"models/{variant}",
         quantized=variant.removeprefix("student-") in METHODS,
         exported=variant in EXPORTED,
-        rows=_rows(quality[variant] | performance[variant], quality[TEACHER] | performance[teacher], quality),
+        distilled=distilled,
+        rows=_rows(
+            quality[variant] | performance[variant], quality.get(TEACHER, {}) | performance.get(teacher, {}), quality
+        ),
         questions=quality[variant]["questions"],
         parameters=performance[variant]["parameters"],
         own=_environment(variant),
-        teacher=_environment(teacher),
+        teacher=_environment(teacher) if "teacher" in models else {},
         models={role: source | {"source": origin(source)} for role, source in models.items()},
         data=read_json(DATA, "build-egoqa-dataset"),
         sampling=loaded.data,
@@ -72,18 +78,23 @@ def _environment(variant: str) -> dict[str, Any]:
     return read_json(Path("evaluations") / variant / "performance.json", f"evaluate@{variant}")
 
 
-def _metadata(student: dict[str, Any], library: str) -> str:
+def _reads_text_alone(student: dict[str, Any]) -> bool:
+    """Return whether a row of metrics/models.json is that of a language model."""
+    return student["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _metadata(student: dict[str, Any], library: str, distilled: bool) -> str:
     """Return the card's metadata: YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards)."""
-    licence = student["licence"]
+    licence, text = student["licence"], _reads_text_alone(student)
     licences = {"license": licence}
     if licence and licence not in IDENTIFIERS:
         licences = {"license": "other", "license_name": licence}
     data = ModelCardData(
         library_name=library,
-        pipeline_tag="image-text-to-text",
+        pipeline_tag="text-generation" if text else "image-text-to-text",
         # Only a model with a commit came from the hub; a local folder or fresh weights are no base model there.
         base_model=student["source"] if student["commit"] else None,
-        tags=["egocentric", "distillation", "firstsight"],
+        tags=[*([] if text else ["egocentric"]), *(["distillation"] if distilled else []), "firstsight"],
         **licences,
     )
     return f"---\n{data.to_yaml()}\n---"

@@ -30,7 +30,7 @@ def push(folder: Path, repository: str) -> str:
         UserError: the hub refuses the commit, or cannot be reached.
     """
     api = HfApi()
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         earlier = [name for name in api.list_repo_files(repository) if any(fnmatch(name, one) for one in _OF_A_MODEL)]

@@ -7,7 +7,8 @@ runs over the samples whose answers are in the data. With `targets.kind: online`
 the teacher itself. Several processes share the batches; what they write does not depend on how many there are.
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, `targets` in params.yaml
-writes data/teacher-targets (its files: `firstsight.distillation.targets`)
+writes data/teacher-targets (its files: `firstsight.distillation.targets`); without a teacher, left-out.json with the
+       reason, and null as answers.json
 """
 
 from collections import Counter
@@ -24,9 +25,10 @@ from transformers import ProcessorMixin
 from firstsight.caching.shards import write_shared
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
-from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder, write_json
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
+from firstsight.core.variants import LEFT_OUT, reason_left_out
 from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
@@ -42,6 +44,13 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 
 @torch.inference_mode()
 def run() -> None:
+    if reason := reason_left_out(TEACHER):
+        if is_main_process():
+            with whole_folder(OUTPUT) as folder:
+                write_json(folder / LEFT_OUT, reason)
+                write_answers(folder, None)
+        log.info("%s is left out: %s", OUTPUT, reason)
+        return
     loaded = params.load()
     use_all_gpus(loaded.runtime.device)
     settings = loaded.targets

@@ -4,7 +4,8 @@
 
 reads  models/student, data/teacher-targets, the train and validation splits, `train` in params.yaml; for online targets
        also models/teacher-finetuned; data/visual-tokens if the vision tower is frozen and its outputs are cached
-writes models/student-distilled: a complete model folder, adapters merged, and history.json
+writes models/student-distilled: a complete model folder, adapters merged, and history.json; without a teacher,
+       left-out.json with the reason and an empty history
 """
 
 from dataclasses import asdict
@@ -16,9 +17,10 @@ from transformers import ProcessorMixin
 from firstsight.caching.visual_tokens import SplitVisualTokens, VisualIndex, read_visual_index
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
-from firstsight.core.processes import shared, use_all_gpus
+from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
+from firstsight.core.variants import LEFT_OUT, reason_left_out
 from firstsight.distillation.targets import (
     SplitTargets,
     check_files,
@@ -42,6 +44,13 @@ OUTPUT = Path("models/student-distilled")
 
 def run() -> None:
     loaded = params.load()
+    if reason := reason_left_out(TARGETS):
+        if is_main_process():
+            with whole_folder(OUTPUT) as folder:
+                write_json(folder / LEFT_OUT, reason)
+                write_json(folder / "history.json", [])
+        log.info("%s is left out: %s", OUTPUT, reason)
+        return
     use_all_gpus(loaded.runtime.device)
     settings = loaded.train
     processor = load_processor(STUDENT)

@@ -4,7 +4,8 @@
 
 reads  what `models.teacher` or `models.student` names in params.yaml
 writes models/teacher or models/student, a plain Hugging Face folder (EgoGPT's own checkpoints are converted into one),
-       with source.json in it: where the model came from, its licence, architecture and size
+       with source.json in it: where the model came from, its licence, architecture and size; for a teacher that is
+       null, left-out.json instead, and null as source.json
 """
 
 from pathlib import Path
@@ -14,12 +15,18 @@ from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
+from firstsight.core.variants import LEFT_OUT, NO_TEACHER
 from firstsight.models.loading import stored_method
 
 
 def run(role: str) -> None:
     model = getattr(params.load().models, role)
     with whole_folder(Path("models") / role) as folder:
+        if model is None:
+            write_json(folder / LEFT_OUT, NO_TEACHER)
+            write_json(folder / "source.json", None)
+            log.info("there is no teacher: %s", NO_TEACHER)
+            return
         commit = None
         if model.source == "init":
             # Imported here, because it imports Qwen2-VL and its processors, which other sources do not need.

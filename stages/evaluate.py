@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
-from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
 from firstsight.core.processes import (
     all_cores,
     collected,
@@ -29,7 +29,7 @@ from firstsight.core.processes import (
 )
 from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, VARIANTS, Variant
+from firstsight.core.variants import LEFT_OUT, VARIANTS, Variant, reason_left_out
 
 if TYPE_CHECKING:
     from firstsight.profiling.cost import Question
@@ -179,8 +179,7 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
     method = VARIANTS[name].quantized_on_loading
     if method and method not in settings.teacher_methods:
         return f"evaluate.teacher_methods is {settings.teacher_methods}, without {method}"
-    note = VARIANTS[name].model / LEFT_OUT
-    return read_json(note, "the stage that makes it") if note.exists() else None
+    return reason_left_out(VARIANTS[name].model)
 
 
 def answer(name: str, model: Any, questions: list["Question"], settings: params.Evaluate, kept: Path) -> list[str]:

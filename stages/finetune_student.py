@@ -4,23 +4,25 @@
 
 What the distilled student answers better than this one is what distilling added. With `control.answers: labels` it
 learns from the answers that the data has; with `teacher` also from the answers that the teacher gave to the other
-questions, which tells the worth of the teacher's distributions from that of more data.
+questions, which tells the worth of the teacher's distributions from that of more data. Where `models.teacher` is null,
+this is all that is trained, whatever `control` says, and what is quantized.
 
 reads  models/student, the train and validation splits, the teacher's answers in data/teacher-targets, `control` and
        `train` in params.yaml without temperature, alpha and divergence; data/visual-tokens as in distill
 writes models/student-finetuned: a complete model folder, adapters merged, and history.json; if the control is left
-       out, left-out.json with the reason instead
+       out, left-out.json with the reason instead. trained-alone.json in it is what quantize-student depends on: without
+       a teacher the model's fingerprint, otherwise null, so that another control does not run it again
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
 from firstsight.core import params
-from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.core.variants import CONTROL, LEFT_OUT, VARIANTS
+from firstsight.core.variants import CONTROL, LEFT_OUT, TRAINED_ALONE, VARIANTS
 from firstsight.records.parquet import Split
 
 STUDENT, TARGETS, OUTPUT = Path("models/student"), Path("data/teacher-targets"), VARIANTS[CONTROL].model
@@ -33,19 +35,21 @@ DISTILLATION_ONLY = {"temperature", "alpha", "divergence", "jsd_beta"}
 def run() -> None:
     loaded = params.load()
     splits = {name: Split(path) for name, path in SPLITS.items()}
-    reason = left_out(loaded.control, splits)
+    alone = read_json(TARGETS / "answers.json", "cache-teacher-targets") is None
+    reason = None if alone else left_out(loaded.control, splits)
     if reason is None:
-        train_control(loaded, splits)
+        train_control(loaded, splits, alone=alone)
         log.info("wrote %s", OUTPUT)
         return
     if is_main_process():
         with whole_folder(OUTPUT) as folder:
             write_json(folder / LEFT_OUT, reason)
+            write_json(folder / TRAINED_ALONE, None)
     log.info("%s is left out: %s", CONTROL, reason)
 
 
-def train_control(loaded: params.Params, splits: dict[str, Split]) -> None:
-    """Train the control and write it, with its history."""
+def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: bool) -> None:
+    """Train the control, or the student where it is `alone`, without a teacher, and write it with its history."""
     use_all_gpus(loaded.runtime.device)
     # Imported here, because they take seconds, and a control that is left out needs none of them.
     from accelerate import PartialState
@@ -100,6 +104,7 @@ def train_control(loaded: params.Params, splits: dict[str, Split]) -> None:
             trainable.save_merged(folder)
             processor.save_pretrained(folder)
             write_json(folder / "history.json", history)
+            write_json(folder / TRAINED_ALONE, fingerprint_folder(folder) if alone else None)
 
 
 def left_out(control: params.Control, splits: dict[str, Split]) -> str | None:

@@ -4,7 +4,7 @@
 
 reads  models/teacher, the train and validation splits, `finetune_teacher` in params.yaml
 writes models/teacher-finetuned: a complete model folder, or for adapter methods models/teacher's files and the adapter
-       in adapter/; and history.json
+       in adapter/; and history.json; without a teacher, left-out.json with the reason and an empty history
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from firstsight.core.files import fingerprint_files, fingerprint_folder, link_fo
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
+from firstsight.core.variants import LEFT_OUT, reason_left_out
 
 TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
@@ -21,6 +22,13 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 
 def run() -> None:
     loaded = params.load()
+    if reason := reason_left_out(TEACHER):
+        if is_main_process():
+            with whole_folder(OUTPUT) as folder:
+                write_json(folder / LEFT_OUT, reason)
+                write_json(folder / "history.json", [])
+        log.info("%s is left out: %s", OUTPUT, reason)
+        return
     if loaded.finetune_teacher.enabled:
         train_teacher(loaded.finetune_teacher, loaded.runtime)
         log.info("wrote %s", OUTPUT)

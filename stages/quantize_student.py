@@ -1,8 +1,9 @@
-"""Quantize the distilled student's language model with bitsandbytes; vision tower and head keep their precision.
+"""Quantize the trained student's language model with bitsandbytes; vision tower and head keep their precision.
 
     python -m stages.quantize_student int8        (or nf4)
 
-reads  models/student-distilled, the validation split, `quantize` in params.yaml
+reads  models/student-distilled, or without a teacher models/student-finetuned, the validation split, `quantize` in
+       params.yaml
 writes models/student-{method}: a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
        error of each layer; for a method that `quantize.methods` does not list, only a note that it is left out
 """
@@ -13,9 +14,9 @@ from pathlib import Path
 from firstsight.core import params
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, METHODS, VARIANTS
+from firstsight.core.variants import CONTROL, DISTILLED, LEFT_OUT, METHODS, VARIANTS, reason_left_out
 
-SOURCE, VALIDATION = Path("models/student-distilled"), Path("data/egoqa/validation.parquet")
+VALIDATION = Path("data/egoqa/validation.parquet")
 MEASUREMENTS = "quantization.json"
 
 
@@ -36,7 +37,8 @@ def run(method: str) -> None:
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
         calibration = [(sample, sample.records[0]) for sample in samples]
-        measured = quantize_folder(SOURCE, folder, method, settings, device, calibration)
+        source = VARIANTS[CONTROL if reason_left_out(VARIANTS[DISTILLED].model) else DISTILLED].model
+        measured = quantize_folder(source, folder, method, settings, device, calibration)
         write_json(folder / MEASUREMENTS, measured)
     log.info(
         "%s: %d linear layers quantized, %d not; %.1f MB in memory, %.1f MB before; largest error of a layer %.3f",

@@ -43,10 +43,13 @@ def run() -> None:
     settings = params.load()
     questions = [(sample, record) for sample in Split(DATA / "test.parquet") for record in sample.records]
     records, groups = [record for _, record in questions], [sample.group for sample, _ in questions]
-    found = {variant: measured(variant, records) for variant in VARIANTS}
-    variants = {variant: one for variant, one in found.items() if one}
     sources = {role: read_json(path, "download-models") for role, path in MODELS.items()}
+    always = {TEACHER} if sources["teacher"] else set()
+    found = {variant: measured(variant, records, may_be_left_out=variant not in always) for variant in VARIANTS}
+    variants = {variant: one for variant, one in found.items() if one}
     histories = {stage: read_json(path, stage) for stage, path in HISTORIES.items()}
+    if not sources["teacher"]:  # all that is trained then
+        histories["finetune-student"] = read_json(VARIANTS[CONTROL].model / "history.json", "finetune-student")
     quantized = {
         method: read_json(VARIANTS[f"student-{method}"].model / "quantization.json", f"quantize-student@{method}")
         for method in METHODS
@@ -62,7 +65,7 @@ def run() -> None:
     quantization = summary.quantization_table(quantized)
     training = {stage: summary.training_summary(rows) for stage, rows in histories.items()}
     verdicts = criteria.verdicts(settings.report.criteria, quality, performance)
-    unjudged = criteria.not_judged(settings.report.criteria, verdicts)
+    unjudged = criteria.not_judged(settings.report.criteria, verdicts, quality)
     control = Path("evaluations") / CONTROL / LEFT_OUT
     left_out = None if CONTROL in quality else read_json(control, f"evaluate@{CONTROL}")
     opening = [
@@ -118,15 +121,15 @@ def keep_others(folder: Path) -> None:
             copy(path, folder / path.name)
 
 
-def measured(variant: str, records: Sequence[Record]) -> Measured | None:
-    """Return what `evaluate` wrote for a variant, or None if params.yaml leaves it out (never the teacher).
+def measured(variant: str, records: Sequence[Record], *, may_be_left_out: bool) -> Measured | None:
+    """Return what `evaluate` wrote for a variant, or None if params.yaml leaves it out (never a teacher there is).
 
     Raises:
         UserError: a file is missing or broken, lacks figures, has answers to other questions, or the figures are not
             those of the answers.
     """
     folder, stage = Path("evaluations") / variant, f"evaluate@{variant}"
-    if (folder / LEFT_OUT).exists() and variant != TEACHER:
+    if may_be_left_out and (folder / LEFT_OUT).exists():
         return None
     quality, performance, predictions = (
         read_json(folder / f"{name}.json", stage) for name in ("quality", "performance", "predictions")
@@ -172,11 +175,13 @@ def draw(
     # Few colours, because the file is in git.
     contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
     opening = {}
-    if CONTROL in quality:
+    before, after = summary.before_and_after(quality)
+    if before in quality:
         figures.gain(quality, types, plots / "gain.png")
-        opening[
-            "What distilling added to exact match, with 95% intervals; right, student-finetuned → student-distilled"
-        ] = plots / "gain.png"
+        added = "distilling" if TEACHER in quality else "fine-tuning"
+        opening[f"What {added} added to exact match, with 95% intervals; right, {before} → {after}"] = (
+            plots / "gain.png"
+        )
     figures.quality(quality, list(performance), plots / "quality.png")
     figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
     figures.by_type(types, plots / "by-type.png")

@@ -51,6 +51,12 @@ def test_another_quantization_leaves_distill_alone(project):
     assert changed == QUANTIZATIONS | {"evaluate@student-int8", "evaluate@student-nf4", "report"}
 
 
+def test_another_control_leaves_the_distilled_student_alone(project):
+    """Its quantized copies too, which are those of the control where there is no teacher."""
+    changed = stages_run(project, "exp", "run", "-S", "control.enabled=false")
+    assert changed == {"finetune-student", "evaluate@student-finetuned", "report"}
+
+
 def test_another_evaluation_leaves_the_models_alone(project):
     assert stages_run(project, "exp", "run", "-S", "evaluate.max_new_tokens=9") == EVALUATIONS | {"report"}
 

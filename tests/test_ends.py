@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import STAGES, YAML_SAFE, change, make_sample, run_stage, workspace, write_params
+from conftest import STAGES, change, run_stage
 from safetensors.torch import load_file
-from text_families import TEXT_SAVE
+from text_families import ANSWERS, TEXT_SAVE, text_workspace, write_split
 
 from firstsight.core.errors import UserError
 from firstsight.distillation.vocabulary import shared_vocabulary
@@ -14,7 +14,6 @@ from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.teachers import HiddenTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_processor
-from firstsight.records.parquet import SplitWriter
 
 COMMON, TEACHER_ROWS, STUDENT_ROWS = 20, 26, 25
 # What the teacher's and the student's end token are, and then the pairs of tokens that mean the same.
@@ -79,35 +78,6 @@ def test_the_ends_of_the_pairs_that_are_named_most(settings, processor, tmp_path
     assert shared_vocabulary(deepseek, base) == SharedVocabulary(text, (text, text))
     assert shared_vocabulary(deepseek, instruct) == SharedVocabulary(text, (text, text + 2))
     assert shared_vocabulary(base, instruct) == SharedVocabulary(text + 3, (text, text + 2))
-
-
-ANSWERS = ["a red cup", "two", "a ball", "in your left hand"]
-
-
-def write_split(folder, split, questions, kind="none"):
-    with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
-        for number, question in enumerate(questions):
-            writer.write(make_sample(f"{split}-{number}", kind, int(kind != "none"), [question]))
-
-
-def text_workspace(folder, settings, processor, teacher: str, student: str):
-    """A workspace with text-only data and a pair of checkpoints, all stages up to the dataset done."""
-    folder = workspace(folder)
-    document = YAML_SAFE.load(folder / "params.yaml")
-    for role, name in (("teacher", teacher), ("student", student)):
-        (folder / "hub" / role).mkdir(parents=True)
-        TEXT_SAVE[name](folder / "hub" / role, settings, processor)
-        document["models"][role] = {"source": f"hub/{role}", "revision": None, "init": None}
-    document["finetune_teacher"] |= {"enabled": True, "epochs": 2, "train_vision": False}
-    document["train"] |= {"epochs": 4, "early_stopping_epochs": 4, "alpha": 1.0, "learning_rate": 5e-3}
-    document["control"]["enabled"] = False
-    write_params(folder, document)
-    (folder / "data/egoqa").mkdir(parents=True)
-    for split in ("train", "validation", "test"):
-        write_split(folder, split, [(f"What is at place {n % 4}?", ANSWERS[n % 4]) for n in range(12)])
-    for role in ("teacher", "student"):
-        run_stage(folder, "download_models", role)
-    return folder
 
 
 def test_inputs_that_fit_leave_the_same_note_every_time(settings, processor, tmp_path):

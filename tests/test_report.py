@@ -36,7 +36,7 @@ def test_a_criterion_is_met_from_its_level_on(figure, reached):
     """By the students made by distilling; the others have no levels to meet."""
     performance = {name: {"speed_up": 9.0} for name in ("teacher", "student", CONTROL)}
     performance["student-nf4"] = {"speed_up": figure}
-    (verdict,) = verdicts(CRITERIA, {"student-nf4": {}}, performance)
+    (verdict,) = verdicts(CRITERIA, {"teacher": {}, "student-nf4": {}}, performance)
     assert (verdict.variant, verdict.figure, verdict.reached) == ("student-nf4", figure, reached)
     assert verdict.judged() == (reached or "not met")
     (line,) = conclusions([verdict])
@@ -45,14 +45,15 @@ def test_a_criterion_is_met_from_its_level_on(figure, reached):
 
 def test_a_criterion_that_is_null_or_has_no_figure_is_not_judged_and_said_in_a_line():
     criteria = CRITERIA.model_copy(update={"speed_up": None})
-    found = verdicts(criteria, {DISTILLED: {}}, {DISTILLED: {"speed_up": 9.0, "compression": 2.5}})
+    quality = {"teacher": {}, DISTILLED: {}}
+    found = verdicts(criteria, quality, {DISTILLED: {"speed_up": 9.0, "compression": 2.5}})
     assert [one.criterion for one in found] == ["compression"]
     assert conclusions(found) == [f"{DISTILLED} meets 1 of 1 criteria"]
-    gain, retention, speed_up = not_judged(criteria, found)
+    gain, retention, speed_up = not_judged(criteria, found, quality)
     assert gain == "gain is not judged, because student-finetuned is left out"
     assert retention == "retention is not judged, because the teacher has no right answer"
     assert speed_up.startswith("speed up is not judged, because report.criteria.speed_up is null: ")
-    assert not_judged(CRITERIA, found) == [gain, retention]
+    assert not_judged(CRITERIA, found, quality) == [gain, retention]
 
 
 def test_the_gain_is_that_of_the_same_questions_and_of_whole_groups():
@@ -100,7 +101,7 @@ def test_the_gain_is_that_of_the_same_questions_and_of_whole_groups():
 
 def of(gain, low, high):
     own = {"exact_match": 0.841, "questions": 566, "gain": gain, "gain_low": low, "gain_high": high}
-    return {DISTILLED: own, CONTROL: {"exact_match": 0.841 - gain}}
+    return {"teacher": {}, DISTILLED: own, CONTROL: {"exact_match": 0.841 - gain}}
 
 
 @pytest.mark.parametrize(
@@ -128,14 +129,14 @@ def of(gain, low, high):
             "answers 89.1%: -5.0 points (95% interval -7.0 to -3.0).",
         ),
         (
-            {DISTILLED: {}},
+            {"teacher": {}, DISTILLED: {}},
             Control(enabled=False, answers="labels"),
             "control.enabled is false",
             "What distilling adds to fine-tuning on the labels alone is not known, because control.enabled is false; "
             "control.enabled: true in params.yaml measures it.",
         ),
         (
-            {DISTILLED: {}},
+            {"teacher": {}, DISTILLED: {}},
             LABELS,
             "no split has an answer; set control.answers to teacher",
             "What distilling adds to fine-tuning on the labels alone is not known, because no split has an answer; "
@@ -175,14 +176,14 @@ def test_exported_students_are_compared_with_the_exported_teacher():
     table = performance_table(variants)
     speed_ups = {"teacher": 1.0, "teacher-onnx": 1.0, DISTILLED: 1.2, "student-onnx": 4.0, "student-onnx-w4a8": 2.0}
     assert {name: row["speed_up"] for name, row in table.items()} == speed_ups
-    criteria = params.load(ROOT / "params.yaml").report.criteria
-    judged = {one.variant: one.reached for one in verdicts(criteria, {}, table) if one.criterion == "speed_up"}
+    criteria, quality = params.load(ROOT / "params.yaml").report.criteria, {"teacher": {}}
+    judged = {one.variant: one.reached for one in verdicts(criteria, quality, table) if one.criterion == "speed_up"}
     assert judged == {"student-onnx": "target", "student-onnx-w4a8": "minimum"}
     # Without it they are compared with nothing, and PyTorch's student is judged.
     del variants["teacher-onnx"]
     table = performance_table(variants)
     assert "speed_up" not in table["student-onnx"]
-    judged = [one.variant for one in verdicts(criteria, {}, table) if one.criterion == "speed_up"]
+    judged = [one.variant for one in verdicts(criteria, quality, table) if one.criterion == "speed_up"]
     assert judged == [DISTILLED]
 
 

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import torch
+from conftest import YAML_SAFE, make_sample, run_stage, workspace, write_params
 from families import TEXT, TEXT_TEMPLATE
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from firstsight.records.parquet import SplitWriter
 
 GPT2_POSITIONS = 96
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -167,3 +170,39 @@ TEXT_SAVE = {
     "qwen2-base": save_qwen2_base,
     "deepseek": save_deepseek,
 }
+
+ANSWERS = ["a red cup", "two", "a ball", "in your left hand"]
+
+
+def write_split(folder, split, questions, kind="none"):
+    with SplitWriter(folder / f"data/egoqa/{split}.parquet") as writer:
+        for number, question in enumerate(questions):
+            writer.write(make_sample(f"{split}-{number}", kind, int(kind != "none"), [question]))
+
+
+def text_workspace(folder, settings, processor, teacher: str | None, student: str):
+    """A workspace with text-only data, and checkpoints of a student and of a teacher if there is one, downloaded."""
+    folder = workspace(folder)
+    document = YAML_SAFE.load(folder / "params.yaml")
+    for role, name in (("teacher", teacher), ("student", student)):
+        document["models"][role] = None
+        if name is None:
+            continue
+        (folder / "hub" / role).mkdir(parents=True)
+        TEXT_SAVE[name](folder / "hub" / role, settings, processor)
+        document["models"][role] = {"source": f"hub/{role}", "revision": None, "init": None}
+    document["finetune_teacher"] |= {"enabled": teacher is not None, "epochs": 2, "train_vision": False}
+    alpha = 0.0 if teacher is None else 1.0
+    document["train"] |= {"epochs": 4, "early_stopping_epochs": 4, "alpha": alpha, "learning_rate": 5e-3}
+    document["control"]["enabled"] = False
+    document["export"] = {"formats": [], "teacher": False}
+    document["evaluate"]["teacher_methods"] = []
+    if teacher is None:
+        document["data"] |= {"unanswered": "refuse", "labelled_fraction": 1.0}
+    write_params(folder, document)
+    (folder / "data/egoqa").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        write_split(folder, split, [(f"What is at place {n % 4}?", ANSWERS[n % 4]) for n in range(12)])
+    for role in ("teacher", "student"):
+        run_stage(folder, "download_models", role)
+    return folder

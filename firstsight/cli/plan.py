@@ -37,21 +37,22 @@ def plan(
             loaded.data, path.absolute().relative_to(root) if path.absolute().is_relative_to(root) else path
         )
         rows, looking = plan_table.rows(loaded, work), plan_table.render_visual_tokens(loaded, work)
-        teacher, student = (on_meta(model) for model in (loaded.models.teacher, loaded.models.student))
+        named = [model for model in (loaded.models.teacher, loaded.models.student) if model]
+        built = [on_meta(model) for model in named]
     print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
     if looking:
         print(f"{looking}\n")
     for name, memory in _gpus():
         print(plan_table.verdict(rows, name, memory))
-    if student.num_parameters() >= hours.FEWEST_PARAMETERS:
+    if built[-1].num_parameters() >= hours.FEWEST_PARAMETERS:
         print(f"\n{plan_table.render_hours(rows, _cards())}")
         print(f"measured on one {hours.MEASURED}, carried over to others; how: firstsight/planning/hours.py")
-    for source, built in ((loaded.models.teacher.source, teacher), (loaded.models.student.source, student)):
-        if reads_text_alone(built.config):
-            print(f"\n{source} reads text alone: for it media are not counted, and its stages refuse them")
-    if teacher.num_parameters() < student.num_parameters():
+    for model, one in zip(named, built, strict=True):
+        if reads_text_alone(one.config):
+            print(f"\n{model.source} reads text alone: for it media are not counted, and its stages refuse them")
+    if built[0].num_parameters() < built[-1].num_parameters():
         print("\nthe teacher has fewer parameters than the student: are models.teacher and models.student swapped?")
-    tokens = min(model.config.get_text_config().vocab_size for model in (teacher, student))
+    tokens = min(model.config.get_text_config().vocab_size for model in built)
     if loaded.targets.kind == "topk" and loaded.targets.k > tokens:
         print(f"\ntargets.k is {loaded.targets.k:,}, more than there are tokens: all of at most {tokens:,} are kept")
     print(

@@ -120,7 +120,9 @@ class Model(Section):
 
 
 class Models(Section):
-    teacher: Model
+    """Name both models; without a teacher (null), the student is fine-tuned on the labels alone."""
+
+    teacher: Model | None
     student: Model
 
 
@@ -440,6 +442,23 @@ class Params(Section):
     evaluate: Evaluate
     report: Report
     runtime: Runtime
+
+    @model_validator(mode="after")
+    def _without_a_teacher(self) -> "Params":
+        if self.models.teacher is not None:
+            return self
+        asked = {
+            "train.alpha": (self.train.alpha, 0),
+            "finetune_teacher.enabled": (self.finetune_teacher.enabled, False),
+            "data.unanswered": (self.data.unanswered, "refuse"),
+            "export.formats": (self.export.formats, []),
+            "export.teacher": (self.export.teacher, False),
+            "evaluate.teacher_methods": (self.evaluate.teacher_methods, []),
+        }
+        for key, (found, expected) in asked.items():
+            if found != expected:
+                raise ValueError(f"{key}: expected {expected!r}, because models.teacher is null, found {found!r}")
+        return self
 
 
 def load(path: Path = PARAMS_FILE) -> Params:

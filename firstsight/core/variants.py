@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from firstsight.core.files import read_json
 from firstsight.core.params import Method
 
 
@@ -40,3 +41,16 @@ VARIANTS = {
 }
 # The only file of a variant's folders where params.yaml does not ask for it: DVC requires every output to exist.
 LEFT_OUT = "left-out.json"
+# The file of the control's folder that holds its fingerprint where it was trained without a teacher, otherwise null.
+TRAINED_ALONE = "trained-alone.json"
+# Why the stages of the teacher, and distill, are left out where there is none.
+NO_TEACHER = "models.teacher is null"
+
+
+def reason_left_out(folder: Path) -> str | None:
+    """Return why params.yaml leaves out what would be in `folder`, or None if it does not.
+
+    Raises UserError when the note that says so is broken.
+    """
+    note = folder / LEFT_OUT
+    return read_json(note, "the stage that makes it") if note.exists() else None

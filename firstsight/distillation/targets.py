@@ -112,14 +112,14 @@ def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
     write_json(folder / "index.json", {name: value for name, value in values.items() if value is not None})
 
 
-def write_answers(folder: Path, answers: dict[str, str]) -> None:
-    """Write answers.json: the teacher's answers by record id."""
+def write_answers(folder: Path, answers: dict[str, str] | None) -> None:
+    """Write answers.json: the teacher's answers by record id; None without a teacher."""
     write_json(folder / "answers.json", answers)
 
 
 def read_answers(folder: Path) -> dict[str, str]:
-    """Read what `write_answers` wrote. Raises UserError when it is missing or broken."""
-    return read_json(folder / "answers.json", STAGE)
+    """Read what `write_answers` wrote; {} without a teacher. Raises UserError when it is missing or broken."""
+    return read_json(folder / "answers.json", STAGE) or {}
 
 
 def read_index(folder: Path) -> Index:

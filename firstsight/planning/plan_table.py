@@ -37,29 +37,33 @@ class Row:
 
 def rows(params: Params, work: Workload) -> list[Row]:
     """Return the stages that take disk, memory or time, without those that `params` disable."""
-    teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
+    named = {"teacher": params.models.teacher, "student": params.models.student}
+    shapes = {role: Shape(model.source, on_meta(model)) for role, model in named.items() if model}
+    student, teacher = shapes["student"], shapes.get("teacher")
     found = [
         Row("download-models", f"{_count(shape.parameters)} {role}", disk=_downloaded(shape))
-        for role, shape in (("teacher", teacher), ("student", student))
+        for role, shape in shapes.items()
     ]
     media = sum(work.samples.values())
     found.append(Row("build-egoqa-dataset", f"{_count(media)} media", disk=work.disk))
-    if params.finetune_teacher.enabled:
+    if teacher and params.finetune_teacher.enabled:
         found.append(_finetuning("finetune-teacher", teacher, params.finetune_teacher, work))
-    if params.targets.kind != "online":
+    if teacher and params.targets.kind != "online":
         found.append(_cache_teacher_targets(student, teacher, params, work))
     if params.train.caches_visual_tokens:
         found.append(_cache_visual_tokens(student, params.train, work))
-    found.append(_distill(student, teacher, params, work))
-    if params.control.enabled:
+    if teacher:
+        found.append(_distill(student, teacher, params, work))
+    finetuned = teacher is None or params.control.enabled
+    if finetuned:
         found.append(_finetuning("finetune-student", student, params.train, work))
     found += [_quantize_student(student, method) for method in params.quantize.methods]
     variants = {
-        "teacher": (teacher, params.evaluate.precision),
-        **{f"teacher-{method}": (teacher, method) for method in params.evaluate.teacher_methods},
+        **({"teacher": (teacher, params.evaluate.precision)} if teacher else {}),
+        **{f"teacher-{method}": (teacher, method) for method in params.evaluate.teacher_methods if teacher},
         "student": (student, params.evaluate.precision),
-        **({CONTROL: (student, params.evaluate.precision)} if params.control.enabled else {}),
-        DISTILLED: (student, params.evaluate.precision),
+        **({CONTROL: (student, params.evaluate.precision)} if finetuned else {}),
+        **({DISTILLED: (student, params.evaluate.precision)} if teacher else {}),
         **{f"student-{method}": (student, method) for method in params.quantize.methods},
     }
     return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]

@@ -5,7 +5,7 @@ from pathlib import Path
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import LEFT_OUT, VARIANTS
-from firstsight.reporting.summary import BASELINES
+from firstsight.reporting.summary import BASELINES, before_and_after
 from firstsight.reporting.text_table import render, size
 
 METRICS = Path("metrics")
@@ -113,8 +113,9 @@ def show() -> None:
     except OSError as error:
         raise UserError(f"{METRICS}/summary.txt: expected a summary, found {error}; run dvc repro report") from None
     opening, *_ = summary.split("\n\n")
+    reference, _ = before_and_after(quality)
     print(
-        f"\n{opening}\n\nexact match with its 95% interval, gain over that of student-finetuned; without looking at\n"
+        f"\n{opening}\n\nexact match with its 95% interval, gain over that of {reference}; without looking at\n"
         "the image, question only is the best guess, majority answer the commonest answer to whatever is asked\n"
     )
     print(

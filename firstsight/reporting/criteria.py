@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from firstsight.core.params import Criteria, Levels
-from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, STUDENTS
+from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, STUDENTS, TEACHER
 
 MEANING = {
     "gain": f"its exact match - that of {CONTROL}",
@@ -17,6 +17,7 @@ _NULL = (
     "PyTorch adds to each token, not the model, decides the latency"
 )
 _NO_CONTROL = f"gain is not judged, because {CONTROL} is left out"
+_NO_TEACHER = "no criterion is judged, because there is no teacher: they compare what distilling made with it"
 _NO_RETENTION = "retention is not judged, because the teacher has no right answer"
 
 
@@ -49,8 +50,11 @@ def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdi
 
     Speed-up is judged of the exported students alone where the exported teacher was measured: it is the work of the
     models that is compared there, not what PyTorch adds to each token.
+    Without a teacher, there is none.
     """
     found = []
+    if TEACHER not in quality:
+        return found
     for criterion in Criteria.model_fields:
         levels = getattr(criteria, criterion)
         in_engine = criterion == "speed_up" and EXPORTED_TEACHER in performance
@@ -63,8 +67,10 @@ def verdicts(criteria: Criteria, quality: dict, performance: dict) -> list[Verdi
     return found
 
 
-def not_judged(criteria: Criteria, found: list[Verdict]) -> list[str]:
+def not_judged(criteria: Criteria, found: list[Verdict], quality: dict) -> list[str]:
     """Return a line per criterion that has no verdict among `found`: which, and why."""
+    if TEACHER not in quality:
+        return [_NO_TEACHER]
     judged = {one.criterion for one in found}
     reasons = {"gain": _NO_CONTROL, "retention": _NO_RETENTION}
     lines = [reason for criterion, reason in reasons.items() if criterion not in judged]

@@ -15,9 +15,9 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from firstsight.core.variants import CONTROL, DISTILLED, VARIANTS
+from firstsight.core.variants import VARIANTS
 from firstsight.reporting import fonts
-from firstsight.reporting.summary import QUESTION_ONLY
+from firstsight.reporting.summary import QUESTION_ONLY, before_and_after
 
 # A dollar sign in a question type does not start a formula.
 plt.rcParams["text.parse_math"] = False
@@ -55,19 +55,21 @@ def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
 
 
 def gain(table: dict[str, dict[str, Any]], types: pd.DataFrame, path: Path) -> None:
-    """Plot what distilling added to the control's exact match, with 95% intervals: overall and by question type.
+    """Plot what training added to exact match, with 95% intervals: overall and by question type.
 
-    The commonest types are shown, and beside each the exact match of the control and of the distilled student.
+    The commonest types are shown, and beside each the exact match of the two variants that are compared
+    (`summary.before_and_after`).
 
     Args:
-        table: metrics/quality.json, with the control.
+        table: metrics/quality.json, with both variants.
         types: as `summary.by_type` returns it.
     """
-    gains = pd.DataFrame(table[DISTILLED]["gain_by_type"]).T.sort_values("questions", ascending=False, kind="stable")
+    reference, trained = before_and_after(table)
+    gains = pd.DataFrame(table[trained]["gain_by_type"]).T.sort_values("questions", ascending=False, kind="stable")
     gains = gains[:_TYPES_FIRST].sort_values("gain", ascending=False, kind="stable")
     shares = types.pivot(index="type", columns="variant", values="exact_match")
     shares.loc["all"] = {name: table[name]["exact_match"] for name in shares}
-    gains = pd.concat([pd.DataFrame([table[DISTILLED]], index=["all"])[gains.columns], gains])
+    gains = pd.concat([pd.DataFrame([table[trained]], index=["all"])[gains.columns], gains])
     figure, axis = plt.subplots(figsize=(_WIDTH, 0.23 * len(gains) + 0.75), layout="constrained")
     for place, (kind, row) in enumerate(gains.iterrows()):
         ends = [[max(0, row["gain"] - row["gain_low"])], [max(0, row["gain_high"] - row["gain"])]]
@@ -75,11 +77,11 @@ def gain(table: dict[str, dict[str, Any]], types: pd.DataFrame, path: Path) -> N
             100 * row["gain"],
             place,
             xerr=100 * np.array(ends),
-            color=_COLOURS[DISTILLED] if place else "black",
+            color=_COLOURS[trained] if place else "black",
             marker="o" if place else "D",
             capsize=3,
         )
-        before, after = shares.loc[kind, [CONTROL, DISTILLED]]
+        before, after = shares.loc[kind, [reference, trained]]
         text = f"{100 * before:.0f} → {100 * after:.0f}%"
         axis.text(1.02, place, text, va="center", transform=axis.get_yaxis_transform())
     axis.axvline(0, color="black", linewidth=0.8)
@@ -87,7 +89,7 @@ def gain(table: dict[str, dict[str, Any]], types: pd.DataFrame, path: Path) -> N
     axis.set(
         yticks=range(len(gains)),
         yticklabels=[f"{_label(str(kind))} ({row['questions']:.0f})" for kind, row in gains.iterrows()],
-        xlabel=f"points of exact match over {CONTROL}",
+        xlabel=f"points of exact match over {reference}",
     )
     axis.grid(axis="x", alpha=0.3)
     axis.invert_yaxis()

@@ -10,11 +10,12 @@ from firstsight.reporting.text_table import size
 
 def subject(models: dict[str, dict[str, Any]], quality: dict, performance: dict) -> str:
     """Return a line that says which teacher, which student and how many test questions; tables as in metrics/."""
-    teacher, student = (
-        f"{size(performance[role]['parameters'], '')} parameters ({origin(models[role])})"
+    named = [
+        f"{role.capitalize()}: {size(performance[role]['parameters'], '')} parameters ({origin(models[role])})."
         for role in ("teacher", "student")
-    )
-    return f"Teacher: {teacher}. Student: {student}. {quality[TEACHER]['questions']} test questions."
+        if role in models
+    ]
+    return f"{' '.join(named)} {quality['student']['questions']} test questions."
 
 
 def origin(model: dict[str, Any]) -> str:
@@ -28,19 +29,30 @@ def origin(model: dict[str, Any]) -> str:
 def headline(quality: dict, control: Control, left_out: str | None) -> str:
     """Return one sentence: what distilling added to exact match, with its 95% interval, or why that is not known.
 
+    Without a teacher, it says what fine-tuning added to the student.
     `left_out` is the reason why the control is not among the rows of `quality`, which are as in metrics/.
     """
+    if TEACHER not in quality:
+        own, other = quality[CONTROL], quality["student"]
+        return (
+            f"Fine-tuned, the student answers {own['exact_match']:.1%} of {own['questions']} test questions exactly, "
+            f"before {other['exact_match']:.1%}: {_gained(own)}."
+        )
     alone = "the labels alone" if control.answers == "labels" else "the labels and the teacher's answers"
     if CONTROL not in quality:
         remedy = "" if control.enabled else "; control.enabled: true in params.yaml measures it"
         return f"What distilling adds to fine-tuning on {alone} is not known, because {left_out}{remedy}."
     own, other = quality[DISTILLED], quality[CONTROL]
-    gain, low, high = in_points(own)
-    chance = ", which cannot be told from chance" if own["gain_low"] <= 0 <= own["gain_high"] else ""
     return (
         f"Distilling answers {own['exact_match']:.1%} of {own['questions']} test questions exactly, fine-tuning on "
-        f"{alone} {other['exact_match']:.1%}: {gain} points (95% interval {low} to {high}){chance}."
+        f"{alone} {other['exact_match']:.1%}: {_gained(own)}."
     )
+
+
+def _gained(row: dict[str, float]) -> str:
+    gain, low, high = in_points(row)
+    chance = ", which cannot be told from chance" if row["gain_low"] <= 0 <= row["gain_high"] else ""
+    return f"{gain} points (95% interval {low} to {high}){chance}"
 
 
 def in_points(row: dict[str, float]) -> tuple[str, str, str]:

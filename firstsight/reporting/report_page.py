@@ -9,11 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from firstsight.core.variants import TEACHER
 from firstsight.evaluation.metrics import is_right
 from firstsight.records.sample import Record, Sample
 from firstsight.reporting.comparison import FIRST, HEADER, first_rows, rows
 from firstsight.reporting.contact_sheet import strip
 from firstsight.reporting.criteria import MEANING, Verdict, conclusions
+from firstsight.reporting.summary import before_and_after
 
 # Most test questions shown: the page, with their images, is in git.
 _GALLERY = 72
@@ -52,8 +54,13 @@ def write(path: Path, shown: Shown) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    reference, trained = before_and_after(shown.quality)
     page = templates.get_template("report.html.jinja").render(
         shown=shown,
+        reference=reference,
+        trained=trained,
+        # With which a student's answers are compared; without a teacher, those of the student before its training.
+        other=TEACHER if TEACHER in shown.quality else reference,
         first_header=FIRST,
         first_rows=first_rows(shown.quality, shown.performance),
         header=HEADER,

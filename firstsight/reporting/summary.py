@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,14 @@ class Measured:
     predictions: list[str]
 
 
+def before_and_after(quality: dict) -> tuple[str, str]:
+    """Return the two variants whose difference is the gain.
+
+    They are the control and the distilled student; without a teacher, the student before and after fine-tuning.
+    """
+    return (CONTROL, DISTILLED) if TEACHER in quality else ("student", CONTROL)
+
+
 def unusable(quality: Any, performance: Any) -> str | None:
     """Describe the first figure that the report needs and that is missing or not a number; None if all are usable."""
     if not (isinstance(quality, dict) and isinstance(performance, dict)):
@@ -62,11 +70,15 @@ def unusable(quality: Any, performance: Any) -> str | None:
     return f"0 for {nothing[0]}" if nothing else None
 
 
-def models_table(sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return source, licence, architecture and size of teacher and student as downloaded; the commonest dtype first."""
+def models_table(sources: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Return source, licence, architecture and size of teacher and student as downloaded; the commonest dtype first.
+
+    A source is None where there is no teacher.
+    """
     return {
         role: {name: (source | {"dtype": ", ".join(source["dtypes"])})[name] for name in _SOURCE}
         for role, source in sources.items()
+        if source is not None
     }
 
 
@@ -104,7 +116,8 @@ def quality_table(
     A variant's row has its figures, `teacher_agreement` (share of answers equal to the teacher's, right or wrong) and
     `retention` (exact match over the teacher's), with 95% intervals. Where the control was measured, the row of a
     student made by distilling also has `gain`, its exact match minus the control's on the same questions, overall and
-    `gain_by_type`. A row of the baselines in `guesses` has exact match only.
+    `gain_by_type`; without a teacher, that of a trained student has its gain over the student before. A row of the
+    baselines in `guesses` has exact match only.
     """
 
     right = {
@@ -114,17 +127,20 @@ def quality_table(
     table: dict[str, dict[str, Any]] = {name: {"exact_match": share} for name, share in guesses.items()}
     for name, variant in measured.items():
         row = {key: value for key, value in variant.quality.items() if key != "by_type"}
-        answered = zip(records, variant.predictions, measured[TEACHER].predictions, strict=True)
-        same = np.array([agreement(record, own, other) for record, own, other in answered])
-        low, high = proportion_interval(same, groups)
-        row |= {"teacher_agreement": float(same.mean()), "teacher_agreement_low": low, "teacher_agreement_high": high}
-        # Retention is undefined if the teacher has no right answer.
-        if right[TEACHER].any():
-            both = np.stack([right[name], right[TEACHER]], axis=1)
-            low, high = bootstrap_interval(both, groups, bootstrap_samples, seed, _ratio)
-            row |= {"retention": _ratio(both), "retention_low": low, "retention_high": high}
-        if name in STUDENTS and CONTROL in measured:
-            row |= _gains(right[name] - right[CONTROL], records, groups, bootstrap_samples, seed)
+        if TEACHER in measured:
+            answered = zip(records, variant.predictions, measured[TEACHER].predictions, strict=True)
+            same = np.array([agreement(record, own, other) for record, own, other in answered])
+            low, high = proportion_interval(same, groups)
+            row |= {"teacher_agreement": float(same.mean())}
+            row |= {"teacher_agreement_low": low, "teacher_agreement_high": high}
+            # Retention is undefined if the teacher has no right answer.
+            if right[TEACHER].any():
+                both = np.stack([right[name], right[TEACHER]], axis=1)
+                low, high = bootstrap_interval(both, groups, bootstrap_samples, seed, _ratio)
+                row |= {"retention": _ratio(both), "retention_low": low, "retention_high": high}
+        before, after = before_and_after(measured)
+        if name in (after, *STUDENTS) and before in measured:
+            row |= _gains(right[name] - right[before], records, groups, bootstrap_samples, seed)
         table[name] = row
     return table
 
@@ -154,18 +170,20 @@ def _ratio(both: np.ndarray) -> float:
 
 
 def performance_table(measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
-    """Return the `COSTS` of each variant, with three figures relative to the teacher.
+    """Return the `COSTS` of each variant, with three figures relative to the teacher, if there is one.
 
     `compression` is the teacher's bytes on disk over the variant's, `weights_saved` the share of the teacher's bytes of
     weights in memory that the variant does not take, and `speed_up` the teacher's median latency over the variant's.
     The latency of an exported student is compared with that of the exported teacher, in the same engine; where that was
     not measured, it has no `speed_up`.
     """
-    teacher, table = measured[TEACHER].performance, {}
+    table = {}
     for name, variant in measured.items():
         row = {key: variant.performance[key] for key in COSTS}
-        row["compression"] = teacher["disk_bytes"] / row["disk_bytes"]
-        row["weights_saved"] = 1 - row["weights_bytes"] / teacher["weights_bytes"]
+        if TEACHER in measured:
+            teacher = measured[TEACHER].performance
+            row["compression"] = teacher["disk_bytes"] / row["disk_bytes"]
+            row["weights_saved"] = 1 - row["weights_bytes"] / teacher["weights_bytes"]
         alike = EXPORTED_TEACHER if name in (EXPORTED_TEACHER, *EXPORTED) else TEACHER
         if alike in measured:
             row["speed_up"] = measured[alike].performance["latency_ms_p50"] / row["latency_ms_p50"]
@@ -177,11 +195,10 @@ def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, d
     """Return metrics/metrics.json: of all figures the few that DVC compares, under short names; tables as in metrics/.
 
     Those of exported students are left to metrics/performance.json and metrics/quality.json.
-    `megabytes` are those of the weights in memory, `loss` and `agreement` those of the best epoch of distilling.
+    `megabytes` are those of the weights in memory, `loss` and `agreement` those of the student's best epoch.
     """
-    table = {TEACHER: {"exact_match": quality[TEACHER]["exact_match"]}}
-    if CONTROL in quality:
-        table[_short(CONTROL)] = {"exact_match": quality[CONTROL]["exact_match"]}
+    alone = (TEACHER, CONTROL) if TEACHER in quality else ("student", CONTROL)
+    table = {_short(name): {"exact_match": quality[name]["exact_match"]} for name in alone if name in quality}
     for student in STUDENTS:
         if student in performance and student not in EXPORTED:
             good, fast = quality[student], performance[student]
@@ -191,8 +208,8 @@ def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, d
                 "latency_ms": fast["latency_ms_p50"],
             }
     names = {"loss": "validation_objective", "agreement": "validation_agreement"}
-    found = {short: training["distill"][name] for short, name in names.items() if name in training["distill"]}
-    return table | {"training": found}
+    trained = training["distill"] or training.get("finetune-student", {})
+    return table | {"training": {short: trained[name] for short, name in names.items() if name in trained}}
 
 
 def _short(student: str) -> str:
@@ -202,10 +219,15 @@ def _short(student: str) -> str:
 def sweep_point(train: Train, quality: dict) -> pd.DataFrame:
     """Return one row: T, alpha, exact match of the distilled student with its interval, that of the control or none.
 
+    Without a teacher there is no row.
     DVC draws the rows of several experiments together.
     """
+    columns = ["temperature", "alpha", "exact_match", "low", "high", "control"]
+    if DISTILLED not in quality:
+        return pd.DataFrame(columns=columns)
     row = {"temperature": train.temperature, "alpha": train.alpha, **_exact_match(quality[DISTILLED])}
-    return pd.DataFrame([row | {"control": quality[CONTROL]["exact_match"] if CONTROL in quality else None}])
+    row |= {"control": quality[CONTROL]["exact_match"] if CONTROL in quality else None}
+    return pd.DataFrame([row], columns=columns)
 
 
 def points(quality: dict, performance: dict) -> pd.DataFrame:

@@ -1,9 +1,9 @@
 """Write the results as plain text, metrics/summary.txt."""
 
-from firstsight.core.variants import CONTROL, DISTILLED, STUDENTS, TEACHER
+from firstsight.core.variants import STUDENTS, TEACHER
 from firstsight.reporting.criteria import MEANING, Verdict, conclusions
 from firstsight.reporting.headline import in_points
-from firstsight.reporting.summary import BASELINES
+from firstsight.reporting.summary import BASELINES, before_and_after
 from firstsight.reporting.text_table import render, size
 
 ACCURACIES = ("exact_match", "f1", "rouge_l", "bleu", "option_accuracy")
@@ -23,14 +23,14 @@ def summary(
         "Size and compression": [
             ("", "parameters", "on disk", "compression"),
             *(
-                (name, size(row["parameters"], ""), size(row["disk_bytes"]), f"{row['compression']:.2f} x")
+                (name, size(row["parameters"], ""), size(row["disk_bytes"]), _times(row.get("compression")))
                 for name, row in performance.items()
             ),
         ],
         "Memory": [
             ("", "weights", "of them saved", "peak, batch 1"),
             *(
-                (name, size(row["weights_bytes"]), _percent(row["weights_saved"]), size(row["peak_bytes"]))
+                (name, size(row["weights_bytes"]), _percent(row.get("weights_saved")), size(row["peak_bytes"]))
                 for name, row in performance.items()
             ),
         ],
@@ -45,7 +45,7 @@ def summary(
                     f"{row['prefill_ms_p50']:.1f} ms",
                     f"{row['token_ms']:.2f} ms",
                     f"{row['token_limit_ms']:.2f} ms",
-                    f"{row['speed_up']:.2f} x" if "speed_up" in row else "-",
+                    _times(row.get("speed_up")),
                 )
                 for name, row in performance.items()
             ),
@@ -54,19 +54,42 @@ def summary(
             ("", "precision", "engine", "device"),
             *((name, where["precision"], where["engine"], where["device"]) for name, where in environments.items()),
         ],
-        f"Accuracy, {quality[TEACHER]['questions']} test questions, with 95% intervals": [
+        f"Accuracy, {quality['student']['questions']} test questions, with 95% intervals": [
             ("", "exact match", "F1", "ROUGE-L", "BLEU", "options"),
             *((name, *(_interval(quality[name], key) for key in ACCURACIES)) for name in performance),
             *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in BASELINES),
         ],
+        **_against_the_teacher(quality, list(performance)),
+        **_gains(quality),
+        **_criteria(verdicts),
+    }
+    meanings = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in MEANING.items())
+    judged = "\n".join([*conclusions(verdicts), *unjudged])
+    head = "\n\n".join(["\n".join(opening), judged, "Measured on " + "; and on ".join(places)])
+    parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
+    return "\n\n\n".join([head, *parts]) + (f"\n\n{meanings}\n" if verdicts else "\n")
+
+
+def _against_the_teacher(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ...]]]:
+    """Return the table of what agrees with the teacher, by its title, where there is one."""
+    if TEACHER not in quality:
+        return {}
+    return {
         "Against the teacher": [
             ("", "as the teacher", "retention"),
             *(
                 (name, _interval(quality[name], "teacher_agreement"), _percent(quality[name].get("retention")))
-                for name in performance
+                for name in variants
             ),
-        ],
-        **_gains(quality),
+        ]
+    }
+
+
+def _criteria(verdicts: list[Verdict]) -> dict[str, list[tuple[str, ...]]]:
+    """Return the table of verdicts, by its title, if there are any."""
+    if not verdicts:
+        return {}
+    return {
         "Success criteria": [
             ("", "of", "figure", "minimum", "target", "stretch", "reached"),
             *(
@@ -79,23 +102,19 @@ def summary(
                 )
                 for one in verdicts
             ),
-        ],
+        ]
     }
-    meanings = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in MEANING.items())
-    judged = "\n".join([*conclusions(verdicts), *unjudged])
-    head = "\n\n".join(["\n".join(opening), judged, "Measured on " + "; and on ".join(places)])
-    parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
-    return "\n\n\n".join([head, *parts]) + f"\n\n{meanings}\n"
 
 
 def _gains(quality: dict) -> dict[str, list[tuple[str, ...]]]:
-    """Return the table of gains, by its title, where the control was measured."""
-    if CONTROL not in quality:
+    """Return the table of gains, by its title, where they were measured."""
+    before, after = before_and_after(quality)
+    if before not in quality:
         return {}
-    found = {student: quality[student] for student in STUDENTS if student in quality}
-    found |= {f"{DISTILLED}, {kind}": row for kind, row in quality[DISTILLED]["gain_by_type"].items()}
+    found = {student: quality[student] for student in dict.fromkeys((after, *STUDENTS)) if student in quality}
+    found |= {f"{after}, {kind}": row for kind, row in quality[after]["gain_by_type"].items()}
     return {
-        f"Gain over {CONTROL}, in points of exact match": [
+        f"Gain over {before}, in points of exact match": [
             ("", "questions", "gain"),
             *((name, str(row["questions"]), _points(row)) for name, row in found.items()),
         ]
@@ -109,6 +128,10 @@ def _points(row: dict) -> str:
 
 def _interval(row: dict, key: str) -> str:
     return f"{row[key]:.3f} ({row[key + '_low']:.2f}-{row[key + '_high']:.2f})" if key in row else "-"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} x"
 
 
 def _percent(value: float | None) -> str:

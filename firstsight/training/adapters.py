@@ -26,6 +26,8 @@ from firstsight.core.params import Optimisation
 from firstsight.models.architecture import linear_layers, sides
 from firstsight.models.loading import ADAPTER, language_model_prefix, load_model, stored_method, training_precision
 
+# The subfolder of a student's folder that holds its adapters, which are also merged into its weights.
+MERGED_ADAPTER = "merged-adapter"
 # AdaLoRA's state per adapter weight: sensitivity, its moving average, and the moving average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -123,7 +125,13 @@ class TrainableModel:
             self._peft.save_pretrained(folder / ADAPTER)
 
     def save_merged(self, folder: Path) -> None:
-        """Save the model with its adapters merged into the weights, in the dtype of the folder it was loaded from."""
+        """Save the model with its adapters merged into the weights, in the dtype of the folder it was loaded from.
+
+        The adapters alone are kept beside it, in the subfolder `MERGED_ADAPTER`.
+        """
+        if self._peft is not None:
+            self._peft.save_pretrained(folder / MERGED_ADAPTER)
+            (folder / MERGED_ADAPTER / "README.md").unlink()  # peft's form of a model card, which nobody has filled in
         for name, module in self._tower.items():
             setattr(self.model.model, name, module)
         if self._method in ("lora", "adalora"):

@@ -1,0 +1,123 @@
+"""`models.teacher: null`: a student is fine-tuned alone, by the same stages, and reported before and after."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STAGES, YAML_SAFE, change, run_stage, write_params
+from peft import PeftModel
+from safetensors.torch import load_file
+from text_families import ANSWERS, text_workspace
+
+from firstsight.core import params
+from firstsight.core.errors import UserError
+from firstsight.core.variants import CONTROL, LEFT_OUT
+from firstsight.models.loading import load_model
+from firstsight.planning import plan_table
+from firstsight.planning.workload import Sizes, Workload
+from firstsight.publishing.checks import check_folder
+from firstsight.publishing.model_card import model_card
+from firstsight.reporting.comparison import show
+
+ADAPTER = {"rank": 8, "lora_alpha": 16.0, "dropout": 0.0, "target_modules": None}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, processor, tmp_path_factory):
+    """A workspace after all stages, without a teacher: GPT-2 with LoRA, and both quantizations."""
+    folder = text_workspace(tmp_path_factory.mktemp("alone"), settings, processor, None, "gpt2")
+    asked = [f"After {n} minutes, what is at place {n % 4}?" for n in range(60)]
+    rows = [{"question": question, "answer": ANSWERS[n % 4], "group": str(n)} for n, question in enumerate(asked)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(folder, "data", source="jsonl", path="qa.jsonl", validation_fraction=0.2, test_fraction=0.2)
+    change(folder, "train", method="lora", adapter=ADAPTER, epochs=20, early_stopping_epochs=20)
+    change(folder, "quantize", methods=["int8", "nf4"])
+    for stage in STAGES:
+        run_stage(folder, *stage)
+    return folder
+
+
+@pytest.mark.system
+def test_the_stages_of_a_teacher_are_left_out_and_say_why(alone):
+    left_out = ("models/teacher", "models/teacher-finetuned", "data/teacher-targets", "models/student-distilled")
+    left_out += ("evaluations/teacher", "evaluations/student-distilled")
+    for folder in left_out:
+        assert json.loads((alone / folder / LEFT_OUT).read_text()) == "models.teacher is null"
+        assert not list((alone / folder).glob("*.safetensors"))
+    # On which quantize-student depends; null where there is a teacher.
+    assert json.loads((alone / "models/student-finetuned/trained-alone.json").read_text())
+
+
+@pytest.mark.system
+def test_the_student_is_reported_before_and_after_fine_tuning(alone, monkeypatch, capsys):
+    quality = json.loads((alone / "metrics/quality.json").read_text())
+    assert set(quality) == {"question-only", "majority-answer", "student", CONTROL, "student-int8", "student-nf4"}
+    before, after = quality["student"], quality[CONTROL]
+    assert after["exact_match"] > before["exact_match"]
+    assert after["gain"] == after["exact_match"] - before["exact_match"]
+    assert {"retention", "teacher_agreement"} & set(after) == set()
+    assert set(json.loads((alone / "metrics/models.json").read_text())) == {"student"}
+    figures = json.loads((alone / "metrics/metrics.json").read_text())
+    assert figures["finetuned"]["exact_match"] == after["exact_match"]
+    monkeypatch.chdir(alone)
+    show()
+    printed = capsys.readouterr().out
+    assert "Fine-tuned, the student answers " in printed
+    assert "gain over that of student;" in printed
+    assert "eacher" not in printed
+    assert "distilled" not in printed
+    summary = (alone / "metrics/summary.txt").read_text()
+    assert "no criterion is judged, because there is no teacher" in summary
+    assert "Against the teacher" not in summary
+    page = (alone / "metrics/report.html").read_text()
+    assert "student wrong, untrained right" in page
+    assert "against the teacher" not in page
+    assert "What fine-tuning added to exact match" in page
+    card = model_card(CONTROL, f"models/{CONTROL}")
+    check_folder(Path("models") / CONTROL)
+    assert "pipeline_tag: text-generation" in card
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip()
+    assert "FirstSight fine-tuned it on the answers of the data below" in card
+    assert "student, before fine-tuning" in card
+    assert "teacher |" not in card
+
+
+@pytest.mark.system
+def test_the_adapter_is_kept_beside_the_merged_model(alone):
+    base, merged = (load_model(alone / "models" / name, "float32", "cpu") for name in ("student", CONTROL))
+    again = PeftModel.from_pretrained(base, alone / "models" / CONTROL / "merged-adapter").merge_and_unload()
+    expected = merged.state_dict()
+    assert all(value.allclose(expected[name], atol=1e-5) for name, value in again.state_dict().items())
+    before = load_file(alone / "models/student/model.safetensors")
+    assert not expected["transformer.h.0.attn.c_attn.weight"].equal(before["h.0.attn.c_attn.weight"])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "line"),
+    [
+        ("train", {"alpha": 0.5}, "train.alpha: expected 0, because models.teacher is null, found 0.5"),
+        ("finetune_teacher", {"enabled": True}, "finetune_teacher.enabled: expected False, because models.teacher is"),
+        ("data", {"unanswered": "teacher"}, "data.unanswered: expected 'refuse', because models.teacher is null"),
+        ("evaluate", {"teacher_methods": ["int8"]}, "evaluate.teacher_methods: expected [], because models.teacher"),
+    ],
+)
+def test_what_needs_a_teacher_is_refused_without_one(tmp_path, section, values, line):
+    document = YAML_SAFE.load(ROOT / "presets/smoke.yaml")
+    document["models"]["teacher"] = None
+    document["train"]["alpha"] = 0.0
+    document["finetune_teacher"]["enabled"] = False
+    document["data"] |= {"unanswered": "refuse", "labelled_fraction": 1.0}
+    document["evaluate"]["teacher_methods"] = []
+    document["export"] = {"formats": [], "teacher": False}
+    write_params(tmp_path, document)
+    loaded = params.load(tmp_path / "params.yaml")
+    sizes, counts = Sizes("none", 0, 0, 1, 8, 2), {"train": 4, "validation": 4, "test": 4}
+    stages = {row.stage for row in plan_table.rows(loaded, Workload("", counts, counts, sizes, sizes, 0))}
+    assert {"finetune-student", f"evaluate {CONTROL}"} <= stages
+    assert not any("teacher" in stage or "distill" in stage for stage in stages)
+    document[section] |= values
+    write_params(tmp_path, document)
+    with pytest.raises(UserError) as error:
+        params.load(tmp_path / "params.yaml")
+    assert line in str(error.value)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, change, make_sample, run_stage, workspace
 from families import SAVE
+from text_families import TEXT_SAVE
 
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
@@ -47,6 +48,22 @@ def test_a_model_of_text_alone_answers_as_in_pytorch(text_export):
     assert list(exported.answers(questions, 1, 8)) == expected
     assert not (target / VISION).exists()
     assert exported.layout.check is None
+
+
+def test_a_template_with_a_begin_token_is_encoded_as_in_pytorch(tmp_path_factory, settings, processor):
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    TEXT_SAVE["deepseek"](source, settings, processor)
+    export_folders(source, {"float32": target}, [])
+    questions = [(TEXT, record) for record in TEXT.records]
+    expected = list(answers(load_model(source, "float32", "cpu"), load_processor(source), questions, 2, 8))
+    assert list(ExportedModel(target).answers(questions, 2, 8)) == expected
+
+
+def test_gpt2_is_not_exported(tmp_path_factory, settings, processor):
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    TEXT_SAVE["gpt2"](source, settings, processor)
+    with pytest.raises(UserError, match="expected Qwen2-VL or a model of text alone such as Qwen2, which are exported"):
+        export_folders(source, {"float32": target}, [])
 
 
 def test_a_model_of_text_alone_refuses_media(text_export):

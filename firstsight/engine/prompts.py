@@ -125,7 +125,8 @@ class Prompts:
             raise UserError(f"{CHAT_TEMPLATE}: expected a chat template, found {error}; dvc repro") from None
         rest = iter(media)
         tokens: list[int] = []
-        for token in self._tokenizer.encode(text).ids:
+        # A template has the begin token itself, if the model wants one.
+        for token in self._tokenizer.encode(text, add_special_tokens=False).ids:
             stands = settings is not None and token in (settings.image_token, settings.video_token)
             tokens += [token] * (next(rest).tokens(settings) if stands else 1)
         return tokens

@@ -125,12 +125,13 @@ def check_packages() -> None:
 
 
 def check_architecture(source: Path) -> None:
-    """Raise UserError unless the model in `source` is Qwen2-VL or one of text alone."""
-    kind = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False).model_type
-    if auto_class(kind) is AutoModelForImageTextToText and kind != _VISION:
+    """Raise UserError unless the model in `source` is Qwen2-VL, or one of text alone with grouped keys and values."""
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    kind, grouped = config.model_type, hasattr(config.get_text_config(), "num_key_value_heads")
+    if (auto_class(kind) is AutoModelForImageTextToText and kind != _VISION) or not grouped:
         raise UserError(
-            f"{source}: expected Qwen2-VL or a model of text alone, which are exported to ONNX, found model_type "
-            f"{kind!r}; leave its export out (export.formats: [], or export.teacher: false, in params.yaml)"
+            f"{source}: expected Qwen2-VL or a model of text alone such as Qwen2, which are exported to ONNX, found "
+            f"model_type {kind!r}; leave its export out (export.formats: [], or export.teacher: false, in params.yaml)"
         )
 
 

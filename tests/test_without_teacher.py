@@ -1,13 +1,16 @@
 """`models.teacher: null`: a student is fine-tuned alone, by the same stages, and reported before and after."""
 
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES, YAML_SAFE, change, run_stage, write_params
+from conftest import ROOT, YAML_SAFE, change, command, new_project, write_params
 from peft import PeftModel
 from safetensors.torch import load_file
-from text_families import ANSWERS, text_workspace
+from text_families import ANSWERS, TEXT_SAVE
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
@@ -19,22 +22,38 @@ from firstsight.publishing.checks import check_folder
 from firstsight.publishing.model_card import model_card
 from firstsight.reporting.comparison import show
 
-ADAPTER = {"rank": 8, "lora_alpha": 16.0, "dropout": 0.0, "target_modules": None}
+
+@pytest.fixture(scope="module")
+def commands() -> list[list[str]]:
+    """The words of the commands in docs/text.md: take the preset, run it, publish what it made."""
+    (block,) = re.findall(r"^```\n(cp .*?)^```", (ROOT / "docs/text.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def alone(settings, processor, tmp_path_factory):
-    """A workspace after all stages, without a teacher: GPT-2 with LoRA, and both quantizations."""
-    folder = text_workspace(tmp_path_factory.mktemp("alone"), settings, processor, None, "gpt2")
+def alone(settings, processor, commands, tmp_path_factory) -> Path:
+    """A clone after these commands, with a tiny GPT-2, few questions and few steps."""
+    project = new_project(tmp_path_factory.mktemp("alone") / "project")
+    (project / "gpt2").mkdir()
+    TEXT_SAVE["gpt2"](project / "gpt2", settings, processor)
     asked = [f"After {n} minutes, what is at place {n % 4}?" for n in range(60)]
     rows = [{"question": question, "answer": ANSWERS[n % 4], "group": str(n)} for n, question in enumerate(asked)]
-    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    change(folder, "data", source="jsonl", path="qa.jsonl", validation_fraction=0.2, test_fraction=0.2)
-    change(folder, "train", method="lora", adapter=ADAPTER, epochs=20, early_stopping_epochs=20)
-    change(folder, "quantize", methods=["int8", "nf4"])
-    for stage in STAGES:
-        run_stage(folder, *stage)
-    return folder
+    (project / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    take, run, _ = commands
+    command(project, *take)
+    change(project, "models", student={"source": "gpt2", "revision": None, "init": None})
+    change(project, "data", path="qa.jsonl", validation_fraction=0.2, test_fraction=0.2, train_samples=None)
+    adapter = {"rank": 8, "lora_alpha": 16.0, "dropout": 0.0, "target_modules": None}
+    change(project, "train", adapter=adapter, epochs=20, early_stopping_epochs=20, learning_rate=5e-3)
+    change(project, "evaluate", max_new_tokens=8, bootstrap_samples=100, latency_runs=2, latency_new_tokens=4)
+    change(project, "runtime", device="cpu", data_workers=0)
+    command(project, "git", "init", "--quiet")
+    command(project, "git", "config", "user.name", "test")
+    command(project, "git", "config", "user.email", "test@example.org")
+    command(project, *run)
+    command(project, "git", "add", "--all")
+    command(project, "git", "commit", "--quiet", "--message", "run")
+    return project
 
 
 @pytest.mark.system
@@ -84,6 +103,14 @@ def test_the_student_is_reported_before_and_after_fine_tuning(alone, monkeypatch
 
 
 @pytest.mark.system
+def test_the_student_can_be_published(alone, commands):
+    *_, publish = commands
+    printed = command(alone, sys.executable, "-m", *publish)
+    assert "merged-adapter/adapter_model.safetensors" in printed
+    assert "nothing has been pushed" in printed
+
+
+@pytest.mark.system
 def test_the_adapter_is_kept_beside_the_merged_model(alone):
     base, merged = (load_model(alone / "models" / name, "float32", "cpu") for name in ("student", CONTROL))
     again = PeftModel.from_pretrained(base, alone / "models" / CONTROL / "merged-adapter").merge_and_unload()
@@ -109,7 +136,7 @@ def test_what_needs_a_teacher_is_refused_without_one(tmp_path, section, values, 
     document["finetune_teacher"]["enabled"] = False
     document["data"] |= {"unanswered": "refuse", "labelled_fraction": 1.0}
     document["evaluate"]["teacher_methods"] = []
-    document["export"] = {"formats": [], "teacher": False}
+    document["export"] |= {"formats": [], "teacher": False}
     write_params(tmp_path, document)
     loaded = params.load(tmp_path / "params.yaml")
     sizes, counts = Sizes("none", 0, 0, 1, 8, 2), {"train": 4, "validation": 4, "test": 4}

@@ -180,25 +180,18 @@ def write_split(folder, split, questions, kind="none"):
             writer.write(make_sample(f"{split}-{number}", kind, int(kind != "none"), [question]))
 
 
-def text_workspace(folder, settings, processor, teacher: str | None, student: str):
-    """A workspace with text-only data, and checkpoints of a student and of a teacher if there is one, downloaded."""
+def text_workspace(folder, settings, processor, teacher: str, student: str):
+    """A workspace with text-only data and a pair of checkpoints, all stages up to the dataset done."""
     folder = workspace(folder)
     document = YAML_SAFE.load(folder / "params.yaml")
     for role, name in (("teacher", teacher), ("student", student)):
-        document["models"][role] = None
-        if name is None:
-            continue
         (folder / "hub" / role).mkdir(parents=True)
         TEXT_SAVE[name](folder / "hub" / role, settings, processor)
         document["models"][role] = {"source": f"hub/{role}", "revision": None, "init": None}
-    document["finetune_teacher"] |= {"enabled": teacher is not None, "epochs": 2, "train_vision": False}
-    alpha = 0.0 if teacher is None else 1.0
-    document["train"] |= {"epochs": 4, "early_stopping_epochs": 4, "alpha": alpha, "learning_rate": 5e-3}
+    document["finetune_teacher"] |= {"enabled": True, "epochs": 2, "train_vision": False}
+    document["train"] |= {"epochs": 4, "early_stopping_epochs": 4, "alpha": 1.0, "learning_rate": 5e-3}
     document["control"]["enabled"] = False
-    document["export"] = {"formats": [], "teacher": False}
-    document["evaluate"]["teacher_methods"] = []
-    if teacher is None:
-        document["data"] |= {"unanswered": "refuse", "labelled_fraction": 1.0}
+    document["export"] |= {"formats": [], "teacher": False}
     write_params(folder, document)
     (folder / "data/egoqa").mkdir(parents=True)
     for split in ("train", "validation", "test"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Qwen2VLConfig
+from transformers import AutoConfig, GPT2Config, PretrainedConfig, PreTrainedModel, Qwen2VLConfig
 
 from firstsight.acquisition import egogpt_conversion
 from firstsight.acquisition.initialise import build_model, fresh_tokenizer
@@ -82,6 +82,7 @@ KNOWN = {
     "lmms-lab/EgoGPT-7b-EgoIT": _egogpt,
     "lmms-lab/EgoGPT-7b-EgoIT-EgoLife": _egogpt,
     "lmms-lab/EgoGPT-7b-Demo": _egogpt,
+    "openai-community/gpt2": GPT2Config,
 }
 
 

@@ -24,9 +24,10 @@ TAUGHT = ("train", "validation")
 
 
 def run() -> None:
+    settings = params.load().targets
     folders = [folder for role in ("teacher", "student") if not reason_left_out(folder := Path("models") / role)]
     if not fit_by_their_files(folders):
-        check(folders)
+        check(folders, settings.max_answer_tokens)
     write_json(OUTPUT, "models and data fit each other")
     log.info("the models and the data fit each other")
 
@@ -38,8 +39,11 @@ def fit_by_their_files(folders: Sequence[Path]) -> bool:
     return len(tokenizers) == 1 and all("vision_config" in config for config in configs)
 
 
-def check(folders: Sequence[Path]) -> None:
-    """Raise UserError unless the models fit each other and the data; the student is the last of the folders."""
+def check(folders: Sequence[Path], max_answer_tokens: int) -> None:
+    """Raise UserError unless the models fit each other and the data; the student is the last of the folders.
+
+    The teacher generates answers of at most `max_answer_tokens` tokens where there are none.
+    """
     # Imported here, because they take seconds, and most pairs need none of them.
     from firstsight.models.loading import load_processor
     from firstsight.models.text_processor import TextProcessor
@@ -48,7 +52,6 @@ def check(folders: Sequence[Path]) -> None:
     from firstsight.packing.positions import check_positions
     from firstsight.records.parquet import Split
 
-    settings = params.load().targets
     processors = [load_processor(folder) for folder in folders]
     *teacher, student = processors
     for one in teacher:
@@ -59,8 +62,7 @@ def check(folders: Sequence[Path]) -> None:
             for one in teacher:
                 PackedDataset(split.answered({}), student, OnlineTeacher(one)).check_answers()
         if any(isinstance(one, TextProcessor) for one in processors):
-            # The teacher generates an answer where there is none, and the student learns it.
-            generated = settings.max_answer_tokens if name in TAUGHT and split.unanswered() else 0
+            generated = max_answer_tokens if name in TAUGHT and split.unanswered() else 0
             for sample in split:
                 for one in processors:
                     check_positions(one, sample, generated)

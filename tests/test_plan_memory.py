@@ -21,6 +21,7 @@ from firstsight.core import params
 from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, write_index
 from firstsight.generation.answering import generate, model_inputs
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.architecture import auto_class
 from firstsight.models.loading import load_processor
 from firstsight.packing.forward import answer_states
@@ -197,7 +198,7 @@ def test_what_storing_targets_takes_is_planned(qwen2_vl, settings, tmp_path):
     batch = collate([pack(processor, sample, encode(processor, sample, sample.records))], 0)
     rows, width = head_weight(model).shape
     answers = int((batch["labels"] != IGNORE).sum())
-    builder = TargetBuilder(model, settings.targets.model_copy(update={"kind": "topk", "k": 8}), rows)
+    builder = TargetBuilder(model, settings.targets.model_copy(update={"kind": "topk", "k": 8}), SharedVocabulary(rows))
     with torch.inference_mode():
         hidden, _ = answer_states(model, batch, batch["labels"])
         with LiveBytes() as live:

@@ -86,7 +86,7 @@ for total in (0, 1, 5, 24, 27, 50):
     came = list(collected(made, total))
     assert came == ([number * number for number in range(total)] if rank == 0 else []), came
 assert from_main(rank) == 0
-print("all the same")
+sys.stdout.write("all the same\\n")  # at once, where print would write the end of the line by itself
 """
     done = run_program(tmp_path, 3, body)
     assert (done.returncode, done.stdout) == (0, "all the same\n" * 3), done.stderr

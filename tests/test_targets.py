@@ -19,6 +19,7 @@ from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, read_index, write_index
 from firstsight.distillation.teacher_answers import generate_answers
 from firstsight.generation.answering import answers
+from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model, load_processor
 from firstsight.packing.pack import collate, encode, encode_answers, pack
 from firstsight.records.parquet import Split, SplitWriter
@@ -150,7 +151,7 @@ def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_co
     questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 8)
     (tmp_path / "topk").mkdir()
     given = generate_answers(model, processor, questions, settings.targets, tmp_path)
-    builder = TargetBuilder(model, settings.targets, 500)
+    builder = TargetBuilder(model, settings.targets, SharedVocabulary(500))
     compared = []
     for sample, record in questions:
         answered = replace(record, answer=given.texts[record.id])

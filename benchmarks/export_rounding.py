@@ -110,7 +110,7 @@ def compared(name: str, folder: Path, calibration: Sequence[Question], asked: Se
     whole = {one.name: numpy_helper.to_array(one) for one in graph.graph.initializer}
     rounded: dict[str, dict[str, np.ndarray]] = {way: {} for way in WAYS}
     errors: dict[str, list[tuple[float | None, float | None]]] = {way: [] for way in WAYS}
-    for found in moments(folder, calibration, TOKENS):
+    for found in moments(folder, calibration, TOKENS)[DECODER]:
         for matrix in found.matrices:
             weights = whole[matrix.input[1]]
             for way, rounding in WAYS.items():

@@ -6,7 +6,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-from firstsight.engine.layout import DECODER, read_layout
+from firstsight.engine.layout import DECODER, VISION, read_layout
 from firstsight.export.calibration import Moment
 from firstsight.export.rounding import gptq, nearest, packed, restored
 
@@ -71,12 +71,17 @@ def test_inputs_of_no_use_change_nothing(weights):
 def test_an_export_holds_the_error_of_each_matrix_by_kind_of_token(smoke):
     folder = smoke / "models/student-onnx-w4a8"
     errors = read_layout(folder).errors
-    graph = onnx.load(folder / DECODER, load_external_data=False).graph
-    assert {f"{name}_Q4" for name in errors} == {node.name for node in graph.node if node.op_type == "MatMulNBits"}
-    assert {"head", "language_model.layers.0.self_attn.q_proj"} < errors.keys()
+    nodes = [
+        node for name in (VISION, DECODER) for node in onnx.load(folder / name, load_external_data=False).graph.node
+    ]
+    assert {f"{name}_Q4" for name in errors} == {node.name for node in nodes if node.op_type == "MatMulNBits"}
+    assert {"head", "language_model.layers.0.self_attn.q_proj", "tower.blocks.0.mlp.fc2"} < errors.keys()
     inner = [one for name, one in errors.items() if name != "head"]
     for kind in ("visual", "text"):
-        rounded, plain = (np.mean([getattr(one, kind + end) for one in inner]) for end in ("", "_nearest"))
+        rounded, plain = (
+            np.mean([value for one in inner if (value := getattr(one, kind + end)) is not None])
+            for end in ("", "_nearest")
+        )
         assert 0 < rounded < 0.8 * plain < 0.2
     # What answers are made of, the last token's state, is text.
     assert errors["head"].visual is None

@@ -115,6 +115,13 @@ class ExportedModel:
         }
         return inputs, self._prompts.visual(np.concatenate([batch.tokens, answer], axis=1))[0]
 
+    def look(self, question: Question) -> list[dict[str, np.ndarray]]:
+        """Return what the vision tower's graph takes for each of a question's media."""
+        return [
+            {"pixels": one.pixels, "positions": self._patch_positions(*one.grid[1:])}
+            for one in self.inputs([question]).media
+        ]
+
     def _chosen(self, batch: Batch, most: int) -> Iterator[np.ndarray]:
         """Yield the most likely next token of each question [B], `most` times."""
         if (length := batch.tokens.shape[1] + most) > self.layout.context:

@@ -16,7 +16,7 @@ from onnx import NodeProto, helper
 
 from firstsight.core.progress import progress
 from firstsight.engine.exported_model import ExportedModel
-from firstsight.engine.layout import DECODER
+from firstsight.engine.layout import DECODER, VISION
 from firstsight.engine.prompts import Question
 
 # Of the moments that are held at once.
@@ -60,13 +60,28 @@ class Moments:
         return np.mean([one.total / one.tokens for one in (self.visual, self.text) if one.tokens], axis=0)
 
 
-def moments(folder: Path, questions: Sequence[Question], tokens: int) -> Iterator[Moments]:
-    """Yield what each input of float32 matrices is, in the decoder of the exported model in `folder`.
+def moments(folder: Path, questions: Sequence[Question], tokens: int) -> dict[str, Iterator[Moments]]:
+    """Return what the inputs of float32 matrices are, by graph of the exported model in `folder`.
 
-    Answers have at most `tokens` tokens. Questions are read again for each part of the decoder whose moments fit
-    `_MOST_BYTES`.
+    The vision tower, if there is one, looks at the questions' media, and the decoder reads the questions with the
+    model's answers of at most `tokens` tokens.
     """
-    graph = onnx.load(folder / DECODER, load_external_data=False)
+    model = ExportedModel(folder)
+    read = [model.read(question, tokens) for question in questions]
+    found = {DECODER: _moments(folder / DECODER, read)}
+    if model.layout.pictures:
+        looked = [(inputs, None) for question in questions for inputs in model.look(question)]
+        found[VISION] = _moments(folder / VISION, looked)
+    return found
+
+
+def _moments(path: Path, given: Sequence[tuple[dict[str, np.ndarray], np.ndarray | None]]) -> Iterator[Moments]:
+    """Yield what each input of a graph's matrices is.
+
+    `given` are inputs of the graph, and where visual tokens are among its tokens; None: all are. The graph runs again
+    for each part of it whose moments fit `_MOST_BYTES`.
+    """
+    graph = onnx.load(path, load_external_data=False)
     sizes = {one.name: one.dims for one in graph.graph.initializer}
     by_input: dict[str, list[NodeProto]] = {}
     for node in graph.graph.node:
@@ -75,22 +90,22 @@ def moments(folder: Path, questions: Sequence[Question], tokens: int) -> Iterato
     rows = {name: sizes[nodes[0].input[1]][0] for name, nodes in by_input.items()}
     graph.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in by_input)
 
-    model = ExportedModel(folder)
-    read = [model.read(question, tokens) for question in questions]
-    with NamedTemporaryFile(dir=folder, suffix=".onnx") as file:  # beside its weights, where the engine looks for them
+    # Beside its weights, where the engine looks for them.
+    with NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
         onnx.save(graph, file.name)
-        decoder = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
     for names in _parts(rows):
         found = {
             name: Moments(by_input[name], *(Moment(np.zeros((rows[name],) * 2, np.float32)) for _ in range(2)))
             for name in names
         }
-        for inputs, visual in progress(read, desc="calibration", unit="questions", total=len(read)):
-            for name, values in zip(names, decoder.run(names, inputs), strict=True):
-                # The head's are those of the last token alone.
-                seen = visual[-values.shape[1] :]
-                found[name].visual.add(values[0][seen])
-                found[name].text.add(values[0][~seen])
+        for inputs, visual in progress(given, desc=f"calibration: {path.stem}", unit="inputs", total=len(given)):
+            for name, values in zip(names, session.run(names, inputs), strict=True):
+                by_token = values.reshape(-1, values.shape[-1])
+                # The decoder's head is given the last token alone.
+                seen = np.ones(len(by_token), bool) if visual is None else visual[-len(by_token) :]
+                found[name].visual.add(by_token[seen])
+                found[name].text.add(by_token[~seen])
         yield from found.values()
 
 

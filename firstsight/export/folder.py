@@ -93,7 +93,8 @@ def export_folders(
             from firstsight.export.calibration import moments
             from firstsight.export.weights import round_by_inputs
 
-            errors = round_by_inputs(traced, targets["w4a8"], moments(traced, calibration, _TOKENS))
+            for name, found in moments(traced, calibration, _TOKENS).items():
+                errors |= round_by_inputs(traced, targets["w4a8"], name, found)
     layouts = {weights: layout.model_copy(update={"weights": weights}) for weights in targets}
     if errors:
         layouts["w4a8"] = layouts["w4a8"].model_copy(update={"errors": errors})

@@ -23,8 +23,8 @@ from firstsight.export.rounding import gptq, nearest, packed, restored
 # It tells of every node.
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
-# Bits of each graph's matrices. The vision tower loses most from 4 bits.
-BITS = {"int8": {VISION: 8, DECODER: 8}, "w4a8": {VISION: 8, DECODER: 4}}
+# Bits of each graph's matrices.
+BITS = {"int8": {VISION: 8, DECODER: 8}, "w4a8": {VISION: 4, DECODER: 4}}
 # Weights that share a scale.
 BLOCK = 64
 # Of MatMulNBits: activations in int8.
@@ -44,19 +44,19 @@ def quantize_graphs(source: Path, target: Path, weights: str) -> None:
     _save(_embeddings(onnx.load(source / EMBEDDINGS)), target / EMBEDDINGS)
 
 
-def round_by_inputs(source: Path, target: Path, found: Iterable[Moments]) -> dict[str, LayerError]:
-    """Round the 4-bit weights of the decoder in `target` again, by the inputs that they are multiplied with.
+def round_by_inputs(source: Path, target: Path, name: str, found: Iterable[Moments]) -> dict[str, LayerError]:
+    """Round the 4-bit weights of the graph `name` in `target` again, by the inputs that they are multiplied with.
 
     A matrix that fewer tokens passed than it has rows stays rounded to the nearest: its inputs say too little.
 
     Args:
         source: the folder of the float32 graphs.
-        found: the moments of all inputs, as `calibration.moments` yields them.
+        found: the moments of all of the graph's inputs, as `calibration.moments` yields them.
 
     Returns the errors of each matrix, by the name of its node.
     """
-    whole = {one.name: one for one in onnx.load(source / DECODER, load_external_data=False).graph.initializer}
-    model = onnx.load(target / DECODER)
+    whole = {one.name: one for one in onnx.load(source / name, load_external_data=False).graph.initializer}
+    model = onnx.load(target / name)
     stored = {one.name: one for one in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
     errors = {}
@@ -66,9 +66,9 @@ def round_by_inputs(source: Path, target: Path, found: Iterable[Moments]) -> dic
             levels, scales = plain = nearest(weights, BLOCK)
             if moments.tokens >= len(weights):
                 levels, scales = gptq(weights, moments.balanced(), BLOCK)
-            _, *names = nodes[f"{matrix.name}_Q4"].input
-            for name, values in zip(names, (packed(levels, BLOCK), np.ascontiguousarray(scales.T)), strict=True):
-                stored[name].CopyFrom(numpy_helper.from_array(values, name))
+            _, *inputs = nodes[f"{matrix.name}_Q4"].input
+            for one, values in zip(inputs, (packed(levels, BLOCK), np.ascontiguousarray(scales.T)), strict=True):
+                stored[one].CopyFrom(numpy_helper.from_array(values, one))
             change, before = restored(levels, scales, BLOCK) - weights, restored(*plain, BLOCK) - weights
             errors[matrix.name] = LayerError(
                 visual=moments.visual.error(weights, change),
@@ -76,7 +76,7 @@ def round_by_inputs(source: Path, target: Path, found: Iterable[Moments]) -> dic
                 visual_nearest=moments.visual.error(weights, before),
                 text_nearest=moments.text.error(weights, before),
             )
-    _save(model, target / DECODER)
+    _save(model, target / name)
     return errors
 
 

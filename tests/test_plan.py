@@ -285,6 +285,25 @@ def test_what_visual_tokens_take_and_save_is_said_where_the_tower_is_frozen(pres
         assert "cache-visual-tokens" not in {row.stage for row in plan_table.rows(loaded, work)}
 
 
+def test_what_exporting_takes_is_planned(preset, student, teacher, in_root):
+    """Of Qwen2-VL-2B: 9.8 GB of float32 graphs, 2.6 GB in 8 bits, 1.5 GB in 4 bits; its sizes once exported."""
+    work = workload(preset.data, ROOT / "presets" / "none.yaml")
+    assert plan_table.render_exports(preset, work) is None
+    both = but(preset, export=but(preset.export, formats=["onnx-int8", "onnx-w4a8"]))
+    rows = {row.stage: row for row in plan_table.rows(both, work) if row.stage.startswith("export")}
+    assert list(rows) == ["export-student onnx-int8", "export-student onnx-w4a8"]
+    assert [round(row.disk / 1e9, 1) for row in rows.values()] == [2.6, 1.5]
+    assert {row.scratch for row in rows.values()} == {student.exported_bytes("float32")}
+    assert student.exported_bytes("float32") == pytest.approx(9.77e9, rel=0.001)
+    line = r"exporting takes 17\.3 GiB of the machine's memory, .* processor: [\d.]+ hours each on two cores"
+    assert re.fullmatch(line, plan_table.render_exports(both, work))
+    all_ = but(preset, export=but(preset.export, formats=["onnx"], teacher=True))
+    rows = {row.stage: row for row in plan_table.rows(all_, work) if row.stage.startswith("export")}
+    assert rows["export-student onnx"].scratch == 0
+    assert rows["export-teacher onnx"].disk == teacher.exported_bytes("float32")
+    assert re.search(r" \d\d\.\d GiB of .* [\d.]+-[\d.]+ hours each", plan_table.render_exports(all_, work))
+
+
 def said_of(loaded, work):
     return plan_table.render_visual_tokens(loaded, work)
 

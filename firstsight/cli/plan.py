@@ -36,12 +36,15 @@ def plan(
         work = workload(
             loaded.data, path.absolute().relative_to(root) if path.absolute().is_relative_to(root) else path
         )
-        rows, looking = plan_table.rows(loaded, work), plan_table.render_visual_tokens(loaded, work)
+        rows = plan_table.rows(loaded, work)
+        looking, exporting = (
+            render(loaded, work) for render in (plan_table.render_visual_tokens, plan_table.render_exports)
+        )
         named = [model for model in (loaded.models.teacher, loaded.models.student) if model]
         built = [on_meta(model) for model in named]
     print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
-    if looking:
-        print(f"{looking}\n")
+    for line in filter(None, (looking, exporting)):
+        print(f"{line}\n")
     for name, memory in _gpus():
         print(plan_table.verdict(rows, name, memory))
     if built[-1].num_parameters() >= hours.FEWEST_PARAMETERS:

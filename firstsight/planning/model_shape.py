@@ -7,6 +7,10 @@ Bytes per parameter:
             quantization, Dettmers et al., 2023, arXiv:2305.14314, 4.127 bits); 2 for the rest
 
 Not counted: INT8's scales (about 0.1%).
+
+Exported, a matrix takes 4 bytes per parameter, 1.0625 in 8 bits and 0.5625 in 4 bits, where 64 parameters share a
+float32 scale. Embeddings take 1 in both, and what is no matrix takes 4. The output head is a matrix of its own, also
+where it is the embedding.
 """
 
 import math
@@ -19,6 +23,7 @@ from firstsight.models.architecture import linear_layers, sides
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
+_EXPORTED = {"float32": 4, "int8": 1 + 4 / 64, "w4a8": 1 / 2 + 4 / 64}
 _KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2}
 
 
@@ -79,6 +84,13 @@ class Shape:
         """Return the bytes of the weights loaded in `precision`."""
         precision = on_gpu(precision)
         return self.linear * _LINEAR[precision] + (self.parameters - self.linear) * _KEPT[precision]
+
+    def exported_bytes(self, weights: str) -> float:
+        """Return the bytes of the model's ONNX graphs, whose weights are "float32", "int8" or "w4a8"."""
+        layers = self.linear + sum(module.weight.numel() for module in self.vision_linears)
+        rest = self.parameters - layers - self.embedding - (0 if self.tied else self.head)
+        embeddings = 4 * self.embedding if weights == "float32" else self.embedding + 4 * self.rows
+        return (layers + self.head) * _EXPORTED[weights] + embeddings + 4 * rest
 
     def trained(self, settings: Optimisation) -> int:
         """Return the number of parameters that `settings` train.

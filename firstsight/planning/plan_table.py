@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from firstsight.core.params import Evaluate, Optimisation, Params, Train
-from firstsight.core.variants import CONTROL, DISTILLED
+from firstsight.core.variants import CONTROL, DISTILLED, FORMATS
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.egogpt import EgoGptConfig
 from firstsight.models.loading import TRAINING_PRECISIONS
@@ -24,7 +24,8 @@ class Row:
     """Describe a stage: what it loads, bytes on the GPU (None: it uses none), bytes on disk, what it computes
     (None: nothing that takes long).
 
-    `scratch` is the bytes of its training checkpoints, which are on disk while the stage runs.
+    `scratch` is the bytes that are on disk while the stage runs, and not afterwards: training checkpoints, and the
+    graphs that others are made from.
     """
 
     stage: str
@@ -58,6 +59,8 @@ def rows(params: Params, work: Workload) -> list[Row]:
     if finetuned:
         found.append(_finetuning("finetune-student", student, params.train, work))
     found += [_quantize_student(student, method) for method in params.quantize.methods]
+    found += _exports("export-student", student, params.export.formats)
+    found += _exports("export-teacher", teacher, ["onnx"]) if teacher and params.export.teacher else []
     variants = {
         **({"teacher": (teacher, params.evaluate.precision)} if teacher else {}),
         **{f"teacher-{method}": (teacher, method) for method in params.evaluate.teacher_methods if teacher},
@@ -128,8 +131,17 @@ def _quantize_student(student: Shape, method: str) -> Row:
     )
 
 
+def _exports(stage: str, shape: Shape, formats: Sequence[str]) -> list[Row]:
+    """Return a row for each exported folder. All are made from float32 graphs, which are kept for "onnx" alone."""
+    traced = 0 if "onnx" in formats else shape.exported_bytes("float32")
+    return [
+        Row(f"{stage} {name}", _loaded(shape, "float32"), disk=shape.exported_bytes(FORMATS[name]), scratch=traced)
+        for name in formats
+    ]
+
+
 def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, work: Workload) -> Row:
-    tokens = settings.max_new_tokens or math.ceil(work.largest.answer_tokens)
+    tokens = _answer_tokens(settings, work)
     return Row(
         f"evaluate {variant}",
         _loaded(shape, precision),
@@ -164,7 +176,7 @@ def render(found: list[Row]) -> str:
     operations = sum(row.effort.operations for row in found if row.effort)
     table = text_table.render([HEADER, *(_cells(row, operations) for row in found)], left=2)
     kept, scratch = sum(row.disk for row in found), max(row.scratch for row in found)
-    return f"{table}\n\ndisk  {_disk(kept)} kept, and {_disk(scratch)} of checkpoints while a stage trains"
+    return f"{table}\n\ndisk  {_disk(kept)} kept, and {_disk(scratch)} more while a stage runs"
 
 
 def render_hours(found: list[Row], cards: Sequence[Card]) -> str:
@@ -242,6 +254,30 @@ def render_visual_tokens(params: Params, work: Workload) -> str | None:
     if params.train.caches_visual_tokens:
         return f"visual tokens are cached, {size}: with their stage, distill takes {share:.0%} of what it would without"
     return f"visual tokens are computed in every epoch: cached, {size}, they would leave distill {share:.0%} of it"
+
+
+def render_exports(params: Params, work: Workload) -> str | None:
+    """Return a line that says what exporting takes of the machine's memory, and evaluating an export of its processor.
+
+    Float32 weights are in memory twice while they are exported: as the model, and as the graphs being written. None
+    where no model is exported whose size would matter.
+    """
+    asked = (params.models.student, params.export.formats), (params.models.teacher, params.export.teacher)
+    shapes = [Shape(model.source, on_meta(model)) for model, exported in asked if model and exported]
+    shapes = [shape for shape in shapes if shape.parameters >= hours.FEWEST_PARAMETERS]
+    if not shapes:
+        return None
+    memory = max(4 * shape.parameters + shape.exported_bytes("float32") for shape in shapes)
+    tokens = _answer_tokens(params.evaluate, work)
+    taken = [arithmetic.answering(shape, work, tokens) / hours.PROCESSOR / 3600 for shape in shapes]
+    return (
+        f"exporting takes {_memory(memory)} of the machine's memory, and exports are evaluated on the processor: "
+        f"{hours.between(min(taken), max(taken))} hours each on two cores"
+    )
+
+
+def _answer_tokens(settings: Evaluate, work: Workload) -> int:
+    return settings.max_new_tokens or math.ceil(work.largest.answer_tokens)
 
 
 def _training(shape: Shape, settings: Optimisation) -> str:

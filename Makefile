@@ -1,4 +1,5 @@
-# make repro   set up, run whatever of the pipeline is out of date, and show the comparison
+# make repro   set up, run whatever of the pipeline is out of date, and show the comparison; JOBS=1 runs one stage at a
+#              time, as is usual with a GPU
 # make lint    set up, then check style, format and types
 # make test    set up, then lint and run the unit tests and the smoke preset once, in one process
 # make test-all   run every test, with real DVC, Slurm, a browser, several processes, kills and a model of true size; as
@@ -33,7 +34,7 @@ PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadsco
 # Here and below the command is run as a module, which is this clone's own; $(BIN)/firstsight is that of the clone which
 # made $(VENV).
 repro: setup
-	@dvc repro
+	@python -m firstsight repro $(if $(JOBS),--jobs $(JOBS))
 	@python -m firstsight table
 
 lint: setup $(TEST_READY)

@@ -32,7 +32,8 @@ def repro(jobs: int) -> int:
         UserError: a stage failed. No other was begun then, and those beside it have run to their ends.
     """
     if jobs > 1 and (changed := json.loads(_printed("status", "--json"))):
-        _run_side_by_side(_out_of_date(_dependencies(), changed), jobs)
+        dependencies = _dependencies()
+        _run_side_by_side(_out_of_date(dependencies, changed), _waiting(dependencies), jobs)
     return subprocess.run([*_DVC, "repro"], check=False).returncode
 
 
@@ -63,11 +64,12 @@ def _out_of_date(dependencies: Mapping[str, set[str]], changed: Mapping[str, obj
     return found
 
 
-def _run_side_by_side(dependencies: Mapping[str, set[str]], jobs: int) -> None:
-    """Run all these stages, each when those that it depends on have ended."""
+def _run_side_by_side(dependencies: Mapping[str, set[str]], waiting: Mapping[str, int], jobs: int) -> None:
+    """Run all these stages, each when those that it depends on have ended, and first those that most wait for."""
+    if not dependencies:
+        return
     sorter = TopologicalSorter(dependencies)
     sorter.prepare()
-    waiting = _waiting(dependencies)
     ready: list[str] = []
     failed: list[str] = []
     running: dict[Future[int], str] = {}
@@ -89,7 +91,7 @@ def _run_side_by_side(dependencies: Mapping[str, set[str]], jobs: int) -> None:
 
 
 def _waiting(dependencies: Mapping[str, set[str]]) -> dict[str, int]:
-    """Return how many stages wait for each stage, through others too: the more, the sooner it should run."""
+    """Return how many stages wait for each stage, through others too."""
     waiting = dict.fromkeys(dependencies, 0)
     above: dict[str, set[str]] = {}
     for name in TopologicalSorter(dependencies).static_order():

@@ -34,7 +34,7 @@ PYTEST = python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadsco
 # Here and below the command is run as a module, which is this clone's own; $(BIN)/firstsight is that of the clone which
 # made $(VENV).
 repro: setup
-	@python -m firstsight repro $(if $(JOBS),--jobs $(JOBS))
+	@python -m firstsight repro $(if $(filter command,$(firstword $(origin JOBS))),--jobs $(JOBS))
 	@python -m firstsight table
 
 lint: setup $(TEST_READY)

@@ -13,17 +13,21 @@ import pytest
 from conftest import ROOT, command, stages_run
 
 from firstsight.core.cores import cores
+from firstsight.running import side_by_side
 from firstsight.running.side_by_side import _out_of_date, _waiting
 
 pytestmark = pytest.mark.system
 
 # Each stage writes its cores and when it began and ended. Those that meet end when both have begun; a stage with a
-# file fail-NAME fails.
+# file fail-NAME fails. Told to end, each says so in a file.
 STAGE = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
+from firstsight.core.launchers import end_with_launchers
 
 name, *others = sys.argv[1:]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(Path(f"{name}.told").touch()))
+end_with_launchers()
 began = time.time()
 Path(f"{name}.began").touch()
 print(f"{name} has begun", flush=True)
@@ -60,7 +64,8 @@ def project(tmp_path):
 def started(project, *options: str) -> subprocess.Popen:
     words = [sys.executable, "-m", "firstsight", "repro", *options]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(words, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = {"env": env, "text": True, "start_new_session": True}
+    return subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str]:
@@ -100,16 +105,38 @@ def test_after_a_failure_what_runs_ends_and_nothing_is_begun(project):
     assert (status, "Running stage 'second'" in printed) == (0, False), printed
 
 
-def test_told_to_end_it_tells_its_stages(project):
-    (project / "dvc.yaml").write_text(PIPELINE.replace("second first,", "second never,"))
-    process = started(project, "--jobs", "2")
-    deadline = time.monotonic() + 60
-    while not (project / "second.began").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+def begun_without_end(project, jobs: str) -> subprocess.Popen:
+    """The command, at work on a stage that waits for a minute."""
+    pipeline = PIPELINE.replace("first second,", "first,").replace("second first,", "second never,")
+    (project / "dvc.yaml").write_text(pipeline)
+    process = started(project, "--jobs", jobs)
+    wait_for(project / "second.began")
+    return process
+
+
+def wait_for(path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_when_it_is_ended_its_stages_are_told(project, number, jobs):
+    process = begun_without_end(project, jobs)
+    process.send_signal(number)
+    wait_for(project / "second.told", 20)
     status, printed = finished(process)
-    assert status == 128 + signal.SIGTERM, printed
+    assert status in (-number, 128 + number), printed
+    assert not (project / "third.began").exists()
+
+
+def test_an_interrupt_from_the_keyboard_is_one_line(project):
+    process = begun_without_end(project, "2")
+    os.killpg(process.pid, signal.SIGINT)
+    status, printed = finished(process)
+    assert (status, printed.splitlines()[-1]) == (130, "interrupted; run it again to resume")
     assert not (project / "third.began").exists()
 
 
@@ -122,8 +149,21 @@ def test_one_job_is_dvc_repro(project):
     assert all(one["ended"] < other["began"] for one, other in pairwise(done))
 
 
+@pytest.mark.parametrize(
+    ("bound", "usable", "jobs", "sizes"),
+    [(2, 2, 2, [1, 1]), (3, 3, 2, [1, 1]), (8, 8, 2, [4, 4]), (64, 2, 2, [1, 1]), (1, 1, 2, [0, 0])],
+)
+def test_each_job_has_as_many_cores_as_the_others_and_of_its_own(monkeypatch, bound, usable, jobs, sizes):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(bound)), raising=False)
+    monkeypatch.setattr(side_by_side, "cores", lambda: usable)
+    shares = side_by_side._shares(jobs)
+    assert [len(share) for share in shares] == sizes
+    assert len(set().union(*shares)) == sum(sizes)
+
+
 def test_only_what_has_changed_and_what_reads_it_runs_and_what_most_wait_for_first():
     dependencies = {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"a"}, "evaluate@x": {"c"}, "report": {"evaluate@x"}}
     assert _out_of_date(dependencies, {"b": []}) == {"b": set(), "c": {"b"}}
     assert _out_of_date(dependencies, {"evaluate@x": []}) == {}
+    assert _out_of_date(dependencies | {"last": {"report"}}, {"last": []}) == {}
     assert _waiting({name: dependencies[name] for name in "abcd"}) == {"a": 3, "b": 1, "c": 0, "d": 0}

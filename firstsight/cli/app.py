@@ -1,5 +1,6 @@
 """The `firstsight` command: its subcommands, `--version`, and one line for a wrong argument."""
 
+import signal
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -58,14 +59,17 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         UserError: the command is unknown, or an argument is missing, unknown or of the wrong type.
+        KeyboardInterrupt: it was interrupted.
     """
     try:
-        app(arguments, prog_name="firstsight", standalone_mode=False)
+        status = app(arguments, prog_name="firstsight", standalone_mode=False)
     except TyperException as error:
         context = getattr(error, "ctx", None)
         place = context.command_path if context else "firstsight"
         message = " ".join(error.format_message().split()).rstrip(".")
         raise UserError(f"{place}: {message[0].lower()}{message[1:]}; see {place} --help") from None
+    if status == 128 + signal.SIGINT:  # typer returns it in place of the exception
+        raise KeyboardInterrupt
 
 
 def firstsight() -> None:

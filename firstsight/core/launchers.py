@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-# Set by a launcher for what it starts: by DVC, by accelerate, and by the torchrun inside accelerate.
-_DVC = "DVC_STAGE"
-_MARKS = (_DVC, "ACCELERATE_", "TORCHELASTIC_RUN_ID")
+# Set by a launcher for what it starts: by DVC, by accelerate, by the torchrun inside accelerate, and by ours.
+_DVC, SIDE_BY_SIDE = "DVC_STAGE", "FIRSTSIGHT_SIDE_BY_SIDE"
+_MARKS = (_DVC, "ACCELERATE_", "TORCHELASTIC_RUN_ID", SIDE_BY_SIDE)
 _WATCHED = sys.platform == "linux" and Path("/proc/self/stat").exists()
 # Seconds between SIGTERM and SIGKILL: enough for a checkpoint.
 _GRACE = 120

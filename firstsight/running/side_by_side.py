@@ -16,17 +16,19 @@ from queue import SimpleQueue
 
 from firstsight.core.cores import cores
 from firstsight.core.errors import UserError
+from firstsight.core.launchers import SIDE_BY_SIDE
 
 # Stages that measure time, which nothing may disturb, and the one that waits for them.
 ALONE = ("evaluate", "report")
 _DVC = (sys.executable, "-m", "dvc")
 
 
-def repro(jobs: int) -> int:
-    """Run what is out of date, up to `jobs` stages at a time, and return the exit status of `dvc repro`.
+def repro(jobs: int) -> None:
+    """Run what is out of date, up to `jobs` stages at a time. This process ends as `dvc repro`, and does not return.
 
-    Stages that measure time run one after the other when all others have ended. Of those that run side by side, each
-    has its share of the cores, and what it prints comes with its name before each line.
+    Stages that measure time, and those that read what these write, are left to that `dvc repro`: they run one after the
+    other when all others have ended. Of those that run side by side, each has as many cores as the others, if there are
+    enough and the system can bind processes to them. What it prints comes with its name before each line.
 
     Raises:
         UserError: a stage failed. No other was begun then, and those beside it have run to their ends.
@@ -34,7 +36,9 @@ def repro(jobs: int) -> int:
     if jobs > 1 and (changed := json.loads(_printed("status", "--json"))):
         dependencies = _dependencies()
         _run_side_by_side(_out_of_date(dependencies, changed), _waiting(dependencies), jobs)
-    return subprocess.run([*_DVC, "repro"], check=False).returncode
+    # In place of this process, so that signals do what they do to DVC.
+    sys.stdout.flush()
+    os.execv(sys.executable, [*_DVC, "repro"])
 
 
 def _printed(*words: str) -> str:
@@ -48,8 +52,8 @@ def _printed(*words: str) -> str:
 def _dependencies() -> dict[str, set[str]]:
     """Return, for each stage, the stages whose outputs it reads."""
     graph = _printed("dag", "--dot")
-    dependencies: dict[str, set[str]] = {name: set() for name in re.findall(r'^"(.+)";$', graph, re.MULTILINE)}
-    for before, after in re.findall(r'^"(.+)" -> "(.+)";$', graph, re.MULTILINE):
+    dependencies: dict[str, set[str]] = {name: set() for name in re.findall(r'^"([^"]+)";$', graph, re.MULTILINE)}
+    for before, after in re.findall(r'^"([^"]+)" -> "([^"]+)";$', graph, re.MULTILINE):
         dependencies[after].add(before)
     return dependencies
 
@@ -57,9 +61,12 @@ def _dependencies() -> dict[str, set[str]]:
 def _out_of_date(dependencies: Mapping[str, set[str]], changed: Mapping[str, object]) -> dict[str, set[str]]:
     """Return those stages that may run side by side and have changed, or that read what such stages write."""
     found: dict[str, set[str]] = {}
+    later: set[str] = set()
     for name in TopologicalSorter(dependencies).static_order():
         before = dependencies[name] & found.keys()
-        if name.split("@")[0] not in ALONE and (before or name in changed):
+        if name.split("@")[0] in ALONE or dependencies[name] & later:
+            later.add(name)
+        elif before or name in changed:
             found[name] = before
     return found
 
@@ -105,12 +112,13 @@ class _Workers:
     """Run stages in processes, and show what they print, until the block ends; it ends when the processes have.
 
     A block that is left because this process was told to end (SIGTERM) tells its processes too. An interrupt from the
-    keyboard reaches them by itself.
+    keyboard reaches them by itself, and where this process is killed, stages notice (`core.launchers`).
     """
 
     def __init__(self, count: int, width: int):
         self._width = width
         self._processes: set[subprocess.Popen] = set()
+        self._ending = False
         self._shares: SimpleQueue[set[int]] = SimpleQueue()
         for share in _shares(count):
             self._shares.put(share)
@@ -121,6 +129,7 @@ class _Workers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is SystemExit:
+            self._ending = True
             for process in list(self._processes):
                 process.terminate()
         self._threads.shutdown()
@@ -136,9 +145,11 @@ class _Workers:
 
     def _run(self, stage: str) -> int:
         words = [*_DVC, "--wait-for-lock", "repro", "--single-item", stage]
-        options = {"text": True, "encoding": "utf-8", "errors": "replace"}
+        options = {"text": True, "encoding": "utf-8", "errors": "replace", "env": os.environ | {SIDE_BY_SIDE: "1"}}
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as process:
             self._processes.add(process)
+            if self._ending:  # set while the process was being started
+                process.terminate()
             for line in process.stdout or ():
                 sys.stdout.write(f"{stage:{self._width}} | {line}")
                 sys.stdout.flush()
@@ -147,8 +158,11 @@ class _Workers:
 
 
 def _shares(count: int) -> list[set[int]]:
-    """Return `count` sets of cores, of which no two have one in common; empty where processes are not bound."""
+    """Return `count` sets of cores, equally large and without a core in common; empty where processes are not bound."""
     if not hasattr(os, "sched_getaffinity") or cores() < count:
         return [set()] * count
-    usable = sorted(os.sched_getaffinity(0))[: cores()]
-    return [set(usable[number::count]) for number in range(count)]
+    usable = sorted(os.sched_getaffinity(0))
+    # In a container that may use the time of a few cores, of many that it sees, others should not take the same ones.
+    first, size = os.getpid() % len(usable), cores() // count
+    rotated = usable[first:] + usable[:first]
+    return [set(rotated[number * size : (number + 1) * size]) for number in range(count)]

@@ -21,6 +21,7 @@ from firstsight.acquisition.initialise import build_model
 from firstsight.cli.plan import plan
 from firstsight.core import params
 from firstsight.core.errors import UserError
+from firstsight.export import calibration, folder
 from firstsight.models.loading import language_model_prefix, load_model, load_processor
 from firstsight.packing.forward import answer_states
 from firstsight.packing.pack import collate, encode, pack
@@ -29,6 +30,7 @@ from firstsight.planning.hours import Effort
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Sizes, patches_and_tokens, reads_text_alone, workload
+from firstsight.profiling import cost
 from firstsight.training.optimizer import moments_bytes, trainer_name
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -295,13 +297,34 @@ def test_what_exporting_takes_is_planned(preset, student, teacher, in_root):
     assert [round(row.disk / 1e9, 1) for row in rows.values()] == [2.6, 1.5]
     assert {row.scratch for row in rows.values()} == {student.exported_bytes("float32")}
     assert student.exported_bytes("float32") == pytest.approx(9.77e9, rel=0.001)
-    line = r"exporting takes 17\.3 GiB of the machine's memory, .* processor: [\d.]+ hours each on two cores"
+    line = r"export-student takes 17\.3 GiB of the machine's memory and, on two cores, [\d.]+ hours; .* takes [\d.]+"
     assert re.fullmatch(line, plan_table.render_exports(both, work))
     all_ = but(preset, export=but(preset.export, formats=["onnx"], teacher=True))
     rows = {row.stage: row for row in plan_table.rows(all_, work) if row.stage.startswith("export")}
     assert rows["export-student onnx"].scratch == 0
     assert rows["export-teacher onnx"].disk == teacher.exported_bytes("float32")
-    assert re.search(r" \d\d\.\d GiB of .* [\d.]+-[\d.]+ hours each", plan_table.render_exports(all_, work))
+    student_line, teacher_line = plan_table.render_exports(all_, work).splitlines()
+    assert student_line.startswith("export-student") and teacher_line.startswith("export-teacher")
+
+
+def test_exporting_and_measuring_take_the_prompts_that_they_read(preset, student, in_root):
+    """Qwen2-VL-2B's moments fill 10 parts of its decoder, 4 of its vision tower."""
+    work = replace(workload(preset.data, ROOT / "presets" / "none.yaml"), typical=VIDEO)
+    language, vision = arithmetic._reading(student, work)
+    assert arithmetic.measuring(student, work, preset.evaluate) == pytest.approx(
+        (12 * preset.evaluate.latency_runs + 6 * sum(preset.evaluate.throughput_batch_sizes)) * (language + vision)
+    )
+    plain, rounded = (arithmetic.exporting(student, work, preset.export, [one]) for one in ("onnx-int8", "onnx-w4a8"))
+    assert plain == pytest.approx(2 * 32 * 2 * (language + vision))
+    samples = preset.export.calibration_samples
+    assert rounded - plain == pytest.approx(samples * (language + vision + 10 * language + 4 * vision))
+    assert arithmetic.COMPARED == folder._COMPARED
+    assert (arithmetic.MOST_BYTES, arithmetic.REPEATS) == (calibration._MOST_BYTES, cost._REPEATS)
+
+
+def test_a_student_without_a_teacher_and_with_a_frozen_tower_is_planned(preset, in_root):
+    alone = but(preset, models=but(preset.models, teacher=None))
+    assert said_of(alone, workload(preset.data, ROOT / "presets" / "none.yaml")) is None
 
 
 def said_of(loaded, work):

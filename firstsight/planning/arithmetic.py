@@ -10,9 +10,16 @@ Gradient checkpointing adds one to all but the last two. Not modelled: answers a
 INT8 converts on the fly, so that both take longer than their share.
 """
 
-from firstsight.core.params import Optimisation, Params
+import math
+from collections.abc import Sequence
+
+from firstsight.core.params import Evaluate, Export, Optimisation, Params
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.workload import Workload, patches_and_tokens
+
+# Questions on which an export is compared with its original, most bytes of what rounds its weights, and repeats of a
+# measurement: as in export/folder.py, export/calibration.py and profiling/cost.py, whose libraries plans do not need.
+COMPARED, MOST_BYTES, REPEATS = 32, 2 << 30, 5
 
 
 def finetuning(shape: Shape, settings: Optimisation, work: Workload) -> float:
@@ -38,10 +45,41 @@ def distilling(student: Shape, teacher: Shape, params: Params, work: Workload) -
 
 def answering(shape: Shape, work: Workload, new_tokens: int) -> float:
     """Return the operations of evaluate for one variant: each test question alone, with `new_tokens` answer tokens."""
+    return work.questions["test"] * (sum(_reading(shape, work)) + 2 * new_tokens * (_body(shape) + shape.head))
+
+
+def measuring(shape: Shape, work: Workload, settings: Evaluate) -> float:
+    """Return the operations of evaluate's measurements of one variant's speed, without those of answers."""
+    rounds = 1 + REPEATS
+    prompts = 2 * rounds * settings.latency_runs + rounds * sum(settings.throughput_batch_sizes)
+    return prompts * sum(_reading(shape, work))
+
+
+def exporting(shape: Shape, work: Workload, settings: Export, formats: Sequence[str]) -> float:
+    """Return the operations of an export's stage: questions that model and exports answer, and what rounds weights.
+
+    To round weights to 4 bits, each graph reads all calibration samples again for each of the parts into which its
+    moments fall, K x K float32 numbers of visual and of text tokens for each input of K numbers.
+    """
+    language, vision = _reading(shape, work)
+    compared = 2 * min(COMPARED, work.samples["validation"]) * (1 + len(formats)) * (language + vision)
+    if "onnx-w4a8" not in formats:
+        return compared
+    parts = _parts(shape.layers, shape.hidden, shape.intermediate) * language
+    parts += _parts(shape.vision_layers, shape.vision_hidden, shape.vision_intermediate) * vision
+    return compared + settings.calibration_samples * (language + vision + parts)
+
+
+def _parts(layers: int, hidden: int, intermediate: int) -> int:
+    """Return in how many parts the moments of a transformer's matrices are held; three inputs of a layer are hidden."""
+    return math.ceil(8 * layers * (3 * hidden**2 + intermediate**2) / MOST_BYTES)
+
+
+def _reading(shape: Shape, work: Workload) -> tuple[float, float]:
+    """Return the operations of reading a question alone: of the language model, and of the vision tower."""
     alone = work.typical.alone()
     patches, tokens = patches_and_tokens(shape.model, alone)
-    language = (tokens - alone.answer_tokens + new_tokens) * _body(shape) + new_tokens * shape.head
-    return 2 * work.questions["test"] * (language + patches * shape.vision)
+    return 2 * (tokens - alone.answer_tokens) * _body(shape), 2 * patches * shape.vision
 
 
 def _epoch(shape: Shape, settings: Optimisation, work: Workload) -> float:

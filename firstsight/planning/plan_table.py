@@ -240,8 +240,11 @@ def _visual_tokens(student: Shape, work: Workload) -> float:
 
 
 def render_visual_tokens(params: Params, work: Workload) -> str | None:
-    """Return a line that says what caching visual tokens takes and saves; None where the vision tower is trained."""
-    if params.train.train_vision:
+    """Return a line that says what caching visual tokens takes of distill, and saves.
+
+    None where the vision tower is trained, and where nothing is distilled.
+    """
+    if params.train.train_vision or params.models.teacher is None:
         return None
     teacher, student = (Shape(model.source, on_meta(model)) for model in (params.models.teacher, params.models.student))
     computed, cached = (
@@ -257,23 +260,29 @@ def render_visual_tokens(params: Params, work: Workload) -> str | None:
 
 
 def render_exports(params: Params, work: Workload) -> str | None:
-    """Return a line that says what exporting takes of the machine's memory, and evaluating an export of its processor.
+    """Return lines that say what exporting takes of memory and time, and how long evaluating an export takes.
 
     Float32 weights are in memory twice while they are exported: as the model, and as the graphs being written. None
     where no model is exported whose size would matter.
     """
-    asked = (params.models.student, params.export.formats), (params.models.teacher, params.export.teacher)
-    shapes = [Shape(model.source, on_meta(model)) for model, exported in asked if model and exported]
-    shapes = [shape for shape in shapes if shape.parameters >= hours.FEWEST_PARAMETERS]
-    if not shapes:
-        return None
-    memory = max(4 * shape.parameters + shape.exported_bytes("float32") for shape in shapes)
-    tokens = _answer_tokens(params.evaluate, work)
-    taken = [arithmetic.answering(shape, work, tokens) / hours.PROCESSOR / 3600 for shape in shapes]
-    return (
-        f"exporting takes {_memory(memory)} of the machine's memory, and exports are evaluated on the processor: "
-        f"{hours.between(min(taken), max(taken))} hours each on two cores"
-    )
+    asked = {"student": (params.models.student, params.export.formats)}
+    if params.models.teacher and params.export.teacher:
+        asked["teacher"] = params.models.teacher, ["onnx"]
+    lines = []
+    for role, (model, formats) in asked.items():
+        shape = Shape(model.source, on_meta(model))
+        if not formats or shape.parameters < hours.FEWEST_PARAMETERS:
+            continue
+        memory = 4 * shape.parameters + shape.exported_bytes("float32")
+        exporting = arithmetic.exporting(shape, work, params.export, formats)
+        evaluating = arithmetic.answering(shape, work, _answer_tokens(params.evaluate, work))
+        evaluating += arithmetic.measuring(shape, work, params.evaluate)
+        taken = [hours.between(*[count / hours.PROCESSOR / 3600] * 2) for count in (exporting, evaluating)]
+        lines.append(
+            f"export-{role} takes {_memory(memory)} of the machine's memory and, on two cores, {taken[0]} hours; "
+            f"evaluating an export of it takes {taken[1]}"
+        )
+    return "\n".join(lines) or None
 
 
 def _answer_tokens(settings: Evaluate, work: Workload) -> int:

@@ -74,16 +74,10 @@ class Cluster:
     def wait(self, job: str, *states: str, seconds: float = 180) -> dict[str, str]:
         """The job's state, once it is one of these."""
         deadline = time.monotonic() + seconds
-        while True:
-            state = self.state(job)
-            if state["Reason"] == "launch_failed_requeued_held":
-                # On a busy machine slurmstepd sometimes does not start ("failed to send return code"). Nothing of the
-                # job has run, and Slurm leaves it to an administrator to let the job try again.
-                self.run("scontrol", "release", job)
-            elif state["JobState"] in states:
-                return state
+        while (state := self.state(job))["JobState"] not in states:
             assert time.monotonic() < deadline, f"{state}\n{self.logs()}"
             time.sleep(0.3)
+        return state
 
     def kill(self, node: str, project: Path) -> None:
         """Kill a node as a loss of power does: its daemon, and all processes of its tasks, which work in `project`."""
@@ -107,7 +101,12 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path, names: Sequence[str] = ("node1",)) -> Iterator[Cluster]:
-    """Start munged, slurmctld and a slurmd a node in `folder`, and stop them, with their jobs, when the block ends."""
+    """Start munged, slurmctld and a slurmd a node in `folder`, and stop them, with their jobs, when the block ends.
+
+    The folder's path must be short. A job's step has a socket there, and where its path has more than 107 characters
+    Slurm starts the step again and again, without saying why.
+    """
+    assert len(f"{folder}/spool/{max(names)}/{max(names)}_1.4294967291") < 108, folder
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     key = folder / "munge.key"

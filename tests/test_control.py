@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from firstsight.assembly.splits import is_labelled
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.core.variants import LEFT_OUT
+from firstsight.core.variants import LEFT_OUT, TRAINED_ALONE
 from firstsight.generation.answering import Answer
 from firstsight.records.parquet import Split
 from firstsight.records.sample import SPLITS
@@ -86,9 +86,9 @@ def test_without_labels_or_where_it_is_not_wanted_it_is_left_out_and_distilling_
     change(smoke_copy, "control", enabled=enabled)
     run_stage(smoke_copy, "finetune_student")
     run_stage(smoke_copy, "evaluate", "student-finetuned")
-    for folder in ("models", "evaluations"):
+    for folder, files in {"models": {LEFT_OUT, TRAINED_ALONE}, "evaluations": {LEFT_OUT}}.items():
         found = smoke_copy / folder / "student-finetuned"
-        assert [path.name for path in found.iterdir()] == [LEFT_OUT]
+        assert {path.name for path in found.iterdir()} == files
         assert json.loads((found / LEFT_OUT).read_text()) == reason
     if enabled:
         for variant in ("teacher", "student", "student-distilled", "student-nf4"):

@@ -46,11 +46,10 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture
-def two_nodes(tmp_path):
+def two_nodes(tmp_path_factory):
     if missing := slurm_cluster.missing():
         pytest.skip(f"no {', '.join(missing)}")
-    (tmp_path / "slurm").mkdir()
-    with slurm_cluster.cluster(tmp_path / "slurm", ("node1", "node2")) as cluster:
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm"), ("node1", "node2")) as cluster:
         yield cluster
 
 

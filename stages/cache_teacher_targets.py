@@ -25,10 +25,10 @@ from transformers import ProcessorMixin
 from firstsight.caching.shards import write_shared
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
-from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, reason_left_out
+from firstsight.core.variants import leave_out, reason_left_out
 from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
@@ -45,11 +45,7 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 @torch.inference_mode()
 def run() -> None:
     if reason := reason_left_out(TEACHER):
-        if is_main_process():
-            with whole_folder(OUTPUT) as folder:
-                write_json(folder / LEFT_OUT, reason)
-                write_answers(folder, None)
-        log.info("%s is left out: %s", OUTPUT, reason)
+        leave_out(OUTPUT, reason, beside={"answers.json": None})
         return
     loaded = params.load()
     use_all_gpus(loaded.runtime.device)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
-from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder, write_json
+from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT
+from firstsight.core.variants import leave_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +42,7 @@ def run() -> None:
         cache(loaded.train, loaded.runtime)
         return
     reason = f"train.{'train_vision is true' if loaded.train.train_vision else 'visual_tokens is computed'}"
-    if is_main_process():
-        with whole_folder(OUTPUT) as folder:
-            write_json(folder / LEFT_OUT, reason)
-    log.info("%s is left out: %s", OUTPUT, reason)
+    leave_out(OUTPUT, reason)
 
 
 def cache(settings: params.Train, runtime: params.Runtime) -> None:

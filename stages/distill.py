@@ -17,10 +17,10 @@ from transformers import ProcessorMixin
 from firstsight.caching.visual_tokens import SplitVisualTokens, VisualIndex, read_visual_index
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, whole_folder, write_json
-from firstsight.core.processes import is_main_process, shared, use_all_gpus
+from firstsight.core.processes import shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, reason_left_out
+from firstsight.core.variants import leave_out, reason_left_out
 from firstsight.distillation.targets import (
     SplitTargets,
     check_files,
@@ -45,11 +45,7 @@ OUTPUT = Path("models/student-distilled")
 def run() -> None:
     loaded = params.load()
     if reason := reason_left_out(TARGETS):
-        if is_main_process():
-            with whole_folder(OUTPUT) as folder:
-                write_json(folder / LEFT_OUT, reason)
-                write_json(folder / "history.json", [])
-        log.info("%s is left out: %s", OUTPUT, reason)
+        leave_out(OUTPUT, reason, beside={"history.json": []})
         return
     use_all_gpus(loaded.runtime.device)
     settings = loaded.train

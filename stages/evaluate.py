@@ -29,7 +29,7 @@ from firstsight.core.processes import (
 )
 from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, VARIANTS, Variant, reason_left_out
+from firstsight.core.variants import VARIANTS, Variant, leave_out, reason_left_out
 
 if TYPE_CHECKING:
     from firstsight.profiling.cost import Question
@@ -43,10 +43,7 @@ def run(name: str) -> None:
     if reason is None:
         evaluate(name, loaded)
         return
-    if is_main_process():
-        with whole_folder(Path("evaluations") / name) as folder:
-            write_json(folder / LEFT_OUT, reason)
-    log.info("%s is left out: %s", name, reason)
+    leave_out(Path("evaluations") / name, reason)
 
 
 def evaluate(name: str, loaded: params.Params) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from firstsight.core import params
 from firstsight.core.files import fingerprint_files, fingerprint_folder, read_json, whole_folder, write_json
-from firstsight.core.processes import is_main_process, shared, use_all_gpus
+from firstsight.core.processes import shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.core.variants import CONTROL, LEFT_OUT, TRAINED_ALONE, VARIANTS
+from firstsight.core.variants import CONTROL, TRAINED_ALONE, VARIANTS, leave_out
 from firstsight.records.parquet import Split
 
 STUDENT, TARGETS, OUTPUT = Path("models/student"), Path("data/teacher-targets"), VARIANTS[CONTROL].model
@@ -41,11 +41,7 @@ def run() -> None:
         train_control(loaded, splits, alone=alone)
         log.info("wrote %s", OUTPUT)
         return
-    if is_main_process():
-        with whole_folder(OUTPUT) as folder:
-            write_json(folder / LEFT_OUT, reason)
-            write_json(folder / TRAINED_ALONE, None)
-    log.info("%s is left out: %s", CONTROL, reason)
+    leave_out(OUTPUT, reason, beside={TRAINED_ALONE: None})
 
 
 def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: bool) -> None:

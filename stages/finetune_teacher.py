@@ -14,7 +14,7 @@ from firstsight.core.files import fingerprint_files, fingerprint_folder, link_fo
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import log, main
-from firstsight.core.variants import LEFT_OUT, reason_left_out
+from firstsight.core.variants import leave_out, reason_left_out
 
 TEACHER, OUTPUT = Path("models/teacher"), Path("models/teacher-finetuned")
 SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "validation")}
@@ -23,11 +23,7 @@ SPLITS = {split: Path(f"data/egoqa/{split}.parquet") for split in ("train", "val
 def run() -> None:
     loaded = params.load()
     if reason := reason_left_out(TEACHER):
-        if is_main_process():
-            with whole_folder(OUTPUT) as folder:
-                write_json(folder / LEFT_OUT, reason)
-                write_json(folder / "history.json", [])
-        log.info("%s is left out: %s", OUTPUT, reason)
+        leave_out(OUTPUT, reason, beside={"history.json": []})
         return
     if loaded.finetune_teacher.enabled:
         train_teacher(loaded.finetune_teacher, loaded.runtime)

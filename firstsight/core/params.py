@@ -354,9 +354,9 @@ class Export(Section):
     """Say which exports are made of the distilled student, and whether one is of the teacher, to compare them with.
 
     Each is a folder of ONNX graphs that onnxruntime runs without torch: with float32 weights (onnx), with those of all
-    layers in 8 bits (onnx-int8), or in 4 bits (onnx-w4a8); of the last two, products
-    are computed in int8. Weights in 4 bits are rounded by the tokens of `calibration_samples` samples of the train
-    split; with 0, to the nearest. The teacher is exported with float32 weights.
+    layers in 8 bits (onnx-int8), or in 4 bits (onnx-w4a8); of the last two, products are computed in int8. Weights in 4
+    bits are rounded by the tokens of `calibration_samples` samples of the train split; with 0, to the nearest. The
+    teacher is exported with float32 weights.
     """
 
     formats: Annotated[list[Format], AfterValidator(_distinct)]

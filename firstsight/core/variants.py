@@ -1,11 +1,14 @@
 """The variants of teacher and student that are all measured in the same way and reported next to each other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from firstsight.core.files import read_json
+from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.params import Method
+from firstsight.core.processes import is_main_process
+from firstsight.core.stage import log
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,15 @@ def reason_left_out(folder: Path) -> str | None:
     """
     note = folder / LEFT_OUT
     return read_json(note, "the stage that makes it") if note.exists() else None
+
+
+def leave_out(output: Path, reason: str, beside: Mapping[str, Any] | None = None) -> None:
+    """Write the note that says why params.yaml leaves `output` out, as the folder's only file but those named `beside`.
+
+    These are JSON files that other stages read from the folder. Of several processes, the main one writes.
+    """
+    if is_main_process():
+        with whole_folder(output) as folder:
+            for name, value in {LEFT_OUT: reason, **(beside or {})}.items():
+                write_json(folder / name, value)
+    log.info("%s is left out: %s", output, reason)

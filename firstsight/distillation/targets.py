@@ -112,13 +112,16 @@ def write_index(folder: Path, index: Index, head: Tensor | None) -> None:
     write_json(folder / "index.json", {name: value for name, value in values.items() if value is not None})
 
 
-def write_answers(folder: Path, answers: dict[str, str] | None) -> None:
-    """Write answers.json: the teacher's answers by record id; None without a teacher."""
+def write_answers(folder: Path, answers: dict[str, str]) -> None:
+    """Write answers.json: the teacher's answers by record id."""
     write_json(folder / "answers.json", answers)
 
 
 def read_answers(folder: Path) -> dict[str, str]:
-    """Read what `write_answers` wrote; {} without a teacher. Raises UserError when it is missing or broken."""
+    """Read what `write_answers` wrote; {} where the file has null, for want of a teacher.
+
+    Raises UserError when it is missing or broken.
+    """
     return read_json(folder / "answers.json", STAGE) or {}
 
 

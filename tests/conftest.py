@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import os
 import random
 import re
@@ -147,6 +148,16 @@ def change(folder: Path, section: str, **values) -> None:
     document = YAML_SAFE.load(folder / "params.yaml")
     document[section] |= values
     write_params(folder, document)
+
+
+def exchange_tokens(model: Path) -> None:
+    """Let tokens 300 and 301 of a model's tokenizer stand for each other's words."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = (word for word, index in words.items() if index in (300, 301))
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(tokenizer))
 
 
 def write_params(folder: Path, values) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import STAGES, change, run_stage
+from conftest import STAGES, change, exchange_tokens, run_stage
 from safetensors.torch import load_file
 from text_families import ANSWERS, TEXT_SAVE, text_workspace, write_split
 
@@ -101,12 +101,7 @@ def no_room_for_an_answer_of_the_teacher(folder):
 
 
 def another_vocabulary(folder):
-    path = folder / "models/teacher/tokenizer.json"
-    values = json.loads(path.read_text())
-    words = values["model"]["vocab"]
-    first, second = (word for word, index in words.items() if index in (300, 301))
-    words[first], words[second] = words[second], words[first]
-    path.write_text(json.dumps(values))
+    exchange_tokens(folder / "models/teacher")
     return "models.student: expected the teacher's vocabulary, where token 300 is"
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES, YAML_SAFE, change, run_module, run_stage, workspace, write_params
+from conftest import ROOT, STAGES, YAML_SAFE, change, exchange_tokens, run_module, run_stage, workspace, write_params
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
@@ -158,12 +158,7 @@ def refuse_alpha(folder):
 
 
 def refuse_vocabulary(folder):
-    path = folder / "models/student/tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    words = tokenizer["model"]["vocab"]
-    first, second = (word for word, index in words.items() if index in (300, 301))
-    words[first], words[second] = words[second], words[first]
-    path.write_text(json.dumps(tokenizer))
+    exchange_tokens(folder / "models/student")
     return ("models.student: expected the teacher's vocabulary, where token 300",), [
         ("check_inputs",),
         ("cache_teacher_targets",),

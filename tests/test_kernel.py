@@ -161,6 +161,22 @@ def test_a_student_that_agrees_with_its_teacher(interpreted):
     assert (divergence.item(), agreement.item()) == (0, 9)
 
 
+def scaled(numbers, factor):
+    gradient = torch.from_numpy(numbers).bfloat16()
+    found = module._scaled(gradient, torch.tensor(factor))
+    assert found is gradient
+    return found
+
+
+@pytest.mark.parametrize("count", [1, kernel._SCALED, kernel._SCALED + 3])
+def test_a_gradient_in_sixteen_bits_is_scaled_by_a_factor_in_thirty_two(interpreted, count):
+    numbers = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+    found, factor = interpreted(scaled, numbers, 1 / 3), torch.tensor(1 / 3)
+    expected = torch.from_numpy(numbers).bfloat16().float() * factor
+    # The interpreter rounds towards zero.
+    assert ((found.float() - expected).abs() <= 2**-7 * expected.abs()).all()
+
+
 def test_no_answers_give_no_loss_and_gradients_of_zero(interpreted):
     arrays = [array[:0] if array.shape[0] == 3 else array for array in case(3, 31, 33)]
     loss, hidden_grad, head_grad = interpreted(ours, arrays, 29, 2.0, 0.5, FORWARD_KL, torch.float32)

@@ -244,7 +244,7 @@ def test_the_loss_takes_a_chunk_of_logits_of_both_models_and_the_heads_gradient(
 
     logits = 151_936 * 4
     assert loss(16) == 2 * 16 * logits
-    assert loss(8192) == 2 * 512 * logits
+    assert loss(8192) == 2 * 640 * logits
     assert loss(16, method="full") == 2 * 16 * logits + 1536 * logits
 
 

@@ -117,10 +117,18 @@ class _ChunkedLoss(torch.autograd.Function):
         if gradients is None:
             hidden, head, answers = ctx.saved_tensors
             _, *gradients = _sums_and_gradients(hidden, head, answers, ctx.objective, *ctx.needs_gradients)
-        hidden_grad, head_grad = (None if one is None else one.mul_(total_grad) for one in gradients)
+        hidden_grad, head_grad = (None if one is None else _scaled(one, total_grad) for one in gradients)
         if hidden_grad is not None:
             hidden_grad = hidden_grad.to(ctx.saved_tensors[0].dtype)
         return hidden_grad, head_grad, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a gradient by a scalar in place, and return it."""
+    if gradient.dtype != factor.dtype and (kernel := _kernel(gradient.device.type)):
+        kernel.scale(gradient, factor)
+        return gradient
+    return gradient.mul_(factor)
 
 
 @dataclass(frozen=True)

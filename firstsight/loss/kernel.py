@@ -18,10 +18,13 @@ from torch import Tensor
 
 from firstsight.loss.divergences import Divergence
 
-# Columns at a time, and how it is compiled: for 8 warps of 32 threads, so that a thread has 8 columns, and the numbers
-# that it keeps for each of them fit its registers; and with multiplications and additions fused.
-BLOCK = 2048
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+# Columns at a time, and how it is compiled: for 32 warps of 32 threads, so that a thread has 4 columns, and the numbers
+# that it keeps for each of them fit its registers; and with multiplications and additions fused. On an H100, 8 warps
+# with 8 columns a thread took 17 to 70% longer.
+BLOCK = 4096
+OPTIONS = {"num_warps": 32, "enable_fp_fusion": True}
+# Numbers that a program of `scale` multiplies.
+_SCALED = 4096
 
 # Finite, because infinity minus infinity is NaN.
 _LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
@@ -74,6 +77,22 @@ def differentiate(
             **OPTIONS,  # pyrefly: ignore[unexpected-keyword]
         )
     return gradient, sums.sum(0)
+
+
+def scale(numbers: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor by a float32 scalar in place, and round the products to the tensor's dtype.
+
+    PyTorch's `mul_` takes three times as long where the dtypes differ.
+    """
+    with torch.cuda.device_of(numbers):
+        _scale[(triton.cdiv(numbers.numel(), _SCALED),)](numbers, factor, numbers.numel(), block=_SCALED)
+
+
+@triton.jit
+def _scale(numbers, factor, count, block: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    product = tl.load(numbers + places, mask=places < count).to(tl.float32) * tl.load(factor)
+    tl.store(numbers + places, product.to(numbers.dtype.element_ty), mask=places < count)
 
 
 @triton.jit

@@ -30,10 +30,10 @@ frozen tower takes if that is more than the layer.
 
 Without training: the tensors that are alive at once (`firstsight.planning.inference`), in the segments that the
 allocator takes for them and keeps (`firstsight.planning.allocator`). For cached hidden states, the check that the
-teacher's head is finite, 5 V h_t; for the top k, five times the logits of 512 answer tokens. Evaluation answers one
+teacher's head is finite, 5 V h_t; for the top k, five times the logits of 640 answer tokens. Evaluation answers one
 question, then batches of all sizes, and keeps keys and values, B (S + new) x 2 x kv heads x head size x L x 2.
 
-Loss: logits of 512 answer tokens of student and of teacher, 2 x 512 x V x 4, which its Triton kernel overwrites; if the
+Loss: logits of 640 answer tokens of student and of teacher, 2 x 640 x V x 4, which its Triton kernel overwrites; if the
 head is trained, its gradient V h x 4 before it is added to that of earlier micro-batches. The cached teacher's head is
 V h_t x 2.
 

@@ -38,7 +38,9 @@ Draw = Callable[[tuple[int, ...], bool, torch.Generator], torch.Tensor]
 
 def normal(shape: tuple[int, ...], norm: bool, generator: torch.Generator) -> torch.Tensor:
     """Return weights with standard deviation 0.02, or those of a norm, which are one: outputs are finite."""
-    return torch.ones(shape) if norm else torch.empty(shape).normal_(0, 0.02, generator=generator)
+    return (
+        torch.ones(shape) if norm else torch.empty(shape, device=generator.device).normal_(0, 0.02, generator=generator)
+    )
 
 
 def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype, draw: Draw = normal) -> None:
@@ -50,7 +52,7 @@ def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype, dra
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.config.save_pretrained(folder)
     norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     parameters = dict(model.named_parameters())  # tied ones once
     shards: list[list[str]] = [[]]
     room = _SHARD_BYTES
@@ -76,4 +78,4 @@ def _weight(
 ) -> torch.Tensor:
     if name.endswith(".bias"):
         return torch.zeros(parameter.shape, dtype=parameter.dtype)
-    return draw(tuple(parameter.shape), name.rsplit(".", 1)[0] in norms, generator).to(parameter.dtype)
+    return draw(tuple(parameter.shape), name.rsplit(".", 1)[0] in norms, generator).to("cpu", parameter.dtype)

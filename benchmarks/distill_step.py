@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -33,14 +32,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.measuring import alone, environment, write
 from firstsight.acquisition.initialise import build_processor, train_tokenizer
 from firstsight.core import params
 from firstsight.core.stage import log, main
+from firstsight.loss.products import fill_tiles
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model
 from firstsight.models.vision_attention import attend_by_size
@@ -54,6 +55,7 @@ from firstsight.records.sample import LETTERS, Record, Sample
 from firstsight.scenes.rendering import render
 from firstsight.scenes.scene import sample_scene
 from firstsight.scenes.templates import Draw
+from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 
 # Divisor of widths and vocabulary, and the side of an image in pixels (28 per visual token).
@@ -65,7 +67,7 @@ SHARED = 151_657
 # Those of a step, and of one whose samples have together about 8,192 tokens on CUDA.
 SAMPLES, MANY = 4, 21
 STEPS = {"cpu": 3, "cuda": 10}
-BODIES = ("transformers", "liger", "compiled")
+BODIES = ("transformers", "graphs", "compiled", "liger")
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,25 @@ CASES = {
         Case("lora", "online, int8"),
     ),
     "cuda": (
-        Case("full"),
         Case("lora", visual_tokens="cached"),
+        Case("lora", visual_tokens="cached", body="graphs"),
+        Case("full"),
+        Case("full", body="graphs"),
         Case("frozen", visual_tokens="cached"),
-        *(Case("full", body=body) for body in BODIES[1:]),
-        *(Case("lora", visual_tokens="cached", body=body) for body in BODIES[1:]),
+        Case("frozen", visual_tokens="cached", body="graphs"),
         Case("frozen", visual_tokens="cached", samples=MANY),
-        Case("full", samples=MANY),
-        Case("frozen"),
-        Case("lora"),
-        Case("full", "online, int8"),
+        Case("frozen", visual_tokens="cached", body="compiled", samples=MANY),
         Case("lora", "online, int8"),
+        Case("full", "online, int8"),
         Case("frozen", "online, int8"),
+        Case("full", body="compiled"),
+        Case("full", samples=MANY),
+        Case("full", body="compiled", samples=MANY),
+        Case("lora", visual_tokens="cached", body="compiled"),
+        Case("full", body="liger"),
+        Case("lora", visual_tokens="cached", body="liger"),
+        Case("lora"),
+        Case("frozen"),
         Case("full", "online, bfloat16"),
     ),
 }
@@ -198,7 +207,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         memory = PeakMemory(device)
         if case.teacher == "cached":
             width, teacher = teacher_config.text_config.hidden_size, None
-            head = torch.randn(SHARED // divisor, width, device=device).to(dtype)
+            head = fill_tiles(torch.randn(SHARED // divisor, width, device=device).to(dtype))
             known = {"hidden": torch.randn(answers, width, device=device).to(dtype)}
         else:
             teacher = load_model(Path(folder), case.teacher.removeprefix("online, "), device).requires_grad_(False)
@@ -208,6 +217,8 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         model = DistillationModel(
             student, settings, teacher_head=head, teacher=teacher, vocabulary=SharedVocabulary(SHARED // divisor)
         )
+        if device == "cuda" and case.body in ("graphs", "compiled"):
+            GraphedLanguageModel(student)
         # Products of a teacher in 8 bits are not counted, nor are those in compiled layers.
         counts = case.teacher == "cached" and case.body == "transformers"
         seconds, operations = steps(model, seen, known, device, counts)
@@ -242,22 +253,16 @@ def fresh_student(case: Case, settings: params.Train, student_config: Qwen2VLCon
     if case.visual_tokens == "cached":
         student.model.visual = None
     if case.body == "compiled":
-        for layer in layers(student):
-            layer.compile(dynamic=True)
+        for module in student.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # decoder layers and vision blocks
+                module.compile(dynamic=True)
     return student
-
-
-def layers(student: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the layers of the language model and, if it runs, of the vision tower."""
-    yield from student.model.language_model.layers
-    if student.model.visual is not None:
-        yield from student.model.visual.blocks
 
 
 def steps(
     model: DistillationModel, batch: dict[str, Tensor], known: dict[str, Tensor], device: str, counts: bool
 ) -> tuple[list[float], int | None]:
-    """Train; return the seconds of each step after the first two and, if asked to, the operations of its products."""
+    """Train; return the seconds of each step after the first three and, if asked to, the operations of its products."""
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device == "cuda")
     answers, seconds = (batch["labels"] != IGNORE).sum(), []
@@ -270,9 +275,10 @@ def steps(
         optimizer.step()
         loss.item()  # waits for the device
 
-    step()  # compiles
     counter = FlopCounterMode(display=False)
     with counter if counts else nullcontext():
+        step()  # compiles
+    for _ in range(2):  # records graphs
         step()
     for _ in range(STEPS[device]):
         started = time.perf_counter()
@@ -281,10 +287,15 @@ def steps(
     return seconds, counter.get_total_flops() if counts else None
 
 
-def row(case: Case, found: dict[str, Any], reference: dict[str, Any], device: str) -> dict[str, Any]:
-    """Return a row of the CSV file, with the ratios to the first case of the same student and number of samples."""
+def row(
+    case: Case, found: dict[str, Any], reference: dict[str, Any], operations: int | None, device: str
+) -> dict[str, Any]:
+    """Return a row of the CSV file, with the ratios to the first case of the same student and number of samples.
+
+    `operations` are those of the products of a step.
+    """
     card = hours.known(torch.cuda.get_device_name()) if device == "cuda" else None
-    of_peak = found["operations"] / found["seconds"] / card.operations if card and found["operations"] else None
+    of_peak = operations / found["seconds"] / card.operations if card and operations else None
     return {
         **asdict(case),
         "seconds": round(found["seconds"], 4),
@@ -304,7 +315,7 @@ def run() -> None:
         print(json.dumps(measure(Case(**json.loads(sys.argv[1])), sys.argv[2])))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, references = [], {}
+    rows, references, operations = [], {}, {}
     for case in CASES[device]:
         if missing := case.missing():
             log.warning("%s: left out, because %s is not installed", case, missing)
@@ -314,7 +325,11 @@ def run() -> None:
         except subprocess.CalledProcessError as failure:
             log.warning("%s: left out, because %s", case, failure)
             continue
-        rows.append(row(case, found, references.setdefault((case.student, case.samples), found), device))
+        reference = references.setdefault((case.student, case.samples), found)
+        # Counted once for all bodies of the layers.
+        work = case.student, case.teacher, case.visual_tokens, case.samples
+        counted = operations.setdefault(work, found["operations"])
+        rows.append(row(case, found, reference, counted, device))
         write(f"distill-step-{device}", rows)
         log.info("%s: %.3f s a step, %d MB", case, rows[-1]["seconds"], rows[-1]["memory_mb"])
 

@@ -16,6 +16,8 @@ NAME = "flash_images"
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 
 
+# A layer that torch.compile compiles is left for it: how many images there are is read from a tensor.
+@torch.compiler.disable
 def attend(
     module: nn.Module,
     query: Tensor,

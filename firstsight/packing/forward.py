@@ -92,5 +92,6 @@ def answer_states(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) ->
     """
     # The state before a token predicts it.
     following = labels[:, 1:]
-    answered = following != IGNORE
-    return last_hidden_states(model, batch)[:, :-1][answered], following[answered]
+    # Found before the model runs: on a GPU, the CPU waits for their number, and would wait for the model.
+    rows, places = (following != IGNORE).nonzero(as_tuple=True)
+    return last_hidden_states(model, batch)[rows, places], following[rows, places]

@@ -22,6 +22,7 @@ from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.checkpoints import CheckpointCallback, signal_handler
+from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.optimizer import moments_bytes, trainer_name
 from firstsight.training.trainer import DistillationTrainer, ShowProgress
@@ -74,6 +75,10 @@ def train(
         scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
     )
     halving = optimisation.auto_batch and processes == 1
+    # Not where a pass that is computed twice saves the state of random numbers, which cannot be recorded, nor where
+    # several processes exchange gradients while these are computed.
+    records = device == "cuda" and processes == 1 and not optimisation.gradient_checkpointing
+    graphs = GraphedLanguageModel(model.student) if records else None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
     while True:
@@ -107,6 +112,8 @@ def train(
         accumulation = samples_per_step // batch_size
         log.warning("out of memory: continuing with micro-batches of %d, %d per step", batch_size, accumulation)
         model.zero_grad()
+        if graphs is not None:
+            graphs.clear()
         model.load_state_dict(start, strict=False)
         if trainable is not None:
             trainable.load_state_dict({})

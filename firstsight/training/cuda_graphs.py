@@ -1,0 +1,263 @@
+"""Train with the language model's forward and backward pass replayed as CUDA graphs.
+
+A training step launches thousands of kernels, one after the other from Python, which takes longer than a fast GPU needs
+to compute them unless the batch is large. A CUDA graph holds all launches of a pass, which are replayed with a single
+one. Its shapes and addresses are fixed: there is a graph for each shape of a batch, whose sequences are padded to a
+multiple of `_MULTIPLE` tokens, so that a few graphs serve all batches. Vision tower, embeddings and loss are launched
+as always.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from firstsight.core.stage import log
+
+_MULTIPLE = 64
+# Shapes that are recorded; batches of others are computed as without graphs.
+_MOST = 16
+# How far the first graph's states and gradients may be from those that are computed without one, as a share of their
+# norm. In bfloat16, gradients computed twice differ by 0.01, because sums are in another order.
+_TOLERANCE = 0.1
+# The tensors that a language model takes of a packed batch: embeddings or tokens, and those that place them.
+_PLACES = {"position_ids", "attention_mask"}
+_INPUTS = {"inputs_embeds", "input_ids", "mm_token_type_ids", *_PLACES}
+
+
+class GraphedLanguageModel:
+    """Replace the `forward` of a model's language model by one that replays graphs in training.
+
+    The first batch of a shape is computed as without graphs, the second one is recorded. Calls other than those of
+    training on packed batches with an additive mask [B, 1, S, S] are passed on. Gradients of weights are summed where
+    the graphs expect them, in tensors that become the weights' `grad`.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._module = getattr(model.base_model, "language_model", model.base_model)
+        self._forward: Callable[..., Any] = self._module.forward
+        self._body = _Body(self._module, self._forward)
+        self._trained = {name: one for name, one in self._body.named_parameters() if one.requires_grad}
+        # The same weights as parameters of the graphs' own: autograd adds a gradient on the stream on which it first
+        # met a parameter, and only those of the stream that records can be recorded.
+        self._weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
+        for weight in self._weights.values():
+            weight.grad = torch.zeros_like(weight)
+        # What makes autograd call `_Replay.backward` where the inputs have no gradient.
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._recorded: dict[object, _Recording | None] = {}
+        # Of the memory of all graphs, of which one is in use at a time.
+        self._pool: Any = None
+        self._enabled = True
+        self._module.forward = self
+
+    def clear(self) -> None:
+        """Release the graphs and their memory; later batches are recorded anew."""
+        self._recorded.clear()
+        self._pool = None
+
+    def __call__(self, *arguments: Any, **inputs: Any) -> Any:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        others = (value for name, value in inputs.items() if name not in tensors)
+        trains = self._module.training and torch.is_grad_enabled() and self._enabled
+        packed = _PLACES <= tensors.keys() <= _INPUTS and all(one in (None, False) for one in others)
+        if not trains or arguments or not packed:
+            return self._forward(*arguments, **inputs)
+        length = tensors["position_ids"].shape[-1]
+        padded = _padded(tensors, -length % _MULTIPLE)
+        shape = tuple((tuple(one.shape), one.dtype, one.requires_grad) for one in padded.values())
+        # Without autocast's cache, whose copies of weights a graph would leave in its own memory.
+        device = self._anchor.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with torch.autocast(device, autocast[1], enabled=autocast[0], cache_enabled=False):
+            known = shape in self._recorded
+            recording = self._recorded.get(shape)
+            if known and recording is None:
+                recording = self._record(shape, padded)
+            if recording is None:
+                if len(self._recorded) < _MOST:
+                    self._recorded[shape] = None
+                states = self._body(**padded)[:, :length]
+            else:
+                embeddings = tensors.get("inputs_embeds")
+                states = _Replay.apply(embeddings, self._anchor, padded, length, recording, self._attach_gradients)
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+    def _record(self, shape: object, inputs: dict[str, Tensor]) -> "_Recording | None":
+        """Record the passes over inputs of this shape; None, and no more graphs, where that fails."""
+        first = not any(self._recorded.values())
+        random = _Random(self._anchor.device)
+        try:
+            recording = _Recording(self._body, self._weights, inputs, self._record_work)
+            if first and not self._is_right(recording, inputs):
+                raise RuntimeError("a graph computes something else")
+        except RuntimeError as error:  # memory does not suffice, or a layer waits for the CPU
+            log.warning("training: without CUDA graphs, because recording failed: %s", _first_line(error))
+            self._enabled = False
+            self.clear()
+            random.restore()
+            return None
+        if first:
+            log.info("training: the language model's passes are replayed as CUDA graphs")
+        self._recorded[shape] = recording
+        return recording
+
+    def _record_work(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what a function launches on the GPU, without computing it; return a function that launches it."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # The threads of the data loader may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    def _is_right(self, recording: "_Recording", inputs: dict[str, Tensor]) -> bool:
+        """Return whether the first recording gives the states and gradients that are computed without it.
+
+        Gradients are those of a few weights, for the states themselves as gradient.
+        """
+        own = {name: weight.grad for name, weight in self._weights.items()}
+        for name, one in self._trained.items():
+            if one.grad is own[name]:
+                one.grad = one.grad.clone()  # keeps what is summed so far
+        torch._foreach_zero_(list(own.values()))
+        names = list(self._weights)
+        names = sorted({names[len(names) * part // 4] for part in range(4)} | {names[-1]})
+        device = self._anchor.device
+        devices = [device] if device.type == "cuda" else []
+        # From the same random numbers, so that dropout drops the same.
+        with torch.random.fork_rng(devices):
+            states = self._body(**{name: one.detach() for name, one in inputs.items()})
+            trained = [self._trained[name] for name in names]
+            gradients = torch.autograd.grad(states, trained, states.detach(), allow_unused=True)
+        with torch.random.fork_rng(devices):
+            found = recording.forward(inputs)
+            recording.backward(found)
+        pairs = [(found, states)]
+        pairs += [(own[name], one) for name, one in zip(names, gradients, strict=True) if one is not None]
+        right = all((one.float() - other.float()).norm() <= _TOLERANCE * other.float().norm() for one, other in pairs)
+        torch._foreach_zero_(list(own.values()))
+        return right
+
+    def _attach_gradients(self) -> None:
+        """Make the gradients of the graphs' weights those of the model's, with what is summed in these so far."""
+        own = {name: weight.grad for name, weight in self._weights.items()}
+        if fresh := [own[name] for name, one in self._trained.items() if one.grad is None]:
+            torch._foreach_zero_(fresh)
+        for name, one in self._trained.items():
+            if one.grad is not None and one.grad is not own[name]:
+                own[name].copy_(one.grad)
+            one.grad = own[name]
+
+
+class _Body(nn.Module):
+    """Call a language model by its own `forward`, as a module whose parameters can be exchanged for a call."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
+        super().__init__()
+        self.module, self._forward = module, forward
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Return the final hidden states [B, S, H]."""
+        return self._forward(**inputs, use_cache=False).last_hidden_state
+
+
+class _Recording:
+    """Hold the graphs of a forward and a backward pass, with the tensors that they read and write.
+
+    The backward pass adds to the `grad` of `weights`.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        weights: dict[str, nn.Parameter],
+        inputs: dict[str, Tensor],
+        record: Callable[[Callable[[], None]], Callable[[], None]],
+    ):
+        self._body, self._weights = body, weights
+        self._inputs = {name: one.detach().clone().requires_grad_(one.requires_grad) for name, one in inputs.items()}
+        self._embeddings = self._inputs.get("inputs_embeds")
+        if self._embeddings is not None and self._embeddings.requires_grad:
+            self._embeddings.grad = torch.zeros_like(self._embeddings)
+        self._states = self._gradient = Tensor()
+        self._replay_forward = record(self._compute)
+        self._gradient = torch.zeros_like(self._states)
+        self._replay_backward = record(self._differentiate)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the final hidden states [B, S, H] of inputs, which the next call overwrites."""
+        with torch.no_grad():
+            for name, one in inputs.items():
+                self._inputs[name].copy_(one)
+        self._replay_forward()
+        return self._states.detach()
+
+    def backward(self, gradient: Tensor) -> Tensor | None:
+        """Add to the weights' gradients, from that [B, s, H] of the first s states; return the embeddings' or None."""
+        length = gradient.shape[1]
+        self._gradient[:, :length].copy_(gradient)
+        self._gradient[:, length:].zero_()
+        own = None if self._embeddings is None else self._embeddings.grad
+        if own is not None:
+            own.zero_()
+        self._replay_backward()
+        return None if own is None else own[:, :length]
+
+    def _compute(self) -> None:
+        with torch.enable_grad():
+            self._states = functional_call(self._body, self._weights, kwargs=self._inputs)
+
+    def _differentiate(self) -> None:
+        self._states.backward(self._gradient)
+
+
+class _Random:
+    """Keep the GPU's state of random numbers, which a recording that fails leaves unusable."""
+
+    def __init__(self, device: torch.device):
+        self._generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+        self._state = self._generator.clone_state() if self._generator else None
+
+    def restore(self) -> None:
+        """Continue from the state that was kept."""
+        if self._generator is not None:
+            self._generator.graphsafe_set_state(self._state)
+
+
+class _Replay(torch.autograd.Function):
+    """Replay a recorded pass, as a step of autograd."""
+
+    @staticmethod
+    def forward(ctx, embeddings, anchor, inputs, length, recording, attach_gradients):
+        ctx.recording, ctx.attach_gradients = recording, attach_gradients
+        return recording.forward(inputs)[:, :length]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        ctx.attach_gradients()
+        return ctx.recording.backward(gradient), None, None, None, None, None
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of what an error is about, and of the one that led to it."""
+    lines = [str(one).splitlines()[0] for one in (error.__context__, error) if one is not None and str(one)]
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _padded(inputs: dict[str, Tensor], more: int) -> dict[str, Tensor]:
+    """Return the inputs with `more` tokens at the end of each sequence, to which none of the others attends."""
+    if not more:
+        return inputs
+    length = inputs["position_ids"].shape[-1]
+    widths = {"inputs_embeds": (0, 0, 0, more), "attention_mask": (0, more, 0, more)}
+    padded = {name: pad(one, widths.get(name, (0, more))) for name, one in inputs.items()}
+    padded["attention_mask"][..., :length, length:] = torch.finfo(padded["attention_mask"].dtype).min
+    return padded

@@ -1,0 +1,164 @@
+"""Training by replayed passes gives the losses and gradients that training without them gives.
+
+Without a GPU nothing can be recorded: what a graph would replay is computed again instead, over the same tensors. What
+is padded, where gradients are summed and when a shape is recorded is then tested; on a GPU, the graphs are too.
+"""
+
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import make_sample
+from families import SAVE
+from peft import LoraConfig, get_peft_model
+
+from firstsight.models.loading import load_model, load_processor
+from firstsight.packing.pack import collate, encode, pack
+from firstsight.training import cuda_graphs
+from firstsight.training.cuda_graphs import GraphedLanguageModel
+from firstsight.training.distillation_model import DistillationModel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
+FAMILIES = ["Qwen2VLForConditionalGeneration", "Qwen2ForCausalLM", "LlavaOnevisionForConditionalGeneration"]
+
+
+@pytest.fixture(params=FAMILIES)
+def parts(request, settings, processor, tmp_path):
+    """A tiny model with random weights, and three batches, two of them of one shape."""
+    SAVE[request.param](tmp_path, settings, processor)
+    own = load_processor(tmp_path)
+    kinds = {"none": 0} if request.param == "Qwen2ForCausalLM" else {"none": 0, "image": 1, "frames": 2}
+
+    def batch(count: int) -> dict[str, torch.Tensor]:
+        samples = [make_sample(kind, kind, frames, QUESTIONS[:count]) for kind, frames in kinds.items()]
+        packed = collate([pack(own, one, encode(own, one, one.records)) for one in samples], own.tokenizer.pad_token_id)
+        return {name: tensor.to(DEVICE) for name, tensor in packed.items()}
+
+    model = load_model(tmp_path, "float32", DEVICE)
+    return model.train(), [batch(3), batch(1), batch(3)]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What is recorded; without a GPU, functions that are called again."""
+    works = []
+
+    def record(_, work):
+        works.append(work)
+        work()
+        return work
+
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 48)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(GraphedLanguageModel, "_record_work", record)
+    return works
+
+
+def steps(model, batches, rounds: int = 4) -> list:
+    """Losses and gradients of optimizer steps, each of them of all batches."""
+    training = DistillationModel(model)
+    tokens = torch.tensor(sum(int((batch["labels"] >= 0).sum()) for batch in batches))
+    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
+    for _ in range(rounds):
+        optimizer.zero_grad()
+        losses = []
+        for batch in batches:
+            loss = training(**batch, num_items_in_batch=tokens)["loss"]
+            loss.backward()
+            losses.append(loss.item())
+        found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        optimizer.step()
+    return found
+
+
+def trained(model, how: str):
+    if how == "full":
+        return model
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).get_base_model()
+    for number, (name, parameter) in enumerate(adapted.named_parameters()):
+        if "lora_B" in name:  # which is zero at first, so that the other matrix has no gradient
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(DEVICE).manual_seed(number))
+    return adapted
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_losses_and_gradients_are_the_same(parts, recorded, how):
+    model, batches = parts
+    plain, graphed = trained(copy.deepcopy(model), how), trained(model, how)
+    if how == "lora":
+        graphed.load_state_dict(plain.state_dict())
+    replayed = GraphedLanguageModel(graphed)
+    for (losses, gradients), (expected_losses, expected) in zip(
+        steps(graphed, batches), steps(plain, batches), strict=True
+    ):
+        assert losses == pytest.approx(expected_losses, rel=1e-4)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    shapes = [value for value in replayed._recorded.values() if value is not None]
+    assert len(shapes) == len({-(-batch["input_ids"].shape[1] // 48) for batch in batches})
+    if DEVICE == "cpu":
+        assert len(recorded) == 2 * len(shapes)
+
+
+def test_evaluation_and_answers_are_passed_on(parts, recorded):
+    model, batches = parts
+    replayed = GraphedLanguageModel(model)
+    for _ in range(3):
+        with torch.no_grad():
+            DistillationModel(model)(**batches[0], num_items_in_batch=torch.tensor(1))
+    model.eval()
+    for _ in range(3):
+        DistillationModel(model).eval()(**batches[0], num_items_in_batch=torch.tensor(1))
+    assert not replayed._recorded
+
+
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+def test_graphs_are_not_used_where_one_computes_something_else(parts, recorded, monkeypatch, caplog, broken):
+    model, batches = parts
+    plain = copy.deepcopy(model)
+    right = getattr(cuda_graphs._Recording, broken)
+    wrong = {
+        "forward": lambda self, inputs: -right(self, inputs),
+        "backward": lambda self, gradient: right(self, 2 * gradient),
+    }[broken]
+    monkeypatch.setattr(cuda_graphs._Recording, broken, wrong)
+    logger = logging.getLogger("firstsight")
+    logger.addHandler(caplog.handler)
+    replayed = GraphedLanguageModel(model)
+    for (losses, gradients), (expected, theirs) in zip(steps(model, batches), steps(plain, batches), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
+    logger.removeHandler(caplog.handler)
+    assert "without CUDA graphs, because recording failed: a graph computes something else" in caplog.text
+    assert not any(replayed._recorded.values())
+
+
+def test_released_graphs_are_recorded_anew(parts, recorded):
+    model, batches = parts
+    plain = copy.deepcopy(model)
+    replayed = GraphedLanguageModel(model)
+    found = steps(model, batches, 2)
+    replayed.clear()
+    found += steps(model, batches, 2)
+    assert any(replayed._recorded.values())
+    for (losses, _), (expected, _) in zip(found, steps(plain, batches), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(parts, monkeypatch, caplog):
+    model, batches = parts
+    plain = copy.deepcopy(model)
+
+    def full(_, work):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GraphedLanguageModel, "_record_work", full)
+    GraphedLanguageModel(model)
+    for (losses, gradients), (expected, theirs) in zip(steps(model, batches), steps(plain, batches), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)

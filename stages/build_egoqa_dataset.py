@@ -7,7 +7,7 @@ writes data/egoqa/{train,validation,test}.parquet and data/egoqa/card.json
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from firstsight.assembly.assemble import Unit, assemble
 from firstsight.assembly.data_card import data_card
 from firstsight.assembly.decoding import Decoded, Decoder
 from firstsight.assembly.near_duplicates import without_copies, without_leaks
-from firstsight.assembly.sources import READERS
+from firstsight.assembly.sources import READERS, with_classes
 from firstsight.core import params, scratch
 from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
@@ -30,20 +30,22 @@ OUTPUT = Path("data/egoqa")
 
 
 def run() -> None:
-    data = params.load().data
+    data = with_classes(params.load().data)
     problems = Problems(data.on_error)
     dropped = problems.left_out
     units = assemble(sources(data, problems), data, problems, dropped)
     check_splits(
         {split: sum(len(unit.questions) for unit in units if unit.split == split) for split in SPLITS}, problems
     )
+    if data.classes:
+        check_classes(units, data.classes)
     with scratch.kept_folder("build-egoqa-dataset", {"path": data.path, "source": data.source}) as kept:
         decoder = Decoder(kept, units, data)
         written = without_copies(without_leaks(decoder.run(problems), dropped), dropped)
         counts = {split: sum(len(unit.questions) for unit, _ in written if unit.split == split) for split in SPLITS}
         check_splits(counts, problems)
         with whole_folder(OUTPUT) as folder:
-            write(folder, decoder, written)
+            write(folder, decoder, written, data.classes or ())
             commit = hub_dataset.commit(data.hub) if data.source == "hub" else None
             write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
     log_result(data, counts, problems)
@@ -71,11 +73,11 @@ def name(data: params.Data) -> str:
     return data.hub.id if data.source == "hub" else Path(data.path).name
 
 
-def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]]) -> None:
+def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]], classes: Sequence[str]) -> None:
     """Write each split's parquet file, with samples in the order of the source."""
     units = {unit.key: unit for unit, _ in written}
     with ExitStack() as files:
-        writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet")) for split in SPLITS}
+        writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet", classes)) for split in SPLITS}
         for key, decoded in decoder.media():
             if unit := units.get(key):
                 kind = unit.media.kind if unit.media else "none"
@@ -95,6 +97,18 @@ def check_splits(counts: dict[str, int], problems: Problems) -> None:
             f"data: expected records in every split, found none in {', '.join(empty)} (of {counts}); "
             f"add records, change data.*_fraction, or give records a split of their own{left_out}{skipped}"
         )
+
+
+def check_classes(units: list[Unit], classes: Sequence[str]) -> None:
+    """Raise UserError unless the records have two classes or more; warn of classes that none has."""
+    found = {one.answer for unit in units for one in unit.questions if one.answer}
+    if len(found) < 2:
+        raise UserError(
+            f"data.classes: expected records of at least two of the {len(classes)} classes, found {len(found)} "
+            f"({', '.join(found) or 'no label'}); add records of the others"
+        )
+    if missing := [name for name in classes if name not in found]:
+        log.warning("data.classes: %d of %d classes have no record: %s", len(missing), len(classes), missing[:10])
 
 
 def log_result(data: params.Data, counts: dict[str, int], problems: Problems) -> None:

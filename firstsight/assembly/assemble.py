@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from firstsight.assembly.splits import HELD_BACK, SplitName, is_labelled, split_of, stratified
+from firstsight.assembly.splits import HELD_BACK, SplitName, is_labelled, split_of, stratified, stratified_splits
 from firstsight.core.params import Data
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
@@ -36,7 +36,7 @@ def assemble(
     Left out are questions that name another split than their group's, duplicates, training and validation questions
     about media of the benchmark, questions of `data.train_only_types` in the test split, and questions beyond
     `data.*_samples`. Problems are ids that two questions share, questions about the same image or video with different
-    groups, and questions without an answer.
+    groups, questions without an answer, and answers that are none of `data.classes`, where there are classes.
 
     Args:
         sources: name and questions of each source; the first is the data set's, the others are the benchmark.
@@ -60,7 +60,10 @@ def assemble(
         group = groups[same_media[0].record.id]
         questions = _without_repetition([one.record for one in same_media], dropped)
         units.append(Unit(f"{name}:{key}", name, same_media[0].media, group, splits[name, group], questions))
-    return _limited([_labelled(unit, data) for unit in _without_overlap(units, dropped)], data, dropped)
+    units = _without_overlap(units, dropped)
+    if data.classes:  # labels are taken from what is left, so that each class keeps its share of them
+        return _labelled_by_class(_limited(units, data, dropped), data)
+    return _limited([_labelled(unit, data) for unit in units], data, dropped)
 
 
 def media_key(one: Asked) -> str:
@@ -100,6 +103,11 @@ def _answerable(asked: list[tuple[str, Asked]], data: Data, problems: Problems) 
             if not record.accepted() and data.unanswered == "refuse":
                 raise BadRecordError(
                     "expected an answer, found none; add it, or remove the record, or set data.unanswered to teacher"
+                )
+            if data.classes and (other := [answer for answer in record.accepted() if answer not in data.classes]):
+                raise BadRecordError(
+                    f"expected one of the {len(data.classes)} classes of data.classes, found {other[0][:60]!r}; add it "
+                    "there, or correct the record"
                 )
             kept.append((name, one))
     return kept
@@ -149,12 +157,22 @@ def _agreeing(asked: list[tuple[str, Asked]], groups: dict[str, str], problems: 
 
 
 def _splits(asked: list[tuple[str, Asked]], groups: dict[str, str], data: Data) -> dict[tuple[str, str], SplitName]:
-    """Return the split of each source's groups: the most held-back one that its questions name, else by hash."""
+    """Return the split of each source's groups: the most held-back one that its questions name, else by hash.
+
+    With classes, those that name none are split so that every class has its share.
+    """
     named: dict[tuple[str, str], set[SplitName | None]] = defaultdict(set)
+    class_of: dict[str, str] = {}
     for name, one in asked:
-        named[name, groups[one.record.id]].add(one.record.split)
+        group = groups[one.record.id]
+        named[name, group].add(one.record.split)
+        if data.classes and one.record.split is None:
+            class_of.setdefault(group, one.record.answer or "")
+    chosen = stratified_splits(class_of, data)
     return {
-        (name, group): next((split for split in HELD_BACK if split in splits), None) or split_of(group, data)
+        (name, group): next((split for split in HELD_BACK if split in splits), None)
+        or chosen.get(group)
+        or split_of(group, data)
         for (name, group), splits in named.items()
     }
 
@@ -183,6 +201,18 @@ def _labelled(unit: Unit, data: Data) -> Unit:
     """Return the unit, without its answers where it is for training and `data.labelled_fraction` leaves it out."""
     if unit.split != "train" or is_labelled(unit.group, data):
         return unit
+    return _bare(unit)
+
+
+def _labelled_by_class(units: list[Unit], data: Data) -> list[Unit]:
+    """Return the units, of which the share `data.labelled_fraction` of each class keeps its answers, for training."""
+    class_of = {unit.group: unit.questions[0].answer or "" for unit in units if unit.split == "train"}
+    kept = stratified(class_of, round(data.labelled_fraction * len(class_of)), data.seed)
+    return [_bare(unit) if unit.split == "train" and unit.group not in kept else unit for unit in units]
+
+
+def _bare(unit: Unit) -> Unit:
+    """Return the unit without its answers."""
     bare = [one.model_copy(update={"answer": None, "answers": ()}) for one in unit.questions]
     return replace(unit, questions=tuple(bare))
 
@@ -209,7 +239,7 @@ def _limited(units: list[Unit], data: Data, dropped: Counter[str]) -> list[Unit]
                 elif split == "test" and not one.accepted():
                     dropped["test question without an answer"] += 1
                 else:
-                    wanted[one.id] = one.question_type
+                    wanted[one.id] = (one.answer or "") if data.classes else one.question_type
         if limits[split] is not None and len(wanted) > limits[split]:
             taken = stratified(wanted, limits[split], data.seed)
             dropped["beyond the number asked for"] += len(wanted) - len(taken)

@@ -31,12 +31,16 @@ def data_card(
     """
     splits = {}
     for split in SPLITS:
-        splits[split] = _split([one for one in written if one[0].split == split])
+        found = [one for one in written if one[0].split == split]
+        splits[split] = _split(found)
+        if data.classes:
+            splits[split]["classes"] = _counts(one.answer for unit, _ in found for one in unit.questions if one.answer)
         if limit := getattr(data, f"{split}_samples"):
             splits[split]["asked_for"] = limit
     return {
         "source": data.source,
         "commit": commit,
+        **({"classes": data.classes} if data.classes else {}),
         "splits": splits,
         "dropped": dict(sorted(dropped.items())),
         "problems": problems.card(),

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from firstsight.core.params import Data
+from firstsight.core.errors import UserError
+from firstsight.core.params import Data, classes_apart
 from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa
 from firstsight.readers.problems import Problems
 from firstsight.readers.source_record import Asked
@@ -18,3 +19,23 @@ READERS: dict[str, Callable[[Data, Problems], Iterator[Asked]]] = {
     "egotempo": egotempo.read,
     "hub": hub_dataset.read,
 }
+
+
+def with_classes(data: Data) -> Data:
+    """Return `data` with the names of the classes: its own, or those of the hub's column that is mapped to `class`.
+
+    Raises:
+        UserError: there are no names for that column, only one, or two of the same wording.
+    """
+    if data.classes or data.source != "hub" or "class" not in data.hub.fields:
+        return data
+    column = data.hub.fields["class"]
+    if (names := hub_dataset.class_names(data.hub)) is None:
+        raise UserError(
+            f"data.classes: expected the names of the classes, because the column {column!r} of {data.hub.id} has none "
+            "(it is no ClassLabel), found null; list them"
+        )
+    try:
+        return data.model_copy(update={"classes": classes_apart(names)})
+    except ValueError as error:
+        raise UserError(f"{data.hub.id}: column {column!r}: {error}") from None

@@ -20,6 +20,21 @@ def split_of(group: str, data: Data) -> SplitName:
     return "validation" if place < data.test_fraction + data.validation_fraction else "train"
 
 
+def stratified_splits(class_of: Mapping[str, str], data: Data) -> dict[str, SplitName]:
+    """Return the split of each group, so that every class has its share of each split, by largest remainder.
+
+    Args:
+        class_of: the class of each group.
+    """
+    left: dict[str, str] = dict(class_of)
+    splits: dict[str, SplitName] = dict.fromkeys(class_of, HELD_BACK[-1])
+    for split, share in zip(HELD_BACK, (data.test_fraction, data.validation_fraction), strict=False):
+        taken = stratified(left, round(share * len(class_of)), data.seed)
+        splits |= dict.fromkeys(taken, split)
+        left = {group: kind for group, kind in left.items() if group not in taken}
+    return splits
+
+
 def is_labelled(group: str, data: Data) -> bool:
     """Return whether the answers of a group of the training split are kept: the share `data.labelled_fraction` is.
 
@@ -34,7 +49,7 @@ def stratified(type_of: Mapping[str, str], count: int, seed: int) -> set[str]:
     A question's rank within its type depends on the seed and its id alone.
 
     Args:
-        type_of: the question type of each id.
+        type_of: the question type of each id, or its class.
     """
     by_type: dict[str, list[str]] = defaultdict(list)
     for name, question_type in type_of.items():

@@ -4,6 +4,8 @@ No parameter has a default: a run does what its params.yaml says, and two runs d
 checks the whole file at once, so that a mistake under `evaluate` is reported before a teacher is trained.
 """
 
+import string
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -48,6 +50,47 @@ def _distinct(values: list) -> list:
 
 
 Methods = Annotated[list[Method], AfterValidator(_distinct)]
+
+
+def classes_apart(names: list[str]) -> list[str]:
+    """Return the names of classes in Unicode's composed form, as records are stored.
+
+    Raises:
+        ValueError: there are fewer than two, or two have the same letters and digits, which no metric tells apart.
+    """
+    if len(names) < 2:
+        raise ValueError(f"expected at least two classes, found {names}; name all that the data have")
+    wordings: dict[str, str] = {}
+    for name in names:
+        letters = filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold())
+        other = wordings.setdefault("".join(letters), name)
+        if other is not name:
+            raise ValueError(f"expected a wording of its own for each class, found {other!r} and {name!r}; rename one")
+    if "" in wordings:
+        raise ValueError(f"expected a word for each class, found {wordings['']!r}; name it by letters or digits")
+    return [unicodedata.normalize("NFC", name.strip()) for name in names]
+
+
+def template_columns(template: str) -> list[str]:
+    """Return the names in braces of a prompt template such as "{title}\\n{text}", each once, in their order.
+
+    Raises:
+        ValueError: there is none, a brace has no partner, or there is more than a name between two braces.
+    """
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"expected columns in braces, found {template!r} ({error}); double a brace of the text"
+        ) from None
+    if not parts or not all(name and not form and not conversion for name, form, conversion in parts):
+        raise ValueError(f"expected names of columns in braces, such as {{text}}, found {template!r}; correct it")
+    return list(dict.fromkeys(str(name) for name, *_ in parts))
+
+
+def _template(template: str) -> str:
+    template_columns(template)
+    return template
 
 
 class Section(BaseModel):
@@ -187,6 +230,11 @@ class Benchmark(Section):
 class Data(Section):
     """Say where questions come from: rendered scenes (`synthetic`), the file `path` in one of several formats, the hub.
 
+    Where each record has one of a few classes, `classes` has their names, which are the answers; the record's key
+    `class` names its own. (Of a column of datasets' type ClassLabel that data.hub.fields maps to `class`, null takes
+    the names.) `prompt` is a template of the question, with the names of the file's columns in braces; null: the
+    question is in the column `question`.
+
     `path` and `benchmark.path` must exist whatever the source, because the stage depends on them. Images and videos are
     read from `media_root` (null: the folder of the file) alone.
 
@@ -195,8 +243,9 @@ class Data(Section):
     the training split, the share `labelled_fraction` keeps its answers; questions of the others count as unanswered.
 
     Splits are made by group. `train_samples`, `validation_samples` and `test_samples` limit a split to that many
-    records, in the proportions of the question types; null takes all. Question types in `train_only_types` are left out
-    of the test split. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels`.
+    records, in the proportions of the question types, or of the classes; null takes all. Question types in
+    `train_only_types` are left out of the test split. Frames are sampled at `fps`, at most `max_frames` a video, and
+    scaled to at most `max_pixels`.
     """
 
     source: Literal["synthetic", "hub", FileSource]
@@ -208,6 +257,8 @@ class Data(Section):
     on_error: Literal["stop", "skip"]
     unanswered: Literal["refuse", "teacher"]
     labelled_fraction: Fraction
+    classes: Annotated[list[str], AfterValidator(classes_apart)] | None
+    prompt: Annotated[str, AfterValidator(_template)] | None
     seed: Seed
     validation_fraction: Fraction
     test_fraction: Fraction
@@ -233,6 +284,13 @@ class Data(Section):
             )
         if self.source == "hub" and self.hub is None:
             raise ValueError("expected a data set under hub, because source is 'hub', found null")
+        for key in ("classes", "prompt"):
+            others = {self.source, self.benchmark.source} - {"jsonl", "csv", "hub", "none"}
+            if others and getattr(self, key) is not None:
+                raise ValueError(
+                    f"expected jsonl, csv or hub as source, because {key} is set, found {min(others)}; "
+                    f"set {key} to null"
+                )
         return self
 
 

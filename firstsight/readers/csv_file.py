@@ -15,10 +15,11 @@ from typing import Any
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data
-from firstsight.readers.jsonl import KEYS, asked
+from firstsight.readers.columns import columns_of, keys
+from firstsight.readers.jsonl import asked
 from firstsight.readers.problems import BadRecordError, Problems
 from firstsight.readers.source_record import Asked
-from firstsight.readers.text_files import media_root, read_text
+from firstsight.readers.text_files import read_text
 
 LISTS = ("options", "answers")
 NUMBERS = ("start", "end")
@@ -28,14 +29,15 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     """Yield the questions in the order of the rows.
 
     Raises:
-        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or `question` is missing; or an
-            unclosed quote joins several rows into one.
+        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or one is missing: `question`,
+            `class` where there are classes, or one that `data.prompt` names; or an unclosed quote joins several rows
+            into one.
     """
-    path, root = Path(data.path), media_root(data)
+    path = Path(data.path)
     # csv, not pandas: pandas pads short rows, shifts long ones, accepts stray quotes and gives no line numbers.
     # Strict: a stray quote raises an error, where it would otherwise join the rows after it.
     rows = csv.reader(io.StringIO(read_text(path, "a CSV file")), strict=True)
-    columns = _header(path, rows)
+    columns = _header(path, rows, data)
     while True:
         line = rows.line_num + 1
         place = f"{path}: line {line}"
@@ -55,28 +57,30 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
                     f"expected a row of CSV, found {error}; quote the cell, and double its quotes"
                 ) from None
             if any(cell.strip() for cell in cells):
-                yield asked(place, _values(columns, cells), f"{path.stem}-{line}", root)
+                yield asked(place, _values(columns, cells, data), f"{path.stem}-{line}", data)
 
 
-def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
+def _header(path: Path, rows: Iterator[list[str]], data: Data) -> list[str]:
     try:
         columns = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
         raise UserError(f"{path}: line 1: expected the columns' names, found {error}; correct it") from None
     for name in filter(None, columns):  # spreadsheets export empty columns without a name
-        if name not in KEYS:
+        if name not in keys(data) and data.prompt is None:
             raise UserError(
-                f"{path}: line 1: expected columns of {sorted(KEYS)} with commas between them, found {name[:60]!r}; "
-                "rename or remove it"
+                f"{path}: line 1: expected columns of {sorted(keys(data))} with commas between them, found "
+                f"{name[:60]!r}; rename or remove it"
             )
         if columns.count(name) > 1:
             raise UserError(f"{path}: line 1: expected each column once, found {name!r} again; remove one")
-    if "question" not in columns:
-        raise UserError(f"{path}: line 1: expected a column 'question', found {columns}; add it")
+    needed = [*columns_of(data), *(["class"] if data.classes else [])]
+    if missing := [name for name in needed if name not in columns]:
+        remedy = "add it" if data.prompt is None else "add it, or correct data.prompt"
+        raise UserError(f"{path}: line 1: expected a column {missing[0]!r}, found {columns}; {remedy}")
     return columns
 
 
-def _values(columns: list[str], cells: list[str]) -> dict[str, Any]:
+def _values(columns: list[str], cells: list[str], data: Data) -> dict[str, Any]:
     if len(cells) != len(columns):
         raise BadRecordError(f"expected {len(columns)} cells, found {len(cells)}; quote cells that hold commas")
     given = {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()}
@@ -84,7 +88,9 @@ def _values(columns: list[str], cells: list[str]) -> dict[str, Any]:
         raise BadRecordError(
             f"expected a name in line 1 for the column of {given[''][:60]!r}, found none; name it, or empty the cell"
         )
-    return {name: _value(name, cell) for name, cell in given.items()}
+    # What the template names has no other form than its text.
+    named = dict.fromkeys(columns_of(data) if data.prompt else (), "")
+    return named | {name: cell if name in named else _value(name, cell) for name, cell in given.items()}
 
 
 def _value(name: str, cell: str) -> Any:

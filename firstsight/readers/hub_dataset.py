@@ -3,7 +3,8 @@
 `data.hub.fields` maps each of our fields (`FIELDS`) to the data set's column. An answer may be an index into the
 options, from 0. A class (datasets' ClassLabel) is its name; -1, by which data sets mark an unknown class, is no value.
 An image is a value of datasets' Image type, or a path; a video is a path. Paths are relative to the
-media root, and a video without a suffix is taken as .mp4. `data.hub.splits` maps each of the data set's splits to one
+media root, and a video without a suffix is taken as .mp4. `data.prompt` is filled with the data set's own columns.
+`data.hub.splits` maps each of the data set's splits to one
 of ours, or leaves the choice to the groups; a column mapped to our `split` takes precedence.
 """
 
@@ -24,6 +25,7 @@ from firstsight.core.params import Data, Hub
 from firstsight.core.progress import on_terminal
 from firstsight.core.stage import log
 from firstsight.readers.choices import chosen, plain_options
+from firstsight.readers.columns import columns_of, filled
 from firstsight.readers.image_decoding import read_image
 from firstsight.readers.jsonl import window
 from firstsight.readers.media import Files, files
@@ -41,7 +43,7 @@ from firstsight.readers.text_files import media_root
 from firstsight.records.sample import LETTERS, MediaKind
 
 TEXTS = ("id", "question", "question_type", "group", "split")
-CHOICES = ("answer", "answers", "options")
+CHOICES = ("answer", "answers", "options", "class")
 MEDIA = ("image", "images", "video")
 FIELDS = (*TEXTS, *CHOICES, *MEDIA, "start", "end")
 _PLACEHOLDERS = re.compile(rf"^(?:\s*{PLACEHOLDER})+\s*")
@@ -97,8 +99,13 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     hub = data.hub
     if unknown := [name for name in hub.fields if name not in FIELDS]:
         raise UserError(f"data.hub.fields: expected names of {FIELDS}, found {unknown[0]!r}; correct it")
-    if "question" not in hub.fields or not hub.splits:
+    if not ("question" in hub.fields or data.prompt) or not hub.splits:
         raise UserError("data.hub: expected a column for 'question' under fields and a split under splits, found none")
+    if data.classes and {"class", *CHOICES} & set(hub.fields) != {"class"}:
+        raise UserError(
+            "data.hub.fields: expected a column for 'class' in place of answers and options, because there are "
+            f"classes, found {sorted(hub.fields)}; correct it"
+        )
     found = commit(hub)
     if found:
         log.info("%s: commit %s", hub.id, found)
@@ -106,6 +113,18 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
         yield from _split(
             Source(hub.id, hub.config, theirs, found), None if ours == "by group" else ours, data, problems
         )
+
+
+def class_names(hub: Hub) -> list[str] | None:
+    """Return the names of the classes of the column that is mapped to `class`; None if it is no ClassLabel, or absent.
+
+    Raises:
+        UserError: the data set cannot be loaded.
+    """
+    if (column := hub.fields.get("class")) is None or not hub.splits:
+        return None
+    first = Source(hub.id, hub.config, next(iter(hub.splits)), commit(hub))
+    return getattr(_open(first).features.get(column), "names", None)
 
 
 def commit(hub: Hub) -> str | None:
@@ -164,10 +183,13 @@ def _one_line(repository: str) -> Iterator[None]:
 
 def _split(source: Source, split: str | None, data: Data, problems: Problems) -> Iterator[Asked]:
     fields, rows = data.hub.fields, _open(source)
-    if missing := [column for column in fields.values() if column not in rows.column_names]:
-        raise UserError(f"{source.id}: expected the column {missing[0]!r}, found {rows.column_names}; correct data.hub")
+    prompted = columns_of(data) if data.prompt else []
+    wanted = list(dict.fromkeys([*fields.values(), *prompted]))
+    if missing := [column for column in wanted if column not in rows.column_names]:
+        place = "data.hub" if missing[0] in fields.values() else "data.prompt"
+        raise UserError(f"{source.id}: expected the column {missing[0]!r}, found {rows.column_names}; correct {place}")
     row = 0
-    for batch in rows.select_columns(list(dict.fromkeys(fields.values()))).iter(batch_size=16):
+    for batch in rows.select_columns(wanted).iter(batch_size=16):
         for values in batch.to_pylist():
             place = f"{source.id}: {source.split}[{row}]"
             with problems.at(place):
@@ -176,6 +198,10 @@ def _split(source: Source, split: str | None, data: Data, problems: Problems) ->
                     ours: _named(ours, values[theirs], rows.features[theirs], has_options)
                     for ours, theirs in fields.items()
                 }
+                if data.prompt is not None:
+                    texts = {name: _named(name, values[name], rows.features[name], False) for name in prompted}
+                    named["question"] = filled(data.prompt, texts)
+                named["answer"] = named.pop("class", named.get("answer"))
                 yield _asked(place, source, row, named, split, data)
             row += 1
 

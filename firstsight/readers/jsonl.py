@@ -6,7 +6,7 @@
 question is about text alone. Optional keys: `id`, `answers` (all accepted answers), `options` (a list; `answer` is then
 a letter or the text of an option), `question_type`, `group` (what must not be in two splits; by default the media
 file), `start` and `end` (a window of a video, in seconds), `split` (train, validation or test; by default chosen by
-group).
+group). With `data.classes` and `data.prompt`, `firstsight.readers.columns` says which keys there are.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from firstsight.core.params import Data
+from firstsight.readers.columns import MEDIA_KEYS, ours
 from firstsight.readers.media import Files, files
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, SourceRecord, source_record
+from firstsight.readers.source_record import Asked, source_record
 from firstsight.readers.text_files import as_object, media_root, read_lines
 
-MEDIA_KEYS = ("media", "start", "end")
-KEYS = (*MEDIA_KEYS, *(name for name in SourceRecord.model_fields if name != "place"))
 # The most seconds of a video: a larger number is an error, and a larger integer may not fit a float.
 _LONGEST = 10**9
 
@@ -35,19 +34,18 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     for number, text in read_lines(path, "a JSON Lines file"):
         place = f"{path}: line {number}"
         with problems.at(place):
-            yield asked(place, as_object(text), f"{path.stem}-{number}", media_root(data))
+            yield asked(place, as_object(text), f"{path.stem}-{number}", data)
 
 
-def asked(place: str, values: dict[str, Any], default_id: str, root: Path) -> Asked:
-    """Return the question in the `values` of one line or row, whose keys are `KEYS`.
+def asked(place: str, values: dict[str, Any], default_id: str, data: Data) -> Asked:
+    """Return the question in the `values` of one line or row.
 
     Raises:
         BadRecordError: a key or value is wrong; the message names the first.
     """
-    if unknown := [key for key in values if key not in KEYS]:
-        raise BadRecordError(f"expected one of {sorted(KEYS)}, found the key {unknown[0][:60]!r}; rename or remove it")
+    values = ours(values, data)
     rest = {"id": default_id} | {key: value for key, value in values.items() if key not in MEDIA_KEYS}
-    return Asked(source_record(place, **rest), _media(values, root))
+    return Asked(source_record(place, **rest), _media(values, media_root(data)))
 
 
 def window(start: Any, end: Any) -> tuple[float | None, float | None]:

@@ -1,6 +1,7 @@
 """Read and write the parquet file of a split: each row is a sample with its records."""
 
 import bisect
+import json
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -41,14 +42,22 @@ SCHEMA = pa.schema(
 # Reading one random sample costs one row group: small enough to be cheap, large enough that a file has few of them.
 _ROW_GROUP_BYTES = 256 * 1024
 _GROUPS_KEPT = 64
+# The key of the file's metadata that holds the names of the classes as JSON; absent where records have none.
+_CLASSES = b"firstsight.classes"
 
 
 class SplitWriter:
-    """Write samples to a parquet file, one at a time, holding one row group in memory."""
+    """Write samples to a parquet file, one at a time, holding one row group in memory.
 
-    def __init__(self, path: Path):
+    `classes` are the names of the classes, one of which each record's answer is; none where answers are free.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str] = ()):
+        schema = SCHEMA
+        if classes:  # else not even empty metadata, which would change the file
+            schema = SCHEMA.with_metadata({_CLASSES: json.dumps(list(classes), ensure_ascii=False).encode()})
         # JPEG does not compress further, and the text is small in comparison.
-        self._file = pq.ParquetWriter(path, SCHEMA, compression="none", write_page_checksum=True)
+        self._file = pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True)
         self._rows: list[dict[str, Any]] = []
         self._size = 0
 
@@ -67,12 +76,14 @@ class SplitWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._file.write_table(pa.Table.from_pylist(self._rows, SCHEMA))
+            self._file.write_table(pa.Table.from_pylist(self._rows, self._file.schema))
         self._rows, self._size = [], 0
 
 
 class Split(Sequence[Sample]):
     """Read a split's samples, as a sequence, from its parquet file on access; a few row groups are cached in memory.
+
+    `classes` are the names that `SplitWriter` was given.
 
     Raises:
         UserError: the file is missing, is not a parquet file, or has other columns.
@@ -91,6 +102,8 @@ class Split(Sequence[Sample]):
                 f"{path}: expected columns {SCHEMA.names}, found {self._file.schema_arrow.names}; "
                 "run build-egoqa-dataset again"
             )
+        stored = (self._file.schema_arrow.metadata or {}).get(_CLASSES, b"[]")
+        self.classes: tuple[str, ...] = tuple(json.loads(stored))
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
@@ -150,7 +163,7 @@ class AnsweredSplit(Sequence[Sample]):
     """
 
     def __init__(self, split: Split, answers: Mapping[str, str]):
-        self.path, self._split, self._given = split.path, split, answers
+        self.path, self.classes, self._split, self._given = split.path, split.classes, split, answers
         counts = split.record_counts()
         lacking: dict[str, int] = Counter(sample.id for sample, one in split.unanswered() if not answers.get(one.id))
         self._places, self._counts = list(range(len(split))), counts

@@ -4,7 +4,7 @@
 
 The teacher first answers the questions that have no answer; what it computes for an answer are its targets. It then
 runs over the samples whose answers are in the data. With `targets.kind: online` no targets are stored, and distill runs
-the teacher itself. Several processes share the batches; what they write does not depend on how many there are.
+the teacher itself. With `targets.over: classes` it scores each class's wording for every record instead. Several processes share the batches; what they write does not depend on how many there are.
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, `targets` in params.yaml
 writes data/teacher-targets (its files: `firstsight.distillation.targets`); without a teacher, left-out.json with the
@@ -25,16 +25,17 @@ from transformers import ProcessorMixin
 from firstsight.caching.shards import write_shared
 from firstsight.core import params, scratch
 from firstsight.core.faults import check_disk_space
-from firstsight.core.files import fingerprint_files, fingerprint_folder, link_file, whole_folder
+from firstsight.core.files import fingerprint, fingerprint_files, fingerprint_folder, link_file, whole_folder
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
 from firstsight.core.variants import leave_out, reason_left_out
 from firstsight.distillation.builder import TargetBuilder
+from firstsight.distillation.class_targets import write_class_targets
 from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
-from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.packing.class_dataset import ClassDataset
 from firstsight.packing.dataset import PackedDataset
 from firstsight.records.parquet import Split
 
@@ -51,13 +52,22 @@ def run() -> None:
     use_all_gpus(loaded.runtime.device)
     settings = loaded.targets
     processor = load_processor(TEACHER)
+    if settings.over == "classes":
+        score_classes(processor, loaded)
+        return
     shared_tokens = shared_vocabulary(processor.tokenizer, load_processor(Path("models/student")).tokenizer)
     if settings.kind == "topk" and settings.k > shared_tokens.size:
         log.info("targets.k is %d: the logits of all %d shared tokens are stored", settings.k, shared_tokens.size)
     data = {split: Split(path) for split, path in SPLITS.items()}
     device = pick_device(loaded.runtime.device)
     # Large files are read for it: by the main process, for all.
-    made_from = provenance(settings, processor, shared_tokens) if is_main_process() else {}
+    made_from = {}
+    if is_main_process():
+        made_from = provenance(settings) | {
+            "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared_tokens.common),
+            "shared_vocabulary": shared_tokens.common,
+            "ends": list(shared_tokens.ends) if shared_tokens.ends else None,
+        }
     work = made_from | settings.model_dump() | {"device": device}
     with shared(scratch.kept_folder(STAGE, work)) as scratch_folder:
         unanswered = [question for split in data.values() for question in split.unanswered()]
@@ -78,18 +88,47 @@ def run() -> None:
                 builder, splits, encoded, answers, settings, scratch_folder, loaded.runtime.data_workers, device
             )
         if is_main_process():
-            with whole_folder(OUTPUT) as folder:
-                for shard in sorted(scratch_folder.glob("*.safetensors")):
-                    link_file(shard, folder / shard.name)
-                write_answers(folder, answers.texts)
-                write_index(folder, Index(**made_from, answer_tokens=tokens, **built), head)
+            write(scratch_folder, answers.texts, Index(**made_from, answer_tokens=tokens, **built), head)
     size = sum(path.stat().st_size for path in OUTPUT.iterdir())
     log.info("wrote %s: %s answer tokens, %.1f MB", OUTPUT, f"{sum(tokens.values()):,}", size / 1e6)
     for temperature, kl in built["topk_error"].items():
         log.info("top-%d at T = %s: KL from the exact teacher %.2g per token", settings.k, temperature, kl)
 
 
-def provenance(settings: params.Targets, processor: ProcessorMixin, shared_tokens: SharedVocabulary) -> dict[str, Any]:
+def score_classes(processor: ProcessorMixin, loaded: params.Params) -> None:
+    """Write targets over classes: a record counts as one token, which is its class, and the head is an identity."""
+    settings, device = loaded.targets, pick_device(loaded.runtime.device)
+    data = {split: ClassDataset(Split(path), processor) for split, path in SPLITS.items()}
+    classes = list(data["train"].split.classes)
+    made_from = {}
+    if is_main_process():
+        made_from = provenance(settings) | {"vocabulary": fingerprint(classes), "classes": classes}
+    with shared(scratch.kept_folder(STAGE, made_from | settings.model_dump() | {"device": device})) as kept:
+        model, answers = load_model(TEACHER, settings.precision, device), {}
+        for split, dataset in data.items():
+            answers |= write_class_targets(model, dataset, split, settings, kept, loaded.runtime.data_workers)
+        if is_main_process():
+            index = Index(
+                **made_from,
+                shared_vocabulary=len(classes),
+                answer_tokens={split: sum(one.split.record_counts()) for split, one in data.items()},
+                bytes_per_token=4 * len(classes),
+                topk_error={},
+            )
+            write(kept, answers, index, torch.eye(len(classes)))
+    log.info("wrote %s: scores of %d classes; the teacher answered %d records", OUTPUT, len(classes), len(answers))
+
+
+def write(scratch_folder: Path, answers: dict[str, str], index: Index, head: torch.Tensor | None) -> None:
+    """Write the stage's output from the shards in `scratch_folder`."""
+    with whole_folder(OUTPUT) as folder:
+        for shard in sorted(scratch_folder.glob("*.safetensors")):
+            link_file(shard, folder / shard.name)
+        write_answers(folder, answers)
+        write_index(folder, index, head)
+
+
+def provenance(settings: params.Targets) -> dict[str, Any]:
     """Return what the targets are made from, as the index records it."""
     return {
         "kind": settings.kind,
@@ -97,9 +136,6 @@ def provenance(settings: params.Targets, processor: ProcessorMixin, shared_token
         "teacher": fingerprint_folder(TEACHER),
         "precision": settings.precision,
         "data": {split: fingerprint_files([path]) for split, path in SPLITS.items()},
-        "vocabulary": vocabulary_fingerprint(processor.tokenizer, shared_tokens.common),
-        "shared_vocabulary": shared_tokens.common,
-        "ends": list(shared_tokens.ends) if shared_tokens.ends else None,
     }
 
 

@@ -2,10 +2,12 @@
 
     python -m stages.check_inputs
 
-The vocabularies of teacher and student must agree, and so must the tokens of every answer but its end; a text-only
-model must have positions for every question with its answer, and is not asked about images.
+The vocabularies of teacher and student must agree, and so must the tokens of every answer but its end, unless they are
+compared over classes; a text-only model must have positions for every question with its answer, and is not asked about
+images.
 
-reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens` in params.yaml
+reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens` and
+       `targets.over` in params.yaml
 writes data/checked.json, which is the same every time: what depends on it runs after this stage, and not again with it
 """
 
@@ -27,7 +29,7 @@ def run() -> None:
     settings = params.load().targets
     folders = [folder for role in ("teacher", "student") if not reason_left_out(folder := Path("models") / role)]
     if not fit_by_their_files(folders):
-        check(folders, settings.max_answer_tokens)
+        check(folders, settings)
     write_json(OUTPUT, "models and data fit each other")
     log.info("the models and the data fit each other")
 
@@ -39,33 +41,35 @@ def fit_by_their_files(folders: Sequence[Path]) -> bool:
     return len(tokenizers) == 1 and all("vision_config" in config for config in configs)
 
 
-def check(folders: Sequence[Path], max_answer_tokens: int) -> None:
+def check(folders: Sequence[Path], settings: params.Targets) -> None:
     """Raise UserError unless the models fit each other and the data; the student is the last of the folders.
 
-    The teacher generates answers of at most `max_answer_tokens` tokens where there are none.
+    The teacher generates answers of at most `settings.max_answer_tokens` tokens where there are none.
     """
     # Imported here, because they take seconds, and most pairs need none of them.
     from firstsight.models.loading import load_processor
     from firstsight.models.text_processor import TextProcessor
     from firstsight.models.tokens import common_tokens
     from firstsight.packing.dataset import OnlineTeacher, PackedDataset
-    from firstsight.packing.positions import check_positions
+    from firstsight.packing.positions import check_positions, classes_tokens
     from firstsight.records.parquet import Split
 
     processors = [load_processor(folder) for folder in folders]
     *teacher, student = processors
-    for one in teacher:
+    over_classes = settings.over == "classes"
+    for one in () if over_classes else teacher:
         common_tokens(one.tokenizer, student.tokenizer)
     for name in SPLITS:
         split = Split(Path(f"data/egoqa/{name}.parquet"))
-        if name in TAUGHT and split.has_answers():
+        if name in TAUGHT and split.has_answers() and not over_classes:
             for one in teacher:
                 PackedDataset(split.answered({}), student, OnlineTeacher(one)).check_answers()
         if any(isinstance(one, TextProcessor) for one in processors):
-            generated = max_answer_tokens if name in TAUGHT and split.unanswered() else 0
-            for sample in split:
-                for one in processors:
-                    check_positions(one, sample, generated)
+            generated = name in TAUGHT and bool(split.unanswered()) and not over_classes
+            for one in processors:
+                wordings = classes_tokens(one, split.classes)
+                for sample in split:
+                    check_positions(one, sample, settings.max_answer_tokens if generated else wordings)
 
 
 if __name__ == "__main__":

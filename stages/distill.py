@@ -30,6 +30,7 @@ from firstsight.distillation.targets import (
     read_index,
 )
 from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
+from firstsight.packing.class_dataset import ClassDataset
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
@@ -50,8 +51,9 @@ def run() -> None:
     use_all_gpus(loaded.runtime.device)
     settings = loaded.train
     processor = load_processor(STUDENT)
-    check_vocabulary(TARGETS, processor.tokenizer)
     index = read_index(TARGETS)
+    if not index.classes:
+        check_vocabulary(TARGETS, processor.tokenizer)
     check_files(TARGETS, index)
     online = index.kind == "online"
     device = pick_device(loaded.runtime.device)
@@ -59,11 +61,12 @@ def run() -> None:
     if settings.caches_visual_tokens:
         visual = read_visual_index(VISUAL_TOKENS, student, training_precision(settings.method, device))
     train_set, validation_set = (
-        dataset(name, processor, load_processor(TEACHER) if online else None, visual)
+        dataset(name, processor, load_processor(TEACHER) if online else None, visual, over_classes=bool(index.classes))
         for name in ("train", "validation")
     )
-    for split in (train_set, validation_set):
-        split.check_answers()
+    if not index.classes:
+        for split in (train_set, validation_set):
+            split.check_answers()
     steps = total_steps(len(train_set), settings)
     trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
@@ -74,6 +77,7 @@ def run() -> None:
         teacher_head=head,
         teacher=teacher,
         vocabulary=index.tokens,
+        classes=len(index.classes) if index.classes else None,
         regularisation=trainable.regularisation,
     )
     inputs = [TARGETS, *([TEACHER] if online else [])]
@@ -105,18 +109,25 @@ def run() -> None:
 
 
 def dataset(
-    split: str, processor: ProcessorMixin, teacher_processor: ProcessorMixin | None, visual: VisualIndex | None
+    split: str,
+    processor: ProcessorMixin,
+    teacher_processor: ProcessorMixin | None,
+    visual: VisualIndex | None,
+    *,
+    over_classes: bool,
 ) -> PackedDataset:
     """Return a split with its stored targets or, with a teacher's processor, with the teacher's inputs.
 
-    With an index of visual tokens, it has these in the place of pixels.
+    With an index of visual tokens, it has these in the place of pixels. For targets `over_classes`, each prompt is
+    packed with all classes.
     """
     path = Path(f"data/egoqa/{split}.parquet")
     samples, data = Split(path).answered(read_answers(TARGETS)), fingerprint_files([path])
     seen = SplitVisualTokens(VISUAL_TOKENS, split, visual, data) if visual else None
     if teacher_processor is not None:
         return PackedDataset(samples, processor, OnlineTeacher(teacher_processor), seen)
-    return PackedDataset(samples, processor, SplitTargets(TARGETS, split, data), seen)
+    packing = ClassDataset if over_classes else PackedDataset
+    return packing(samples, processor, SplitTargets(TARGETS, split, data), seen)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ questions, which tells the worth of the teacher's distributions from that of mor
 this is all that is trained, whatever `control` says, and what is quantized.
 
 reads  models/student, the train and validation splits, the teacher's answers in data/teacher-targets, `control` and
-       `train` in params.yaml without temperature, alpha and divergence; data/visual-tokens as in distill
+       `train` in params.yaml without temperature, alpha and divergence, `targets.over`; data/visual-tokens as in distill
 writes models/student-finetuned: a complete model folder, adapters merged, and history.json; if the control is left
        out, left-out.json with the reason instead. trained-alone.json in it is what quantize-student depends on: without
        a teacher the model's fingerprint, otherwise null, so that another control does not run it again
@@ -53,6 +53,7 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
     from firstsight.caching.visual_tokens import SplitVisualTokens, read_visual_index
     from firstsight.distillation.targets import read_answers
     from firstsight.models.loading import load_processor, pick_device, training_precision
+    from firstsight.packing.class_dataset import ClassDataset
     from firstsight.packing.dataset import PackedDataset
     from firstsight.training.adapters import TrainableModel
     from firstsight.training.distillation_model import DistillationModel
@@ -69,9 +70,11 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
     processor = load_processor(STUDENT)
     data = {name: fingerprint_files([path]) for name, path in SPLITS.items()}
     seen = {name: SplitVisualTokens(VISUAL_TOKENS, name, visual, data[name]) if visual else None for name in SPLITS}
-    train_set = PackedDataset(samples, processor, visual=seen["train"])
+    classes = len(samples.classes) if loaded.targets.over == "classes" else None
+    packing = ClassDataset if classes else PackedDataset
+    train_set = packing(samples, processor, visual=seen["train"])
     validation = splits["validation"].answered(learnt_from)
-    validation_set = PackedDataset(validation, processor, visual=seen["validation"])
+    validation_set = packing(validation, processor, visual=seen["validation"])
     steps = total_steps(len(train_set), settings)
     trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
     work = {
@@ -80,13 +83,14 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
         "data": data,
         "visual_tokens": asdict(visual) if visual else None,
         "answers": learnt_from,
+        "classes": classes,
         "samples": len(train_set),
         "device": device,
         "processes": PartialState().num_processes,
     }
     with shared(kept_folder("finetune-student", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
-            DistillationModel(trainable.model, regularisation=trainable.regularisation),
+            DistillationModel(trainable.model, classes=classes, regularisation=trainable.regularisation),
             train_set,
             validation_set,
             settings,

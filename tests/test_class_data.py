@@ -94,9 +94,7 @@ def test_a_hub_data_set_names_its_classes(tmp_path, monkeypatch):
     assert Counter(one.answer for one in found["test"]) == {"Film": 2, "Animal": 4, "Plant": 6}
     hub["fields"] = {"class": "title"}
     folder = workspace(tmp_path, [], source="hub", classes=None, hub=hub, path="params.yaml")
-    with pytest.raises(
-        UserError, match=r"data\.classes: expected the names of the classes, because the column 'tit"
-    ):
+    with pytest.raises(UserError, match=r"data\.classes: expected the names of the classes, because the column 'tit"):
         built(folder)
     hub["fields"] = {"class": "label"}
     folder = workspace(tmp_path, [], source="hub", hub=hub, path="params.yaml", prompt="{tilte} Which class?")

@@ -353,13 +353,23 @@ class Targets(Section):
     `hidden` caches final hidden states, exactly; `topk` the `k` best logits, smaller and approximate; `online` nothing:
     the teacher runs during distillation. `k` matters to topk alone.
     The teacher answers questions that have no answer, in at most `max_answer_tokens` tokens.
+
+    `over` says what the student's distribution is compared over: the vocabulary at each answer token (tokens), or, for
+    records of a class, the classes (classes), of which a score each is cached, whatever `k` and `max_answer_tokens`.
     """
 
+    over: Literal["tokens", "classes"]
     kind: Literal["hidden", "topk", "online"]
     k: Count
     precision: Precision
     batch_size: Batch
     max_answer_tokens: Count
+
+    @model_validator(mode="after")
+    def _classes_are_cached(self) -> "Targets":
+        if self.over == "classes" and self.kind != "hidden":
+            raise ValueError(f"expected kind hidden, because over is classes, found {self.kind}")
+        return self
 
 
 class Train(Optimisation):
@@ -500,6 +510,15 @@ class Params(Section):
     evaluate: Evaluate
     report: Report
     runtime: Runtime
+
+    @model_validator(mode="after")
+    def _classes_named(self) -> "Params":
+        hub = self.data.hub if self.data.source == "hub" else None
+        if self.targets.over == "classes" and self.data.classes is None and "class" not in (hub.fields if hub else {}):
+            raise ValueError(
+                "targets.over: expected tokens, because data.classes is null, found classes; name the classes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _without_a_teacher(self) -> "Params":

@@ -10,8 +10,9 @@ The folder holds
 A shard holds `answers` [n] int32, the answer tokens; `lengths` [r] int32, their number in each record; and a row per
 token: for `hidden`, `hidden` [n, H], the final hidden states that predict the tokens, in the teacher's dtype, so that
 the loss equals that of a teacher run in training, for any temperature, alpha and divergence; for `topk`, `ids` [n, k]
-int32, `best` [n, k] and `logsumexp` [n] (`firstsight.loss.teachers`). For `online` there are no shards. Records are
-numbered in the order of the split's file, whose fingerprint is in the index.
+int32, `best` [n, k] and `logsumexp` [n] (`firstsight.loss.teachers`). For `online` there are no shards. Of targets over
+C classes (`firstsight.distillation.class_targets`), a record counts as one token, which is the number of its class:
+`hidden` [r, C] are the teacher's scores in float32, and the head is an identity [C, C]. Records are numbered in the order of the split's file, whose fingerprint is in the index.
 """
 
 import bisect
@@ -47,6 +48,7 @@ class Index:
 
     `shared_vocabulary` is the number of tokens that both models have, `vocabulary` their fingerprint, and `ends` the
     teacher's and the student's end token where they differ (absent from the file where they do not).
+    `classes` are the names of the classes that the targets are over (absent from the file for targets over tokens).
     `precision` is that in which the teacher was, or for `online` will be, loaded; `topk_error` is the mean KL per token
     from the exact teacher to its top k, by temperature; `files` has the SHA-256 of every other file of the folder.
     """
@@ -62,6 +64,7 @@ class Index:
     topk_error: dict[str, float]
     files: dict[str, str] = field(default_factory=dict)
     ends: list[int] | None = None
+    classes: list[str] | None = None
 
     @property
     def tokens(self) -> SharedVocabulary:

@@ -179,18 +179,20 @@ class PackedDataset(Dataset):
         place = self.split.place(index)
         if place in self._packed:
             return self._packed[place]
-        sample = self.split[index]
-        encoded = encode(self.processor, sample, sample.records)
-        if self.visual is None:
-            packed = pack(self.processor, sample, encoded)
-        else:
-            packed = lay_out(encoded, self.visual.expanded(place))
+        packed = self._encode(self.split[index], place)
         size = sum(tensor.nbytes for tensor in packed.values())
         # Not in the worker processes of a data loader, each of which would keep its own, until the epoch ends.
         if self._kept_bytes + size <= _KEPT_BYTES and get_worker_info() is None:
             self._packed[place] = packed
             self._kept_bytes += size
         return packed
+
+    def _encode(self, sample: Sample, place: int) -> dict[str, Tensor]:
+        """Encode and pack a sample, which is at `place` in the split's file."""
+        encoded = encode(self.processor, sample, sample.records)
+        if self.visual is None:
+            return pack(self.processor, sample, encoded)
+        return lay_out(encoded, self.visual.expanded(place))
 
     def _without_answers(self, features: dict[str, Any]) -> dict[str, Any]:
         masked = features | {"labels": torch.full_like(features["labels"], IGNORE)}

@@ -11,7 +11,7 @@ from firstsight.packing.pack import IGNORE
 from firstsight.packing.vision_tower import placeholders
 
 # Keys of a packed batch that the model itself does not take.
-PACKING_KEYS = ("segment_ids", "branch_offsets", "labels", "visual_tokens")
+PACKING_KEYS = ("segment_ids", "branch_offsets", "labels", "token_labels", "visual_tokens")
 
 
 def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -147,17 +147,22 @@ def _common_prefix(sequences: list[list[int]]) -> int:
 
 
 def collate(features: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad packed samples on the right into one batch [B, S] and concatenate their image and video tensors."""
+    """Pad packed samples on the right into one batch [B, S] and concatenate their image and video tensors.
+
+    `token_labels` are there where samples are packed to score classes (`firstsight.packing.class_dataset`).
+    """
     fill = {
         "input_ids": pad_token_id,
         "mm_token_type_ids": 0,
         "segment_ids": PADDING,
         "branch_offsets": 0,
         "labels": IGNORE,
+        "token_labels": IGNORE,
     }
     batch = {
         name: pad_sequence([feature[name] for feature in features], batch_first=True, padding_value=value)
         for name, value in fill.items()
+        if name in features[0]
     }
     media = sorted({name for feature in features for name in feature} - set(fill))
     return batch | {

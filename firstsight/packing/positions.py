@@ -1,5 +1,6 @@
 """Check that a model has positions for a question with its answer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from firstsight.core.errors import UserError
@@ -25,3 +26,9 @@ def check_positions(processor: Any, sample: Sample, new_tokens: int) -> None:
                 f"has positions for, found {length}, {len(prompt)} of them in its question; shorten the question or "
                 "the answer, or take a model with more positions"
             )
+
+
+def classes_tokens(processor: Any, classes: Sequence[str]) -> int:
+    """Return the tokens of the longest wording of a class with its end token; 0 without classes."""
+    texts = [name + processor.tokenizer.eos_token for name in classes]
+    return max(map(len, processor.tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0

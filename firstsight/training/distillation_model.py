@@ -12,8 +12,10 @@ from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.divergences import Divergence
 from firstsight.loss.teachers import HiddenTeacher, Teacher, TopKTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
+from firstsight.packing.class_scores import class_scores
 from firstsight.packing.forward import answer_states
 from firstsight.packing.output_head import head_weight
+from firstsight.packing.pack import IGNORE
 
 
 class DistillationModel(nn.Module):
@@ -27,6 +29,8 @@ class DistillationModel(nn.Module):
         teacher_head: [V, H_t] the teacher's output head over the shared vocabulary; None for `topk` targets.
         teacher: for online targets, the teacher itself, frozen and in eval mode.
         vocabulary: the V tokens that teacher and student share; None without a teacher.
+        classes: C, if the loss is over classes: the student's scores [N, C] of the N records (`class_scores`) are then
+            its hidden states, with an identity as head, and classes are the answer tokens; None for tokens.
         regularisation: returns the penalty of the fine-tuning method on a step, or None.
     """
 
@@ -40,13 +44,14 @@ class DistillationModel(nn.Module):
         teacher_head: Tensor | None = None,
         teacher: PreTrainedModel | None = None,
         vocabulary: SharedVocabulary | None = None,
+        classes: int | None = None,
         regularisation: Callable[[], Tensor | None] = lambda: None,
     ):
         super().__init__()
         self.student = student
         # In a tuple, so that the teacher is not a submodule: it is not trained, saved or broadcast.
         self._teacher, self._teacher_head = (teacher,), None if teacher_head is None else teacher_head.detach()
-        self.vocabulary, self._regularisation = vocabulary, regularisation
+        self.vocabulary, self._classes, self._regularisation = vocabulary, classes, regularisation
         self.temperature, self.alpha = (settings.temperature, settings.alpha) if settings else (1.0, 0.0)
         self.divergence = Divergence(settings.divergence, settings.jsd_beta) if settings else Divergence("forward_kl")
 
@@ -60,18 +65,23 @@ class DistillationModel(nn.Module):
         """Compute the loss of a packed batch.
 
         Args:
-            labels: [B, S], not shifted.
+            labels: [B, S], not shifted; or the classes of the records.
             teacher: the teacher's features of the batch (`TeacherSource`), by name.
             num_items_in_batch: number of answer tokens of the optimizer step, in all processes.
             batch: the other tensors of the packed batch.
 
         Returns `loss`, the sum over the batch divided by `num_items_in_batch`, and, for evaluation, sums over the
-        batch, each [1]: divergence, ce, agreement, tokens.
+        batch, each [1]: divergence, ce, agreement, tokens (records, for a loss over classes).
         """
-        hidden, answers = answer_states(self.student, batch, labels)
+        if self._classes is None:
+            hidden, answers = answer_states(self.student, batch, labels)
+            head = head_weight(self.student)
+        else:
+            hidden, answers = class_scores(self.student, batch, self._classes), labels[labels != IGNORE]
+            head = torch.eye(self._classes, dtype=hidden.dtype, device=hidden.device)
         loss = distillation_loss(
             hidden,
-            head_weight(self.student),
+            head,
             answers,
             self._loss_teacher(teacher) if teacher else None,
             shared_vocabulary=self.vocabulary.size if self.vocabulary else 0,

@@ -4,7 +4,8 @@
 
 The teacher first answers the questions that have no answer; what it computes for an answer are its targets. It then
 runs over the samples whose answers are in the data. With `targets.kind: online` no targets are stored, and distill runs
-the teacher itself. With `targets.over: classes` it scores each class's wording for every record instead. Several processes share the batches; what they write does not depend on how many there are.
+the teacher itself. With `targets.over: classes` the teacher scores each class's wording for every record instead.
+Several processes share the batches; what they write does not depend on how many there are.
 
 reads  models/teacher-finetuned, the train and validation splits, the student's tokenizer, `targets` in params.yaml
 writes data/teacher-targets (its files: `firstsight.distillation.targets`); without a teacher, left-out.json with the
@@ -29,14 +30,12 @@ from firstsight.core.files import fingerprint, fingerprint_files, fingerprint_fo
 from firstsight.core.processes import is_main_process, shared, use_all_gpus
 from firstsight.core.stage import log, main
 from firstsight.core.variants import leave_out, reason_left_out
-from firstsight.distillation.builder import TargetBuilder
-from firstsight.distillation.class_targets import write_class_targets
+from firstsight.distillation.builder import TargetBuilder, write_class_targets
 from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.models.loading import load_model, load_processor, pick_device
-from firstsight.packing.class_dataset import ClassDataset
-from firstsight.packing.dataset import PackedDataset
+from firstsight.packing.dataset import ClassDataset, PackedDataset
 from firstsight.records.parquet import Split
 
 TEACHER, OUTPUT = Path("models/teacher-finetuned"), Path("data/teacher-targets")

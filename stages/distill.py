@@ -30,8 +30,7 @@ from firstsight.distillation.targets import (
     read_index,
 )
 from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
-from firstsight.packing.class_dataset import ClassDataset
-from firstsight.packing.dataset import OnlineTeacher, PackedDataset
+from firstsight.packing.dataset import ClassDataset, OnlineTeacher, PackedDataset
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
 from firstsight.training.adapters import TrainableModel

@@ -2,6 +2,8 @@
 
     python -m stages.evaluate student-distilled
 
+Where answers are classes, the model scores all of them, and its answer is the best; nothing is generated.
+
 reads  the variant's model folder and data/egoqa/test.parquet, by `evaluate` in params.yaml
 writes evaluations/{variant}/{predictions,quality,performance}.json; for a variant that params.yaml does not ask for,
        left-out.json with the reason
@@ -10,7 +12,7 @@ writes evaluations/{variant}/{predictions,quality,performance}.json; for a varia
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +62,21 @@ def evaluate(name: str, loaded: params.Params) -> None:
     from firstsight.evaluation.answer_limit import answer_limit
     from firstsight.records.parquet import Split
 
-    questions = [(sample, record) for sample in Split(TEST) for record in sample.records]
+    split = Split(TEST)
+    questions = [(sample, record) for sample in split for record in sample.records]
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-    device, load = exported(variant) if onnx else in_pytorch(variant, loaded)
+    device, load = exported(variant) if onnx else in_pytorch(variant, loaded, split.classes)
     model, performance = measure(variant, load, device, questions, settings) if is_main_process() else (None, {})
     wait_for_all()
     if model is None:
         model = load()
+    if split.classes:
+        predicted = classify(name, model, questions, settings.batch_size)
+        if is_main_process():
+            labels, confidence = map(list, zip(*predicted, strict=True))
+            write(name, questions, labels, settings, performance, split.classes, confidence)
+        return
     records = [record for _, record in questions]
     tokens = answer_limit(model.token_counts, records, settings.max_new_tokens)
     settings = settings.model_copy(update={"max_new_tokens": tokens})
@@ -119,18 +128,25 @@ def write(
     predicted: list[str],
     settings: params.Evaluate,
     performance: dict[str, Any],
+    classes: Sequence[str] = (),
+    confidence: Sequence[float] = (),
 ) -> None:
-    """Score the answers of a variant, and write its files."""
+    """Score the answers of a variant, and write its files; with `classes`, also their `confidence`."""
     from firstsight.evaluation.quality import summarise  # as in `evaluate`
 
     records = [record for _, record in questions]
     groups = [sample.group for sample, _ in questions]
-    quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
+    resampling = settings.bootstrap_samples, settings.seed
+    quality = summarise(records, groups, predicted, *resampling)
+    answers = [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)]
+    if classes:
+        from firstsight.evaluation.class_quality import summarise_classes
+
+        truth = [record.answer for record in records]
+        quality |= summarise_classes(classes, truth, predicted, confidence, groups, *resampling)
+        answers = [one | {"confidence": share} for one, share in zip(answers, confidence, strict=True)]
     with whole_folder(Path("evaluations") / name) as folder:
-        write_json(
-            folder / "predictions.json",
-            [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)],
-        )
+        write_json(folder / "predictions.json", answers)
         write_json(folder / "quality.json", quality)
         write_json(folder / "performance.json", performance)
     log.info(
@@ -151,10 +167,10 @@ def exported(variant: Variant) -> tuple[str, Callable[[], Any]]:
     return "cpu", lambda: ExportedModel(variant.model)
 
 
-def in_pytorch(variant: Variant, loaded: params.Params) -> tuple[str, Callable[[], Any]]:
-    """Return the device of a model in PyTorch, and a function that loads the model."""
+def in_pytorch(variant: Variant, loaded: params.Params, classes: Sequence[str]) -> tuple[str, Callable[[], Any]]:
+    """Return the device of a model in PyTorch, and a function that loads the model, to score the classes if any."""
     # As above.
-    from firstsight.generation.pytorch_model import PyTorchModel
+    from firstsight.generation.pytorch_model import ClassModel, PyTorchModel
     from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
 
     device, processor = pick_device(loaded.runtime.device), load_processor(variant.model)
@@ -166,7 +182,10 @@ def in_pytorch(variant: Variant, loaded: params.Params) -> tuple[str, Callable[[
     def load() -> PyTorchModel:
         # A checkpoint that is stored quantized keeps its precision.
         model = load_model(variant.model, method or ("auto" if stored else loaded.evaluate.precision), device)
-        return PyTorchModel(model, processor, method or stored or str(model.dtype).removeprefix("torch."))
+        precision = method or stored or str(model.dtype).removeprefix("torch.")
+        if classes:
+            return ClassModel(model, processor, precision, classes)
+        return PyTorchModel(model, processor, precision)
 
     return device, load
 
@@ -200,6 +219,21 @@ def answer(name: str, model: Any, questions: list["Question"], settings: params.
             shown.update(len(texts))
     # Elsewhere than in the main process, no answers have come.
     return [text for _, text in sorted(zip(order, given, strict=is_main_process()))]
+
+
+def classify(name: str, model: Any, questions: list["Question"], size: int) -> list[tuple[str, float]]:
+    """Return the class and its confidence for each question, in the main process; all processes share the batches."""
+    from firstsight.generation.order import by_length  # as in `evaluate`
+
+    order = by_length(questions)
+    batches = [[questions[number] for number in order[start : start + size]] for start in range(0, len(order), size)]
+    given: list[tuple[str, float]] = []
+    with progress(desc=f"evaluate {name}", unit="questions", total=len(questions)) as shown:
+        for found in collected(map(model.classify, share(batches)), len(batches)):
+            given += found
+            shown.update(len(found))
+    in_order = sorted(zip(order, given, strict=is_main_process()))
+    return [(label, confidence) for _, (label, confidence) in in_order]
 
 
 def saved(name: str, path: Path, questions: int) -> list[str]:

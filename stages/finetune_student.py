@@ -7,8 +7,9 @@ learns from the answers that the data has; with `teacher` also from the answers 
 questions, which tells the worth of the teacher's distributions from that of more data. Where `models.teacher` is null,
 this is all that is trained, whatever `control` says, and what is quantized.
 
-reads  models/student, the train and validation splits, the teacher's answers in data/teacher-targets, `control` and
-       `train` in params.yaml without temperature, alpha and divergence, `targets.over`; data/visual-tokens as in distill
+reads  models/student, the train and validation splits, the teacher's answers in data/teacher-targets, `control`,
+       `targets.over`, and `train` in params.yaml without temperature, alpha and divergence; data/visual-tokens as in
+       distill
 writes models/student-finetuned: a complete model folder, adapters merged, and history.json; if the control is left
        out, left-out.json with the reason instead. trained-alone.json in it is what quantize-student depends on: without
        a teacher the model's fingerprint, otherwise null, so that another control does not run it again
@@ -53,8 +54,7 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
     from firstsight.caching.visual_tokens import SplitVisualTokens, read_visual_index
     from firstsight.distillation.targets import read_answers
     from firstsight.models.loading import load_processor, pick_device, training_precision
-    from firstsight.packing.class_dataset import ClassDataset
-    from firstsight.packing.dataset import PackedDataset
+    from firstsight.packing.dataset import ClassDataset, PackedDataset
     from firstsight.training.adapters import TrainableModel
     from firstsight.training.distillation_model import DistillationModel
     from firstsight.training.fit import total_steps, train

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from numpy import ndenumerate
 from pandas import DataFrame
 
 from firstsight.core import params
@@ -20,6 +21,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import CONTROL, LEFT_OUT, METHODS, TEACHER, VARIANTS
+from firstsight.evaluation.class_quality import confusion
 from firstsight.evaluation.metrics import is_right
 from firstsight.records.parquet import Split
 from firstsight.records.sample import Record, Sample
@@ -41,7 +43,8 @@ MODELS = {role: Path("models") / role / "source.json" for role in ("teacher", "s
 
 def run() -> None:
     settings = params.load()
-    questions = [(sample, record) for sample in Split(DATA / "test.parquet") for record in sample.records]
+    test = Split(DATA / "test.parquet")
+    questions = [(sample, record) for sample in test for record in sample.records]
     records, groups = [record for _, record in questions], [sample.group for sample, _ in questions]
     sources = {role: read_json(path, "download-models") for role, path in MODELS.items()}
     always = {TEACHER} if sources["teacher"] else set()
@@ -91,6 +94,8 @@ def run() -> None:
         samples = [train[index] for index in spread(len(train), SAMPLES_SHOWN)]
         sweep = summary.sweep_point(settings.train, quality)
         pictures = draw(folder / "plots", variants, quality, performance, quantized, curves, sweep, samples)
+        if test.classes:
+            pictures |= draw_classes(folder / "plots", variants, test.classes, [record.answer for record in records])
         report_page.write(
             folder / "report.html",
             report_page.Shown(
@@ -198,6 +203,23 @@ def draw(
         figures.quantization({method: one["errors"] for method, one in quantized.items()}, plots / "quantization.png")
         pictures["What quantizing changes in each layer's output"] = plots / "quantization.png"
     return pictures
+
+
+def draw_classes(
+    plots: Path, variants: dict[str, Measured], classes: Sequence[str], truth: Sequence[str]
+) -> dict[str, Path]:
+    """Write the confusion matrix of each variant as data, and of teacher and trained student as a figure by caption."""
+    matrices = {name: confusion(classes, truth, one.predictions) for name, one in variants.items()}
+    rows = [
+        (name, classes[true], classes[predicted], count)
+        for name, counts in matrices.items()
+        for (true, predicted), count in ndenumerate(counts)
+    ]
+    columns = ["variant", "true", "predicted", "questions"]
+    DataFrame(rows, columns=columns).to_csv(plots / "confusion.csv", index=False, lineterminator="\r\n")
+    shown = {name: matrices[name] for name in (TEACHER, *summary.before_and_after(matrices)) if name in matrices}
+    figures.confusion(shown, classes, plots / "confusion.png")
+    return {"Which classes are taken for which: a row for each true class": plots / "confusion.png"}
 
 
 def spread(length: int, count: int) -> range:

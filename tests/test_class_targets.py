@@ -13,9 +13,9 @@ from firstsight.core.errors import UserError
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.teachers import HiddenTeacher
 from firstsight.models.loading import load_model, load_processor
-from firstsight.packing import class_scores as scoring
-from firstsight.packing.class_dataset import ClassDataset
-from firstsight.packing.class_scores import class_scores
+from firstsight.packing import forward as scoring
+from firstsight.packing.dataset import ClassDataset
+from firstsight.packing.forward import class_scores
 from firstsight.packing.pack import IGNORE
 from firstsight.records.parquet import Split, SplitWriter
 

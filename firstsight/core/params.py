@@ -514,9 +514,15 @@ class Params(Section):
     @model_validator(mode="after")
     def _classes_named(self) -> "Params":
         hub = self.data.hub if self.data.source == "hub" else None
-        if self.targets.over == "classes" and self.data.classes is None and "class" not in (hub.fields if hub else {}):
+        named = self.data.classes is not None or "class" in (hub.fields if hub else {})
+        if self.targets.over == "classes" and not named:
             raise ValueError(
                 "targets.over: expected tokens, because data.classes is null, found classes; name the classes"
+            )
+        if named and (self.export.formats or self.export.teacher):
+            raise ValueError(
+                "export: expected formats [] and teacher false, because classes are scored, which exports cannot do, "
+                f"found {self.export.formats} and {self.export.teacher}"
             )
         return self
 

@@ -1,15 +1,27 @@
-"""Compute a teacher's targets from its forward pass."""
+"""Compute a teacher's targets from its forward pass: for every answer token, or its scores of the classes.
+
+The score of a class is the log-probability of its wording. Softmax over the C scores at temperature T softens the
+classes, where softmax over the vocabulary would give probability to words that are no class. No token is compared, so
+that teacher and student may have different tokenizers.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from firstsight.caching.shards import write_shared
 from firstsight.core.params import Targets
+from firstsight.distillation.targets import STAGE, Shards, SplitTargetsWriter
 from firstsight.loss.divergences import forward_kl
 from firstsight.loss.products import CHUNK
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
-from firstsight.packing.forward import answer_states
+from firstsight.packing.dataset import ClassDataset
+from firstsight.packing.forward import answer_states, class_scores
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
 
@@ -76,3 +88,29 @@ class TargetBuilder:
             parts.append(approximate)
         names = ("ids", "best", "logsumexp")
         return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}, errors
+
+
+def write_class_targets(
+    model: PreTrainedModel, dataset: ClassDataset, split: str, settings: Targets, folder: Path, workers: int
+) -> dict[str, str]:
+    """Write the shards of a split that are not in `folder` yet, which all processes share.
+
+    Returns the teacher's answers to the records without one, by id: the class of the highest score.
+    """
+    classes = dataset.split.classes
+
+    def compute(batches: Sequence[Sequence[int]]) -> Iterator[tuple[dict[str, Tensor], list[int], dict[str, float]]]:
+        loader = DataLoader(dataset, batch_sampler=list(batches), collate_fn=dataset.collate, num_workers=workers)
+        for numbers, batch in zip(batches, loader, strict=True):
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            scores = class_scores(model, on_device, len(classes)).cpu()
+            given = torch.tensor([answer for one in numbers for (answer,) in dataset.answers(one)])
+            answers = torch.where(given == IGNORE, scores.argmax(-1), given)
+            yield {"answers": answers, "hidden": scores}, [1] * len(answers), {}
+
+    everything = range(len(dataset))
+    batches = [everything[start : start + settings.batch_size] for start in everything[:: settings.batch_size]]
+    write_shared(SplitTargetsWriter, folder, split, batches, compute, f"{STAGE}: {split}", "samples")
+    shards = Shards(folder, split)
+    records = (record for sample in dataset.split for record in sample.records)
+    return {record.id: classes[shards.tokens(number)[0]] for number, record in enumerate(records) if not record.answer}

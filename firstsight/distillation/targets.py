@@ -11,8 +11,9 @@ A shard holds `answers` [n] int32, the answer tokens; `lengths` [r] int32, their
 token: for `hidden`, `hidden` [n, H], the final hidden states that predict the tokens, in the teacher's dtype, so that
 the loss equals that of a teacher run in training, for any temperature, alpha and divergence; for `topk`, `ids` [n, k]
 int32, `best` [n, k] and `logsumexp` [n] (`firstsight.loss.teachers`). For `online` there are no shards. Of targets over
-C classes (`firstsight.distillation.class_targets`), a record counts as one token, which is the number of its class:
-`hidden` [r, C] are the teacher's scores in float32, and the head is an identity [C, C]. Records are numbered in the order of the split's file, whose fingerprint is in the index.
+C classes (`firstsight.distillation.builder`), a record counts as one token, which is the number of its class:
+`hidden` [r, C] are the teacher's scores in float32, and the head is an identity [C, C]. Records are numbered in the
+order of the split's file, whose fingerprint is in the index.
 """
 
 import bisect

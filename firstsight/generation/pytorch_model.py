@@ -1,4 +1,4 @@
-"""A model in PyTorch, as the evaluation measures it."""
+"""A model in PyTorch, as the evaluation measures it: one that generates answers, or one that scores classes."""
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,9 @@ from firstsight.core.errors import UserError
 from firstsight.generation import answering
 from firstsight.generation.answering import Question
 from firstsight.models.footprint import token_bytes, weights_bytes
-from firstsight.packing.positions import check_positions
+from firstsight.packing.dataset import class_batch
+from firstsight.packing.forward import class_scores
+from firstsight.packing.positions import check_positions, classes_tokens
 
 
 class PyTorchModel:
@@ -90,3 +92,51 @@ class PyTorchModel:
             device = torch.cuda.get_device_name()
         engine = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
         return {"device": device, "engine": engine, "precision": self._precision}
+
+
+class ClassModel(PyTorchModel):
+    """Hold a loaded model with its processor and the names of the classes, see `PyTorchModel`.
+
+    Nothing is generated, and no answer is cut. An answer is one pass over the question with all classes: `generate`
+    takes as long for any number of tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, precision: str, classes: Sequence[str]):
+        super().__init__(model, processor, precision)
+        self._classes = classes
+
+    def classify(self, questions: Sequence[Question]) -> list[tuple[str, float]]:
+        """Return the class of the highest score of each question, and its probability among the classes.
+
+        Raises:
+            UserError: the model has too few positions for a question and a class.
+        """
+        wordings = classes_tokens(self._processor, self._classes)
+        for sample in {sample.id: sample for sample, _ in questions}.values():
+            check_positions(self._processor, sample, wordings)
+        best = self.generate(self.inputs(questions), 1).softmax(-1).max(-1)
+        return [
+            (self._classes[number], share)
+            for number, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """Return the model's inputs for a batch of questions, each with all classes."""
+        batch = class_batch(self._processor, questions, self._classes)
+        return {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+
+    @torch.inference_mode()
+    def generate(self, inputs: dict[str, Tensor], tokens: int) -> Tensor:
+        """Return the scores [B, C] of the classes for each question, when all are computed.
+
+        Raises:
+            MemoryError: the questions do not fit the GPU together.
+        """
+        try:
+            scores = class_scores(self._model, inputs, len(self._classes))
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from None
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        return scores

@@ -1,7 +1,11 @@
-"""A split as a torch dataset of packed samples, each with the teacher's targets or inputs where there is a teacher."""
+"""A split as a torch dataset of packed samples, each with the teacher's targets or inputs where there is a teacher.
+
+To score classes, the wordings of all of them are packed behind each prompt.
+"""
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from itertools import accumulate, zip_longest
 from typing import Any, Protocol
 
@@ -22,7 +26,7 @@ from firstsight.packing.pack import (
     pack,
 )
 from firstsight.records.parquet import AnsweredSplit, Split
-from firstsight.records.sample import Sample
+from firstsight.records.sample import Record, Sample
 
 # Packed samples that are kept in memory, for a later epoch, or where samples are repeated.
 _KEPT_BYTES = 1 << 30
@@ -203,3 +207,44 @@ class PackedDataset(Dataset):
         if token is None:
             return "the end"
         return f"{token} ({self.processor.tokenizer.convert_ids_to_tokens(token)!r})"
+
+
+class ClassDataset(PackedDataset):
+    """Pack sample i of a split to score the split's C classes: the wording of each is a branch behind the prompt.
+
+    The `labels` [R] of a sample of R records are the numbers of their classes, `IGNORE` where a record has no answer;
+    `token_labels` [S] are the tokens of the wordings, C branches for each record, in the order of the classes.
+    """
+
+    def answers(self, index: int) -> list[list[int]]:
+        """Return the class number of each record of a sample, in a list of its own; `IGNORE` without an answer."""
+        return [[self._number(record)] for record in self.split[index].records]
+
+    def _number(self, record: Record) -> int:
+        return self.split.classes.index(record.answer) if record.answer else IGNORE
+
+    def _encode(self, sample: Sample, place: int) -> dict[str, Tensor]:
+        packed = super()._encode(with_wordings(sample, sample.records, self.split.classes), place)
+        return packed | {
+            "labels": torch.tensor([self._number(record) for record in sample.records]),
+            "token_labels": packed["labels"],
+        }
+
+    def _without_answers(self, features: dict[str, Any]) -> dict[str, Any]:
+        nothing = torch.full_like(features["token_labels"], IGNORE)
+        return super()._without_answers(features) | {"token_labels": nothing}
+
+
+def with_wordings(sample: Sample, records: Sequence[Record], classes: Sequence[str]) -> Sample:
+    """Return the sample with each of the `records` once for each class, whose wording is its answer."""
+    asked = tuple(replace(record, answer=name) for record in records for name in classes)
+    return replace(sample, records=asked)
+
+
+def class_batch(
+    processor: Any, questions: Sequence[tuple[Sample, Record]], classes: Sequence[str]
+) -> dict[str, Tensor]:
+    """Pack questions, each in a sequence of its own, as a batch whose classes `class_scores` scores."""
+    samples = [with_wordings(sample, [record], classes) for sample, record in questions]
+    packed = [pack(processor, sample, encode(processor, sample, sample.records)) for sample in samples]
+    return collate([one | {"token_labels": one["labels"]} for one in packed], processor.tokenizer.pad_token_id)

@@ -149,7 +149,7 @@ def _common_prefix(sequences: list[list[int]]) -> int:
 def collate(features: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad packed samples on the right into one batch [B, S] and concatenate their image and video tensors.
 
-    `token_labels` are there where samples are packed to score classes (`firstsight.packing.class_dataset`).
+    `token_labels` are there where samples are packed to score classes (`firstsight.packing.dataset`).
     """
     fill = {
         "input_ids": pad_token_id,

@@ -42,7 +42,10 @@ def first_rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
 
 
 def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
-    """Return the table's cells in the order of `HEADER`: one row per variant, then one per baseline."""
+    """Return the table's cells in the order of `HEADER`: one row per variant, then one per baseline.
+
+    Where answers are classes, F1 is macro-F1.
+    """
     table: list[tuple[str, ...]] = []
     for variant, fast in performance.items():
         good = quality[variant]
@@ -52,7 +55,7 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
                 variant,
                 f"{good['exact_match']:.3f} ({good['exact_match_low']:.2f}-{good['exact_match_high']:.2f})",
                 f"{good['gain']:+.3f}" if "gain" in good else "-",
-                f"{good['f1']:.3f}",
+                f"{good.get('macro_f1', good['f1']):.3f}",
                 f"{good['retention']:.1%}" if "retention" in good else "-",
                 size(fast["parameters"], ""),
                 size(fast["disk_bytes"]),

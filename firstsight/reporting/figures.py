@@ -183,6 +183,27 @@ def by_type(table: pd.DataFrame, path: Path) -> None:
     _save(figure, path)
 
 
+def confusion(matrices: dict[str, np.ndarray], classes: Sequence[str], path: Path) -> None:
+    """Plot the confusion matrix [C, C] of each variant, one panel a variant: a row for each true class.
+
+    The shade of a cell is its share of the row; up to 20 classes, its count is in it.
+    """
+    side = 0.5 + max(2.6, 0.24 * len(classes))
+    figure, axes = _panels(len(matrices), side)
+    for axis, (variant, counts) in zip(axes, matrices.items(), strict=True):
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (true, predicted), count in np.ndenumerate(counts) if len(classes) <= 20 else ():
+            if count:
+                colour = "white" if shares[true, predicted] > 0.5 else "black"
+                axis.text(predicted, true, str(count), ha="center", va="center", fontsize=6, color=colour)
+        names = [_label(name) for name in classes]
+        axis.set(title=variant, xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
+        axis.set_xticklabels(names, rotation=90, fontsize=7)
+        axis.set_yticklabels(names, fontsize=7)
+    _save(figure, path)
+
+
 def throughput(performance_rows: dict, path: Path) -> None:
     """Plot answers per second by batch size."""
     figure, (axis,) = _panels(1, 2.8, legend=len(performance_rows))

@@ -202,7 +202,7 @@ def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, d
     for student in STUDENTS:
         if student in performance and student not in EXPORTED:
             good, fast = quality[student], performance[student]
-            row = {name: good[name] for name in ("exact_match", "gain", "retention") if name in good}
+            row = {name: good[name] for name in ("exact_match", "macro_f1", "gain", "retention") if name in good}
             table[_short(student)] = row | {
                 "megabytes": fast["weights_bytes"] / 1e6,
                 "latency_ms": fast["latency_ms_p50"],

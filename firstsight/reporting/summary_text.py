@@ -59,6 +59,7 @@ def summary(
             *((name, *(_interval(quality[name], key) for key in ACCURACIES)) for name in performance),
             *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in BASELINES),
         ],
+        **_classes(quality, list(performance)),
         **_against_the_teacher(quality, list(performance)),
         **_gains(quality),
         **_criteria(verdicts),
@@ -68,6 +69,34 @@ def summary(
     head = "\n\n".join(["\n".join(opening), judged, "Measured on " + "; and on ".join(places)])
     parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
     return "\n\n\n".join([head, *parts]) + (f"\n\n{meanings}\n" if verdicts else "\n")
+
+
+def _classes(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ...]]]:
+    """Return the tables of classes, by their titles, where answers are classes."""
+    if "by_class" not in quality[variants[0]]:
+        return {}
+    _, trained = before_and_after(quality)
+    return {
+        "Classes": [
+            ("", "accuracy", "macro-F1", "calibration error"),
+            *(
+                (
+                    name,
+                    _interval(quality[name], "exact_match"),
+                    _interval(quality[name], "macro_f1"),
+                    f"{quality[name]['calibration_error']:.3f}",
+                )
+                for name in variants
+            ),
+        ],
+        f"Classes, {trained}": [
+            ("", "questions", "precision", "recall", "F1"),
+            *(
+                (name, str(row["questions"]), *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")))
+                for name, row in quality[trained]["by_class"].items()
+            ),
+        ],
+    }
 
 
 def _against_the_teacher(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ...]]]:

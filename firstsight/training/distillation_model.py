@@ -12,8 +12,7 @@ from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.divergences import Divergence
 from firstsight.loss.teachers import HiddenTeacher, Teacher, TopKTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
-from firstsight.packing.class_scores import class_scores
-from firstsight.packing.forward import answer_states
+from firstsight.packing.forward import answer_states, class_scores
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
 

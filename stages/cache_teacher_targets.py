@@ -35,7 +35,7 @@ from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, wr
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.models.loading import load_model, load_processor, pick_device
-from firstsight.packing.dataset import ClassDataset, PackedDataset
+from firstsight.packing.dataset import PackedDataset, dataset_class
 from firstsight.records.parquet import Split
 
 TEACHER, OUTPUT = Path("models/teacher-finetuned"), Path("data/teacher-targets")
@@ -97,13 +97,14 @@ def run() -> None:
 def score_classes(processor: ProcessorMixin, loaded: params.Params) -> None:
     """Write targets over classes: a record counts as one token, which is its class, and the head is an identity."""
     settings, device = loaded.targets, pick_device(loaded.runtime.device)
-    data = {split: ClassDataset(Split(path), processor) for split, path in SPLITS.items()}
+    packing = dataset_class(processor, over_classes=True)
+    data = {split: packing(Split(path), processor) for split, path in SPLITS.items()}
     classes = list(data["train"].split.classes)
     made_from = {}
     if is_main_process():
         made_from = provenance(settings) | {"vocabulary": fingerprint(classes), "classes": classes}
     with shared(scratch.kept_folder(STAGE, made_from | settings.model_dump() | {"device": device})) as kept:
-        model, answers = load_model(TEACHER, settings.precision, device), {}
+        model, answers = load_model(TEACHER, settings.precision, device, classes=classes), {}
         for split, dataset in data.items():
             answers |= write_class_targets(model, dataset, split, settings, kept, loaded.runtime.data_workers)
         if is_main_process():

@@ -30,7 +30,7 @@ from firstsight.distillation.targets import (
     read_index,
 )
 from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
-from firstsight.packing.dataset import ClassDataset, OnlineTeacher, PackedDataset
+from firstsight.packing.dataset import OnlineTeacher, PackedDataset, dataset_class
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
 from firstsight.training.adapters import TrainableModel
@@ -67,7 +67,9 @@ def run() -> None:
         for split in (train_set, validation_set):
             split.check_answers()
     steps = total_steps(len(train_set), settings)
-    trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
+    trainable = TrainableModel(
+        STUDENT, settings, device, steps, classes=index.classes or (), without_tower=visual is not None
+    )
     teacher = load_model(TEACHER, index.precision, device).requires_grad_(False) if online else None
     head = index.tokens.of_teacher(head_weight(teacher)) if online else read_head(TARGETS, device)
     model = DistillationModel(
@@ -125,7 +127,7 @@ def dataset(
     seen = SplitVisualTokens(VISUAL_TOKENS, split, visual, data) if visual else None
     if teacher_processor is not None:
         return PackedDataset(samples, processor, OnlineTeacher(teacher_processor), seen)
-    packing = ClassDataset if over_classes else PackedDataset
+    packing = dataset_class(processor, over_classes=over_classes)
     return packing(samples, processor, SplitTargets(TARGETS, split, data), seen)
 
 

@@ -181,7 +181,8 @@ def in_pytorch(variant: Variant, loaded: params.Params, classes: Sequence[str]) 
 
     def load() -> PyTorchModel:
         # A checkpoint that is stored quantized keeps its precision.
-        model = load_model(variant.model, method or ("auto" if stored else loaded.evaluate.precision), device)
+        wanted = method or ("auto" if stored else loaded.evaluate.precision)
+        model = load_model(variant.model, wanted, device, classes=classes)
         precision = method or stored or str(model.dtype).removeprefix("torch.")
         if classes:
             return ClassModel(model, processor, precision, classes)

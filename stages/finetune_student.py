@@ -54,7 +54,7 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
     from firstsight.caching.visual_tokens import SplitVisualTokens, read_visual_index
     from firstsight.distillation.targets import read_answers
     from firstsight.models.loading import load_processor, pick_device, training_precision
-    from firstsight.packing.dataset import ClassDataset, PackedDataset
+    from firstsight.packing.dataset import dataset_class
     from firstsight.training.adapters import TrainableModel
     from firstsight.training.distillation_model import DistillationModel
     from firstsight.training.fit import total_steps, train
@@ -71,12 +71,14 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
     data = {name: fingerprint_files([path]) for name, path in SPLITS.items()}
     seen = {name: SplitVisualTokens(VISUAL_TOKENS, name, visual, data[name]) if visual else None for name in SPLITS}
     classes = len(samples.classes) if loaded.targets.over == "classes" else None
-    packing = ClassDataset if classes else PackedDataset
+    packing = dataset_class(processor, over_classes=classes is not None)
     train_set = packing(samples, processor, visual=seen["train"])
     validation = splits["validation"].answered(learnt_from)
     validation_set = packing(validation, processor, visual=seen["validation"])
     steps = total_steps(len(train_set), settings)
-    trainable = TrainableModel(STUDENT, settings, device, steps, without_tower=visual is not None)
+    trainable = TrainableModel(
+        STUDENT, settings, device, steps, classes=samples.classes, without_tower=visual is not None
+    )
     work = {
         "settings": settings.model_dump(exclude=DISTILLATION_ONLY),
         "student": student,

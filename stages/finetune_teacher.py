@@ -43,7 +43,8 @@ def train_teacher(settings: params.FinetuneTeacher, runtime: params.Runtime) -> 
     from accelerate import PartialState
 
     from firstsight.models.loading import load_processor, pick_device
-    from firstsight.packing.dataset import PackedDataset
+    from firstsight.models.text_processor import EncoderProcessor
+    from firstsight.packing.dataset import dataset_class
     from firstsight.records.parquet import Split
     from firstsight.training.adapters import TrainableModel
     from firstsight.training.distillation_model import DistillationModel
@@ -51,8 +52,11 @@ def train_teacher(settings: params.FinetuneTeacher, runtime: params.Runtime) -> 
 
     device = pick_device(runtime.device)
     processor = load_processor(TEACHER)
-    train_set, validation_set = (PackedDataset(Split(path).answered({}), processor) for path in SPLITS.values())
-    trainable = TrainableModel(TEACHER, settings, device, total_steps(len(train_set), settings))
+    # An encoder has nothing but classes; a language model is taught the wording of the right one alone.
+    classes = Split(SPLITS["train"]).classes if isinstance(processor, EncoderProcessor) else ()
+    packing = dataset_class(processor, over_classes=False)
+    train_set, validation_set = (packing(Split(path).answered({}), processor) for path in SPLITS.values())
+    trainable = TrainableModel(TEACHER, settings, device, total_steps(len(train_set), settings), classes=classes)
     work = {
         "settings": settings.model_dump(),
         "teacher": fingerprint_folder(TEACHER),
@@ -62,7 +66,7 @@ def train_teacher(settings: params.FinetuneTeacher, runtime: params.Runtime) -> 
     }
     with shared(kept_folder("finetune-teacher", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
-            DistillationModel(trainable.model, regularisation=trainable.regularisation),
+            DistillationModel(trainable.model, classes=len(classes) or None, regularisation=trainable.regularisation),
             train_set,
             validation_set,
             settings,

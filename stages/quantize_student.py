@@ -5,14 +5,15 @@
 reads  models/student-distilled, or without a teacher models/student-finetuned, the validation split, `quantize` in
        params.yaml
 writes models/student-{method}: a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
-       error of each layer; for a method that `quantize.methods` does not list, only a note that it is left out
+       error of each layer; for a method that `quantize.methods` does not list, or a student that is an encoder, only a
+       note that it is left out
 """
 
 from itertools import islice
 from pathlib import Path
 
 from firstsight.core import params
-from firstsight.core.files import whole_folder, write_json
+from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import CONTROL, DISTILLED, LEFT_OUT, METHODS, VARIANTS, reason_left_out
 
@@ -30,14 +31,20 @@ def run(method: str) -> None:
             log.info("%s is left out: quantize.methods is %s", method, settings.methods)
             return
         # Imported here, because they take seconds, and a method that is left out needs none of them.
+        from firstsight.models.architecture import is_encoder
         from firstsight.models.loading import pick_device
         from firstsight.quantization.quantize import quantize_folder
         from firstsight.records.parquet import Split
 
+        source = VARIANTS[CONTROL if reason_left_out(VARIANTS[DISTILLED].model) else DISTILLED].model
+        if is_encoder(kind := read_json(source / "config.json", "distill")["model_type"]):
+            write_json(folder / LEFT_OUT, f"the student is an encoder ({kind}); only language models are quantized")
+            write_json(folder / MEASUREMENTS, None)
+            log.info("%s is left out: the student is an encoder (%s)", method, kind)
+            return
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
         calibration = [(sample, sample.records[0]) for sample in samples]
-        source = VARIANTS[CONTROL if reason_left_out(VARIANTS[DISTILLED].model) else DISTILLED].model
         measured = quantize_folder(source, folder, method, settings, device, calibration)
         write_json(folder / MEASUREMENTS, measured)
     log.info(

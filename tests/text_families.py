@@ -6,10 +6,18 @@ from pathlib import Path
 import torch
 from conftest import YAML_SAFE, make_sample, run_stage, workspace, write_params
 from families import TEXT, TEXT_TEMPLATE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from firstsight.records.parquet import SplitWriter
 
@@ -162,6 +170,51 @@ def save_deepseek(folder: Path, settings, processor) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     generation = {"bos_token_id": token(begin), "do_sample": True, "eos_token_id": token(end), "temperature": 0.6}
     write(folder / "generation_config.json", generation | {"top_p": 0.95})
+
+
+BERT_POSITIONS = 64
+BERT_WORDS = [
+    "what",
+    "is",
+    "at",
+    "place",
+    "the",
+    "which",
+    "class",
+    "thing",
+    "animal",
+    "plant",
+    "in",
+    "a",
+    "cup",
+    "two",
+    "red",
+    "your",
+    "left",
+    "hand",
+]
+
+
+def save_bert(folder: Path, seed: int = 4, layers: int = 2) -> None:
+    """bert-tiny: a vocabulary without tokenizer.json, a masked language model's head, positions' numbers stored."""
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *letters, *(f"##{one}" for one in letters), *(one for one in BERT_WORDS if len(one) > 1)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=BERT_POSITIONS,
+    )
+    torch.manual_seed(seed)
+    model = BertForPreTraining(config)
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.embeddings.position_ids"] = torch.arange(BERT_POSITIONS)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 TEXT_SAVE = {

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from firstsight.acquisition import egogpt_conversion
 from firstsight.core.errors import UserError
-from firstsight.models.architecture import auto_class
+from firstsight.models.architecture import auto_class, in_head, is_encoder
 from firstsight.models.loading import ADAPTER, load_processor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -202,7 +202,7 @@ def _differing(folder: Path) -> list[str]:
     quantized = hasattr(config, "quantization_config")
     if quantized:
         del config.quantization_config
-    _, info = auto_class(config.model_type).from_pretrained(
+    model, info = auto_class(config.model_type).from_pretrained(
         folder,
         config=config,
         device_map="meta",
@@ -212,8 +212,13 @@ def _differing(folder: Path) -> list[str]:
         use_safetensors=True,
         trust_remote_code=False,
     )
-    unexpected = info["unexpected_keys"]
+    unexpected, missing = info["unexpected_keys"], info["missing_keys"]
     mismatched = info["mismatched_keys"]
+    if is_encoder(config.model_type):  # it gets a head of its own, and old checkpoints store the positions' numbers
+        prefix = model.base_model_prefix
+        missing = [name for name in missing if not in_head(name, prefix)]
+        unexpected = [name for name in unexpected if not (in_head(name, prefix) or name.endswith("position_ids"))]
+        mismatched = [one for one in mismatched if not in_head(one[0], prefix)]
     if quantized:
         unexpected = [name for name in unexpected if not name.endswith(_SCALES) and ".quant_state." not in name]
         # bitsandbytes packs two 4-bit weights into a byte, in one column.
@@ -222,7 +227,7 @@ def _differing(folder: Path) -> list[str]:
         ]
     return [
         *(f"{name}: {list(stored)} instead of {list(built)}" for name, stored, built in mismatched),
-        *(f"{name}: missing" for name in info["missing_keys"]),
+        *(f"{name}: missing" for name in missing),
         *(f"{name}: not in the model" for name in unexpected),
     ]
 

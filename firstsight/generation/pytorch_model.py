@@ -29,7 +29,10 @@ class PyTorchModel:
         self._model, self._processor, self._precision = model, processor, precision
         # Before the first answer, when bitsandbytes moves scales out of reach.
         self.weights_bytes, self.parameters = weights_bytes(model), model.num_parameters()
-        self.token_bytes = token_bytes(model)
+        self.token_bytes = self._token_bytes()
+
+    def _token_bytes(self) -> int:
+        return token_bytes(self._model)
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
         """Yield the greedy answers as text, in the order of the questions.
@@ -104,6 +107,10 @@ class ClassModel(PyTorchModel):
     def __init__(self, model: PreTrainedModel, processor: Any, precision: str, classes: Sequence[str]):
         super().__init__(model, processor, precision)
         self._classes = classes
+
+    def _token_bytes(self) -> int:
+        # One pass reads all weights, and an encoder has no decoder.
+        return self.weights_bytes
 
     def classify(self, questions: Sequence[Question]) -> list[tuple[str, float]]:
         """Return the class of the highest score of each question, and its probability among the classes.

@@ -11,8 +11,11 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
@@ -28,12 +31,36 @@ for _name in ("modeling_utils", "distributed.tensor_parallel", "tokenization_uti
 
 
 def auto_class(model_type: str | None) -> type | None:
-    """Return the Auto class that builds such a model, image-text-to-text before causal LM; None if neither can."""
+    """Return the Auto class that builds such a model; None if there is none.
+
+    It is image-text-to-text before causal LM, and sequence classification for an encoder.
+    """
+    if is_encoder(model_type):
+        return AutoModelForSequenceClassification
     # CONFIG_MAPPING is filled lazily, so its get() finds nothing.
     config = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM if config in MODEL_FOR_CAUSAL_LM_MAPPING else None
+
+
+def is_encoder(model_type: str | None) -> bool:
+    """Return whether such a model is an encoder alone, as BERT: it can tell classes apart, but gives no text.
+
+    That is a masked language model without a decoder, though transformers has a causal form of some of them.
+    """
+    config = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
+    classifies = config in MODEL_FOR_MASKED_LM_MAPPING and config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    shows = config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return classifies and not shows and not getattr(config, "is_encoder_decoder", False)
+
+
+def in_head(name: str, prefix: str) -> bool:
+    """Return whether a weight is one of an encoder's head, which is made for the classes, or of its pooler.
+
+    A checkpoint of a masked language model has another head, and some have no pooler.
+    """
+    return not name.startswith(f"{prefix}.") or ".pooler." in name
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from firstsight.core.errors import UserError
 from firstsight.core.processes import processes_here
 from firstsight.core.stage import log
 from firstsight.core.variants import METHODS
-from firstsight.models.architecture import auto_class
-from firstsight.models.text_processor import TextProcessor
+from firstsight.models.architecture import auto_class, in_head, is_encoder
+from firstsight.models.text_processor import EncoderProcessor, TextProcessor
 from firstsight.models.vision_attention import attend_by_size
 
 # It warns for every layer that inputs are cast to float16, which LLM.int8 always does.
@@ -103,8 +105,10 @@ def training_precision(method: str, device: str) -> str:
     return TRAINING_PRECISIONS[method]
 
 
-def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) -> ProcessorMixin | TextProcessor:
-    """Load the folder's processor: tokenizer, image and video processor, chat template.
+def load_processor(
+    folder: Path, place: str = "", remedy: str = RESTORE_REMEDY
+) -> ProcessorMixin | TextProcessor | EncoderProcessor:
+    """Load the folder's processor: tokenizer, image and video processor, chat template; of an encoder the tokenizer.
 
     Raises:
         UserError: the processor is unusable; the message names the folder as `place` (empty: its path) and ends with
@@ -117,7 +121,10 @@ def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) 
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(processor, PreTrainedTokenizerBase):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            processor = TextProcessor(processor, getattr(config, "max_position_embeddings", None))
+            positions = getattr(config, "max_position_embeddings", None)
+            if is_encoder(config.model_type):
+                return _encoder_processor(processor, positions)
+            processor = TextProcessor(processor, positions)
         read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
         turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
         rendered = processor.apply_chat_template(turns, tokenize=False)
@@ -133,6 +140,15 @@ def load_processor(folder: Path, place: str = "", remedy: str = RESTORE_REMEDY) 
         # Frames were resized when the data set was built; None makes transformers warn in every process.
         videos.cap_pixels_per_frame = False
     return processor
+
+
+def _encoder_processor(tokenizer: PreTrainedTokenizerBase, positions: int | None) -> EncoderProcessor:
+    """Return the processor of an encoder. Raises ValueError if the tokenizer reads text as unknown words."""
+    ids = tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]
+    if not ids or all(one == tokenizer.unk_token_id for one in ids):
+        raise ValueError(f"a tokenizer that reads {_SENTENCE!r} as unknown words")
+    # Some have fewer usable positions than embeddings, because they number them from 2.
+    return EncoderProcessor(tokenizer, positions and min(positions, tokenizer.model_max_length))
 
 
 def _unusable_end(folder: Path, tokenizer: PreTrainedTokenizerBase, rendered: str) -> str | None:
@@ -165,11 +181,13 @@ def load_model(
     device: str,
     double_quantization: bool = True,
     compute_dtype: str = "auto",
+    classes: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Load the folder's model on `device`, in eval mode.
 
-    The architecture is the config's: any of transformers' image-text models, or a text-only language model. The
-    folder's adapter, if it has one, is merged; over quantized weights it stays separate.
+    The architecture is the config's: any of transformers' image-text models, a text-only language model, or an encoder
+    with a classification head. The folder's adapter, if it has one, is merged; over quantized weights it stays
+    separate.
 
     Args:
         precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantizes the language model alone on
@@ -177,10 +195,13 @@ def load_model(
             precision for a quantized folder.
         double_quantization: for "nf4", whether its scales are quantized too.
         compute_dtype: for "nf4", the dtype of its matrix products; "auto" is that of the other weights.
+        classes: names of the classes, which an encoder needs: if it has no head for these (`has_head`), it gets a new
+            one, with the same random weights every time.
 
     Raises:
-        UserError: the folder lacks files, a file is broken, weights are missing or of another shape, transformers
-            does not know the architecture, or the folder is quantized by a method other than `precision`.
+        UserError: an encoder has no classes, or is to be quantized; the folder lacks files, a file is broken, weights
+            are missing or of another shape, transformers does not know the architecture, or the folder is quantized by
+            a method other than `precision`.
         RuntimeError: a layer outside the language model was quantized, or none was: a defect, not a user's mistake.
     """
     if not folder.is_dir():  # as in `load_processor`
@@ -191,29 +212,35 @@ def load_model(
             "precision to auto, leave this method out, or take the model that it was quantized from"
         )
     quantizing = precision in METHODS and not stored
+    config = _config(folder)
+    head = _head(folder, config, classes, precision) if is_encoder(config.model_type) else {}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = _dtype(precision, device, config)
         # Not passed as None, which would undo the quantization that a quantized folder declares.
         quantization = {}
         if quantizing:
             computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
             quantization["quantization_config"] = quantization_config(precision, computed, double_quantization)
-        model, info = auto_class(config.model_type).from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,  # without asking the user
-            **quantization,
-        )
+        with _fresh_random() if head else nullcontext():
+            model, info = auto_class(config.model_type).from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=device,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,  # without asking the user
+                **head,
+                **quantization,
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever libraries raise over a damaged file
         raise _load_error(folder, error) from None
-    if missing := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if head:
+        missing = [name for name in missing if not in_head(name.lstrip("('"), model.base_model_prefix)]
+    if missing:
         raise _load_error(folder, f"no fitting weight for {missing[0]} and {len(missing) - 1} more")
     if quantizing:
         check_quantized(model)
@@ -225,6 +252,50 @@ def load_model(
     if (folder / ADAPTER).is_dir():
         model = _with_adapter(model, folder / ADAPTER, merge=not (quantizing or stored))
     return model.eval()
+
+
+def has_head(folder: Path, classes: Sequence[str]) -> bool:
+    """Return whether the encoder in `folder` has a classification head for these classes, in this order."""
+    config = _config(folder)
+    made_for = [name.endswith("ForSequenceClassification") for name in config.architectures or ()]
+    return any(made_for) and [config.id2label[number] for number in sorted(config.id2label)] == list(classes)
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever libraries raise over a damaged file
+        raise _load_error(folder, error) from None
+
+
+def _head(folder: Path, config: PretrainedConfig, classes: Sequence[str], precision: str) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to give an encoder a new head for the classes; {} where it has theirs.
+
+    Raises:
+        UserError: there are no classes, or the precision is a method of quantization.
+    """
+    if not classes:
+        raise UserError(
+            f"{folder}: expected a model that answers in text, found an encoder ({config.model_type}), which tells "
+            "classes apart; name them in data.classes, or take a causal language model"
+        )
+    if precision in METHODS:
+        raise UserError(
+            f"{folder}: expected a model whose language model can be quantized to {precision}, found an encoder "
+            f"({config.model_type}); leave {precision} out"
+        )
+    if has_head(folder, classes):
+        return {}
+    names = dict(enumerate(classes))
+    return {"id2label": names, "label2id": {name: n for n, name in names.items()}, "ignore_mismatched_sizes": True}
+
+
+@contextmanager
+def _fresh_random() -> Iterator[None]:
+    """Make the random numbers within the block the same every time, and those after it as if it had not been."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def stored_method(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a text-only model in the interface of a vision-language model's processor."""
+"""The tokenizer of a text-only model: in the interface of a vision-language model's processor, or of an encoder."""
 
 from typing import Any
 
@@ -52,3 +52,18 @@ class TextProcessor:
                 f"found {media}; take a vision-language model, or data without media"
             )
         return "".join(part["text"] for part in content)
+
+
+class EncoderProcessor:
+    """Wrap the tokenizer of an encoder, which reads a record's prompt between its own special tokens.
+
+    `positions` is the number of tokens that the model has positions for; None if it has no limit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None):
+        self.tokenizer, self.positions = tokenizer, positions
+        self.save_pretrained = tokenizer.save_pretrained
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of each text, with the special tokens around it, whatever its length."""
+        return self.tokenizer(texts, truncation=False)["input_ids"]

@@ -6,14 +6,16 @@ To score classes, the wordings of all of them are packed behind each prompt.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import accumulate, zip_longest
+from itertools import accumulate, chain, zip_longest
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, get_worker_info
 
 from firstsight.core.errors import UserError
+from firstsight.models.text_processor import EncoderProcessor
 from firstsight.packing.pack import (
     IGNORE,
     Encoded,
@@ -235,6 +237,44 @@ class ClassDataset(PackedDataset):
         return super()._without_answers(features) | {"token_labels": nothing}
 
 
+class EncoderDataset(ClassDataset):
+    """Encode the prompts of sample i of a split for an encoder, which has C logits for each: one for each class.
+
+    A sample has its `labels` [R] as in `ClassDataset`, the tokens of its prompts one after the other, and the number of
+    tokens of each. `scored` says which prompts count.
+    """
+
+    def collate(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Join samples into a batch of their n prompts, as `encoder_batch` does."""
+        names = ("labels", "tokens", "lengths", "scored")
+        joined = {name: torch.cat([one[name] for one in features]) for name in names}
+        prompts = joined["tokens"].split(joined["lengths"].tolist())
+        batch = _padded(self.processor, prompts) | {"labels": joined["labels"], "scored": joined["scored"]}
+        if self.teacher is not None:
+            batch["teacher"] = self.teacher.collate([feature["teacher"] for feature in features])
+        return batch
+
+    def _encode(self, sample: Sample, place: int) -> dict[str, Tensor]:
+        prompts = self.processor.encode([record.prompt() for record in sample.records])
+        return {
+            "labels": torch.tensor([self._number(record) for record in sample.records]),
+            "tokens": torch.tensor(list(chain(*prompts))),
+            "lengths": torch.tensor(list(map(len, prompts))),
+            "scored": torch.ones(len(prompts), dtype=torch.bool),
+        }
+
+    def _without_answers(self, features: dict[str, Any]) -> dict[str, Any]:
+        nothing = torch.zeros_like(features["scored"])
+        return PackedDataset._without_answers(self, features) | {"scored": nothing}
+
+
+def dataset_class(processor: Any, *, over_classes: bool) -> type[PackedDataset]:
+    """Return the dataset that a model with this processor is trained on, by tokens or by classes."""
+    if isinstance(processor, EncoderProcessor):
+        return EncoderDataset
+    return ClassDataset if over_classes else PackedDataset
+
+
 def with_wordings(sample: Sample, records: Sequence[Record], classes: Sequence[str]) -> Sample:
     """Return the sample with each of the `records` once for each class, whose wording is its answer."""
     asked = tuple(replace(record, answer=name) for record in records for name in classes)
@@ -245,6 +285,22 @@ def class_batch(
     processor: Any, questions: Sequence[tuple[Sample, Record]], classes: Sequence[str]
 ) -> dict[str, Tensor]:
     """Pack questions, each in a sequence of its own, as a batch whose classes `class_scores` scores."""
+    if isinstance(processor, EncoderProcessor):
+        return encoder_batch(processor, [record.prompt() for _, record in questions])
     samples = [with_wordings(sample, [record], classes) for sample, record in questions]
     packed = [pack(processor, sample, encode(processor, sample, sample.records)) for sample in samples]
     return collate([one | {"token_labels": one["labels"]} for one in packed], processor.tokenizer.pad_token_id)
+
+
+def encoder_batch(processor: EncoderProcessor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Encode n prompts for an encoder: `input_ids` and `attention_mask` [n, S], and `scored` [n], which are all."""
+    ids = [torch.tensor(one) for one in processor.encode(list(prompts))]
+    return _padded(processor, ids) | {"scored": torch.ones(len(ids), dtype=torch.bool)}
+
+
+def _padded(processor: EncoderProcessor, prompts: Sequence[Tensor]) -> dict[str, Tensor]:
+    fill = processor.tokenizer.pad_token_id
+    return {
+        "input_ids": pad_sequence(list(prompts), batch_first=True, padding_value=fill),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in prompts], batch_first=True),
+    }

@@ -105,8 +105,11 @@ def answer_states(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) ->
 def class_scores(model: nn.Module, batch: dict[str, Tensor], classes: int) -> Tensor:
     """Compute the scores [n, C] of C classes for the n records of a batch of a `ClassDataset`, in float32.
 
-    A score is the sum of the log-probabilities of a wording's tokens. Samples without token labels have no scores.
+    A score is the sum of the log-probabilities of a wording's tokens; of an encoder, whose batch is that of an
+    `EncoderDataset`, the logit of the class. Samples without token labels, or that are not `scored`, have no scores.
     """
+    if "scored" in batch:
+        return model(batch["input_ids"], batch["attention_mask"]).logits.float()[batch["scored"]]
     labels = batch["token_labels"]
     hidden, tokens = answer_states(model, batch, labels)
     with torch.autocast(hidden.device.type, enabled=False):

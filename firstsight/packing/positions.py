@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from firstsight.core.errors import UserError
+from firstsight.models.text_processor import EncoderProcessor
 from firstsight.packing.pack import encode_answers, prompts
 from firstsight.records.sample import Sample
 
@@ -18,8 +19,18 @@ def check_positions(processor: Any, sample: Sample, new_tokens: int) -> None:
     """
     if (most := getattr(processor, "positions", None)) is None:
         return
-    _, asked = prompts(processor, sample, sample.records)
-    for record, prompt, answer in zip(sample.records, asked, encode_answers(processor, sample.records), strict=True):
+    if isinstance(processor, EncoderProcessor):
+        if sample.frames:
+            raise UserError(
+                f"{processor.tokenizer.name_or_path}: expected records without media, because an encoder reads text "
+                f"alone, found {sample.media_kind} in sample {sample.id}; take a vision-language model"
+            )
+        asked = processor.encode([record.prompt() for record in sample.records])
+        answers: list[list[int]] = [[] for _ in asked]
+    else:
+        _, asked = prompts(processor, sample, sample.records)
+        answers = encode_answers(processor, sample.records)
+    for record, prompt, answer in zip(sample.records, asked, answers, strict=True):
         if (length := len(prompt) + max(new_tokens, len(answer))) > most:
             raise UserError(
                 f"record {record.id}: expected at most {most} tokens, as many as {processor.tokenizer.name_or_path} "
@@ -29,6 +40,8 @@ def check_positions(processor: Any, sample: Sample, new_tokens: int) -> None:
 
 
 def classes_tokens(processor: Any, classes: Sequence[str]) -> int:
-    """Return the tokens of the longest wording of a class with its end token; 0 without classes."""
+    """Return the tokens of the longest wording of a class with its end token; 0 without classes, and of an encoder."""
+    if isinstance(processor, EncoderProcessor):
+        return 0
     texts = [name + processor.tokenizer.eos_token for name in classes]
     return max(map(len, processor.tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0

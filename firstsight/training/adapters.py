@@ -9,6 +9,7 @@ Without `train_vision`, the language model alone is trained; vision tower and pr
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.architecture import linear_layers, sides
+from firstsight.models.architecture import is_encoder, linear_layers, sides
 from firstsight.models.loading import ADAPTER, language_model_prefix, load_model, stored_method, training_precision
 
 # The subfolder of a student's folder that holds its adapters, which are also merged into its weights.
@@ -39,6 +40,7 @@ class TrainableModel:
         folder: the model's folder.
         settings: `method`, `train_vision`, `adapter` and `seed` are used.
         steps: number of optimizer steps of the training, over which AdaLoRA schedules its ranks.
+        classes: names of the classes, for an encoder: it gets a new head for them, unless it has one.
         without_tower: whether to train on cached visual tokens: vision tower and projector are out of the model, and in
             the CPU's memory, until it is saved.
 
@@ -47,7 +49,16 @@ class TrainableModel:
             names in `adapter.target_modules`, or `adapter.rank` exceeds the width of all; and as `load_model` raises.
     """
 
-    def __init__(self, folder: Path, settings: Optimisation, device: str, steps: int, *, without_tower: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Optimisation,
+        device: str,
+        steps: int,
+        *,
+        classes: Sequence[str] = (),
+        without_tower: bool = False,
+    ):
         if method := stored_method(folder):
             raise UserError(
                 f"{folder}: expected weights that can be trained, found them quantized to {method}; take the model "
@@ -60,12 +71,13 @@ class TrainableModel:
             )
         self._folder, self._method, self._device = folder, settings.method, device
         set_seed(settings.seed)  # for the adapters' initial weights
-        model = load_model(folder, training_precision(settings.method, device), device)
+        model = load_model(folder, training_precision(settings.method, device), device, classes=classes)
         self._peft: PeftModel | None = None
         if settings.method == "full":
             prefix = language_model_prefix(model)
             for name, parameter in model.named_parameters():
-                parameter.requires_grad = settings.train_vision or name.startswith((prefix, "lm_head"))
+                language = name.startswith((prefix, "lm_head")) or is_encoder(model.config.model_type)
+                parameter.requires_grad = settings.train_vision or language
             self.model = model
         else:
             self._peft = get_peft_model(model, _peft_config(model, folder, settings, steps))
@@ -179,6 +191,8 @@ def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, s
         "lora_dropout": adapter.dropout,
         "target_modules": _target_modules(model, folder, settings),
     }
+    if heads := _new_heads(model):
+        common["modules_to_save"] = heads
     # GPT-2's layers store their weights with inputs first; peft would find out by itself, with a warning for each.
     common["fan_in_fan_out"] = any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
     if settings.method != "adalora":
@@ -193,6 +207,14 @@ def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, s
         total_step=steps,
         **common,
     )
+
+
+def _new_heads(model: PreTrainedModel) -> list[str]:
+    """Return the names of an encoder's modules outside its body, which are trained whole; [] for other models."""
+    if not is_encoder(model.config.model_type):
+        return []
+    outside = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    return [name for name in outside if any(True for _ in getattr(model, name).parameters())]
 
 
 def _target_modules(model: PreTrainedModel, folder: Path, settings: Optimisation) -> str:
@@ -215,7 +237,7 @@ def _target_modules(model: PreTrainedModel, folder: Path, settings: Optimisation
                 f"says, found {sorted(language)}; correct adapter.target_modules, or set it to null, which takes all"
             )
     chosen = [rf"{re.escape(prefix)}.*\.(?:{'|'.join(map(re.escape, targets))})"]
-    if settings.train_vision:
+    if settings.train_vision and not is_encoder(model.config.model_type):
         chosen += [re.escape(name) for name in layers if not name.startswith((prefix, "lm_head"))]
     pattern = "|".join(f"(?:{one})" for one in chosen)
     widths = [min(sides(layer)) for name, layer in layers.items() if re.fullmatch(pattern, name)]

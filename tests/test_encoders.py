@@ -1,0 +1,205 @@
+"""Encoders such as bert-tiny: fetched, taught classes by a language model, evaluated, and refused for anything else."""
+
+import json
+
+import pytest
+import torch
+from conftest import change, run_stage
+from safetensors.torch import load_file, save_file
+from test_class_targets import CLASSES, write_classes
+from text_families import BERT_POSITIONS, save_bert, text_workspace
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
+
+from firstsight.acquisition.checks import check_weights
+from firstsight.core.errors import UserError
+from firstsight.core.variants import LEFT_OUT
+from firstsight.generation.pytorch_model import ClassModel
+from firstsight.models.loading import has_head, load_model, load_processor
+from firstsight.packing.dataset import EncoderDataset, encoder_batch
+from firstsight.packing.forward import class_scores
+from firstsight.packing.pack import IGNORE
+from firstsight.training.adapters import TrainableModel
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    save_bert(folder)
+    return folder
+
+
+def with_head(source, folder, names=CLASSES):
+    model = load_model(source, "float32", "cpu", classes=names)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_bytes((source / "vocab.txt").read_bytes())
+    return folder
+
+
+def test_a_checkpoint_without_a_classification_head_is_complete(bert, tmp_path):
+    check_weights(bert, "bert")
+    # As a sentence encoder's: the body alone, its names without the model's prefix.
+    body = BertModel.from_pretrained(bert)
+    body.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_bytes((bert / "vocab.txt").read_bytes())
+    check_weights(tmp_path, "body")
+    found, other = (load_model(one, "float32", "cpu", classes=CLASSES).state_dict() for one in (tmp_path, bert))
+    assert all(found[name].equal(value) for name, value in other.items())
+
+
+def test_a_body_that_is_not_complete_is_refused(bert, tmp_path):
+    weights = load_file(bert / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    (tmp_path / "config.json").write_bytes((bert / "config.json").read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 that do not fit \(bert.encoder.layer.1.output.dense.weight: miss"):
+        check_weights(tmp_path, "bert")
+    with pytest.raises(UserError, match=r"no fitting weight for bert.encoder.layer.1.output.dense.weight and 0 more"):
+        load_model(tmp_path, "float32", "cpu", classes=CLASSES)
+
+
+def test_a_new_head_is_the_same_every_time_and_a_stored_one_is_kept(bert, tmp_path):
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = (load_model(bert, "float32", "cpu", classes=CLASSES) for _ in range(2))
+    assert torch.rand(3).equal(drawn)
+    assert first.classifier.weight.shape == (3, 32)
+    assert first.classifier.weight.equal(second.classifier.weight)
+    assert first.config.id2label == dict(enumerate(CLASSES))
+    first.classifier.weight.data.normal_()
+    first.save_pretrained(tmp_path)
+    assert has_head(tmp_path, CLASSES)
+    assert not has_head(tmp_path, CLASSES[::-1])
+    assert not has_head(bert, CLASSES)
+    again = load_model(tmp_path, "float32", "cpu", classes=CLASSES)
+    assert again.classifier.weight.equal(first.classifier.weight)
+    wider = load_model(tmp_path, "float32", "cpu", classes=(*CLASSES, "plenty"))
+    assert wider.classifier.weight.shape == (4, 32)
+
+
+def test_an_encoder_gives_no_text(bert):
+    with pytest.raises(UserError, match=r"expected a model that answers in text, found an encoder \(bert\)"):
+        load_model(bert, "float32", "cpu")
+    with pytest.raises(UserError, match=r"expected a model whose language model can be quantized to nf4, found an enc"):
+        load_model(bert, "nf4", "cpu", classes=CLASSES)
+
+
+@torch.inference_mode()
+def test_logits_in_a_batch_are_those_of_each_prompt_alone(bert, tmp_path):
+    model, processor = load_model(bert, "float32", "cpu", classes=CLASSES), load_processor(bert)
+    split = write_classes(tmp_path / "train.parquet")
+    dataset = EncoderDataset(split, processor).padded_to_multiple(4)
+    batch = dataset.collate([dataset[number] for number in range(4)])
+    assert batch["labels"].tolist() == [1, 0, IGNORE, 1, *[IGNORE] * 4]
+    found = class_scores(model, batch, 3)
+    prompts = [record.prompt() for sample in split for record in sample.records]
+    reference = AutoModelForSequenceClassification.from_pretrained(with_head(bert, tmp_path)).eval()
+    alone = [reference(**processor.tokenizer(one, return_tensors="pt")).logits[0] for one in prompts]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-6, rtol=1e-5)
+    questions = [(sample, record) for sample in split for record in sample.records]
+    classified = ClassModel(model, processor, "float32", CLASSES).classify(questions)
+    assert [CLASSES.index(name) for name, _ in classified] == found.argmax(-1).tolist()
+    assert class_scores(model, encoder_batch(processor, prompts), 3).equal(found)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_the_head_is_trained_whole_beside_adapters(bert, tmp_path, settings, method):
+    adapter = settings.train.adapter.model_copy(update={"rank": 4, "target_modules": None})
+    tuned = settings.train.model_copy(update={"method": method, "adapter": adapter})
+    trainable = TrainableModel(bert, tuned, "cpu", 10, classes=CLASSES)
+    trained = [name for name, parameter in trainable.model.named_parameters() if parameter.requires_grad]
+    assert any("classifier.modules_to_save" in name for name in trained)
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    with torch.no_grad():
+        for parameter in trainable.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    batch = encoder_batch(load_processor(bert), ["What is at place 1?"])
+    with torch.no_grad():
+        expected = class_scores(trainable.model.eval(), batch, 3)
+    trainable.save_merged(tmp_path)
+    assert has_head(tmp_path, CLASSES)
+    with torch.no_grad():
+        found = class_scores(load_model(tmp_path, "float32", "cpu", classes=CLASSES), batch, 3)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def run_workspace(folder, settings, processor, bert, teacher="gpt2"):
+    """A language model (or an encoder) and bert-tiny as its student, with records of classes."""
+    folder = text_workspace(folder, settings, processor, "gpt2", "gpt2")
+    for role in ("student", *(["teacher"] if teacher == "bert" else [])):
+        change(folder, "models", **{role: {"source": str(bert), "revision": None, "init": None}})
+        run_stage(folder, "download_models", role)
+    change(folder, "data", source="csv", classes=list(CLASSES), prompt="{text}")
+    change(folder, "targets", over="classes", batch_size=4)
+    change(folder, "finetune_teacher", epochs=4, learning_rate=5e-3, train_vision=True, batch_size=2)
+    change(folder, "train", alpha=0.7, temperature=3.0, epochs=6, train_vision=True, method="full", batch_size=2)
+    change(folder, "control", enabled=True)
+    change(folder, "evaluate", bootstrap_samples=100, latency_runs=2)
+    for split in ("train", "validation", "test"):
+        asked = {f"{split}-{n}": [(f"What is at place {n % 3}? {n}", CLASSES[n % 3])] for n in range(24)}
+        write_classes(folder / f"data/egoqa/{split}.parquet", asked)
+    return folder
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("teacher", ["gpt2", "bert"])
+def test_an_encoder_learns_classes_from_a_language_model_or_an_encoder(settings, processor, tmp_path, bert, teacher):
+    folder = run_workspace(tmp_path / "run", settings, processor, bert, teacher)
+    assert (folder / "models/student/tokenizer.json").exists()
+    for stage in ("check_inputs", "finetune_teacher", "cache_teacher_targets", "distill", "finetune_student"):
+        run_stage(folder, stage)
+    run_stage(folder, "quantize_student", "nf4")
+    assert "the student is an encoder (bert)" in (folder / "models/student-nf4" / LEFT_OUT).read_text()
+    for variant in ("teacher", "student", "student-distilled", "student-finetuned", "student-nf4"):
+        run_stage(folder, "evaluate", variant)
+    found = {
+        variant: json.loads((folder / f"evaluations/{variant}/quality.json").read_text())["exact_match"]
+        for variant in ("teacher", "student", "student-distilled")
+    }
+    assert found["student"] < 0.5 < found["student-distilled"]
+    student = BertForSequenceClassification.from_pretrained(folder / "models/student-distilled")
+    assert student.config.id2label == dict(enumerate(CLASSES))
+    history = json.loads((folder / "models/student-distilled/history.json").read_text())
+    objectives = [row["eval_objective"] for row in history if "eval_objective" in row]
+    assert min(objectives) < 0.95 * objectives[0]
+
+
+def no_tokens(folder, bert):
+    change(folder, "targets", over="tokens")
+    change(folder, "train", best="objective")
+    return "models/student: expected a model that answers in text, because targets.over is tokens, found an encoder"
+
+
+def no_head(folder, bert):
+    change(folder, "models", teacher={"source": str(bert), "revision": None, "init": None})
+    run_stage(folder, "download_models", "teacher")
+    change(folder, "finetune_teacher", enabled=False)
+    return "models/teacher: expected a classification head for the 3 classes a red cup, two, in your left hand, in this"
+
+
+def too_long(folder, bert):
+    write_classes(folder / "data/egoqa/test.parquet", {"long": [("Why? " * 40, "two")]})
+    return f"record long-0: expected at most {BERT_POSITIONS} tokens, as many as models/student has positions for"
+
+
+@pytest.mark.parametrize("break_it", [no_tokens, no_head, too_long])
+def test_an_encoder_that_does_not_fit_is_one_line_before_anything_is_trained(
+    settings, processor, tmp_path, bert, break_it
+):
+    folder = run_workspace(tmp_path / "run", settings, processor, bert)
+    line = break_it(folder, bert)
+    with pytest.raises(UserError) as error:
+        run_stage(folder, "check_inputs")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_with_a_head_for_the_classes_needs_no_training(settings, processor, tmp_path, bert):
+    folder = run_workspace(tmp_path / "run", settings, processor, bert)
+    (tmp_path / "headed").mkdir()
+    with_head(bert, tmp_path / "headed")
+    change(folder, "models", teacher={"source": str(tmp_path / "headed"), "revision": None, "init": None})
+    run_stage(folder, "download_models", "teacher")
+    change(folder, "finetune_teacher", enabled=False)
+    run_stage(folder, "check_inputs")

@@ -4,11 +4,13 @@
 
 reads  models/student, data/teacher-targets, the train and validation splits, `train` in params.yaml; for online targets
        also models/teacher-finetuned; data/visual-tokens if the vision tower is frozen and its outputs are cached
-writes models/student-distilled: a complete model folder, adapters merged, and history.json; without a teacher,
+writes models/student-distilled: a complete model folder, adapters merged, and history.json; with `train.keep_final`,
+       the weights of the last step in final/; without a teacher,
        left-out.json with the reason and an empty history
 """
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -33,7 +35,7 @@ from firstsight.models.loading import load_model, load_processor, pick_device, t
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset, dataset_class
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split
-from firstsight.training.adapters import TrainableModel
+from firstsight.training.adapters import FINAL, TrainableModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import total_steps, train
 
@@ -90,6 +92,7 @@ def run() -> None:
         "device": device,
         "processes": PartialState().num_processes,
     }
+    main_process = PartialState().is_main_process
     with shared(kept_folder("distill", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
             model,
@@ -100,11 +103,15 @@ def run() -> None:
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
+            best=settings.best,
+            save_final=partial(trainable.save_final, folder / FINAL) if settings.keep_final and main_process else None,
             trainable=trainable,
         )
-        if PartialState().is_main_process:
+        if main_process:
             trainable.save_merged(folder)
             processor.save_pretrained(folder)
+            if settings.keep_final:
+                processor.save_pretrained(folder / FINAL)
             write_json(folder / "history.json", history)
     log.info("wrote %s", OUTPUT)
 

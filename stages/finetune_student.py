@@ -16,6 +16,7 @@ writes models/student-finetuned: a complete model folder, adapters merged, and h
 """
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from firstsight.core import params
@@ -55,7 +56,7 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
     from firstsight.distillation.targets import read_answers
     from firstsight.models.loading import load_processor, pick_device, training_precision
     from firstsight.packing.dataset import dataset_class
-    from firstsight.training.adapters import TrainableModel
+    from firstsight.training.adapters import FINAL, TrainableModel
     from firstsight.training.distillation_model import DistillationModel
     from firstsight.training.fit import total_steps, train
 
@@ -90,6 +91,7 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
         "device": device,
         "processes": PartialState().num_processes,
     }
+    main_process = PartialState().is_main_process
     with shared(kept_folder("finetune-student", work)) as scratch, shared(whole_folder(OUTPUT)) as folder:
         history = train(
             DistillationModel(trainable.model, classes=classes, regularisation=trainable.regularisation),
@@ -100,11 +102,15 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
             data_workers=loaded.runtime.data_workers,
             device=device,
             early_stopping_epochs=settings.early_stopping_epochs,
+            best=settings.best,
+            save_final=partial(trainable.save_final, folder / FINAL) if settings.keep_final and main_process else None,
             trainable=trainable,
         )
-        if PartialState().is_main_process:
+        if main_process:
             trainable.save_merged(folder)
             processor.save_pretrained(folder)
+            if settings.keep_final:
+                processor.save_pretrained(folder / FINAL)
             write_json(folder / "history.json", history)
             write_json(folder / TRAINED_ALONE, fingerprint_folder(folder) if alone else None)
 

@@ -66,7 +66,10 @@ def run() -> None:
     performance = summary.performance_table(variants)
     models = summary.models_table(sources)
     quantization = summary.quantization_table(quantized)
-    training = {stage: summary.training_summary(rows) for stage, rows in histories.items()}
+    training = {
+        stage: summary.training_summary(rows, "objective" if stage == "finetune-teacher" else settings.train.best)
+        for stage, rows in histories.items()
+    }
     verdicts = criteria.verdicts(settings.report.criteria, quality, performance)
     unjudged = criteria.not_judged(settings.report.criteria, verdicts, quality)
     control = Path("evaluations") / CONTROL / LEFT_OUT

@@ -18,6 +18,7 @@ from firstsight.packing.dataset import ClassDataset
 from firstsight.packing.forward import class_scores
 from firstsight.packing.pack import IGNORE
 from firstsight.records.parquet import Split, SplitWriter
+from firstsight.reporting.summary import training_summary
 
 CLASSES = ("a red cup", "two", "in your left hand")
 QUESTIONS = {
@@ -205,11 +206,42 @@ def test_a_student_of_another_tokenizer_learns_the_teachers_classes(over_classes
     assert "eval_divergence" not in str(control)
 
 
+@pytest.mark.system
+def test_the_weights_of_the_last_step_are_kept_beside_those_of_the_most_accurate_epoch(over_classes):
+    """Far too fast: of eight epochs, the last is not the best."""
+    change(over_classes, "train", epochs=8, early_stopping_epochs=8, best="accuracy", keep_final=True, alpha=0.0)
+    change(over_classes, "train", learning_rate=0.05, batch_size=2)
+    for stage in ("finetune_teacher", "cache_teacher_targets", "distill"):
+        run_stage(over_classes, stage)
+    output = over_classes / "models/student-distilled"
+    rows = [row for row in json.loads((output / "history.json").read_text()) if "eval_accuracy" in row]
+    split = Split(over_classes / "data/egoqa/validation.parquet").answered(
+        json.loads((over_classes / "data/teacher-targets/answers.json").read_text())
+    )
+
+    @torch.inference_mode()
+    def accuracy(folder):
+        right = [CLASSES.index(record.answer) for sample in split for record in sample.records]
+        return (scores_of(folder, split).argmax(-1) == torch.tensor(right)).float().mean().item()
+
+    assert accuracy(output) == pytest.approx(max(row["eval_accuracy"] for row in rows), abs=1e-6)
+    assert accuracy(output / "final") == pytest.approx(rows[-1]["eval_accuracy"], abs=1e-6)
+    best, final = (load_file(one / "model.safetensors") for one in (output, output / "final"))
+    assert any(not value.equal(final[name]) for name, value in best.items())
+    kept = training_summary(json.loads((output / "history.json").read_text()), "accuracy")
+    assert kept["validation_accuracy"] == max(row["eval_accuracy"] for row in rows)
+
+
 def test_only_named_classes_are_compared_and_only_their_scores_are_cached(over_classes):
     change(over_classes, "targets", kind="topk")
     with pytest.raises(UserError, match="targets: expected kind hidden, because over is classes, found topk"):
         params.load(over_classes / "params.yaml")
-    change(over_classes, "targets", kind="hidden")
+    change(over_classes, "targets", kind="hidden", over="tokens")
+    change(over_classes, "train", best="accuracy")
+    with pytest.raises(UserError, match=r"train.best: expected objective, because targets.over is tokens, found accur"):
+        params.load(over_classes / "params.yaml")
+    change(over_classes, "train", best="objective")
+    change(over_classes, "targets", over="classes")
     change(over_classes, "data", classes=None, prompt=None)
     with pytest.raises(UserError, match=r"targets.over: expected tokens, because data.classes is null, found classes"):
         params.load(over_classes / "params.yaml")

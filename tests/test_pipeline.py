@@ -48,6 +48,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
             "evaluate.seed",
             "train.temperature",
             "train.alpha",
+            "train.best",
         ],
     }
 

@@ -173,33 +173,14 @@ def save_deepseek(folder: Path, settings, processor) -> None:
 
 
 BERT_POSITIONS = 64
-BERT_WORDS = [
-    "what",
-    "is",
-    "at",
-    "place",
-    "the",
-    "which",
-    "class",
-    "thing",
-    "animal",
-    "plant",
-    "in",
-    "a",
-    "cup",
-    "two",
-    "red",
-    "your",
-    "left",
-    "hand",
-]
+BERT_WORDS = ("what", "is", "at", "place", "which", "class", "thing", "animal", "plant", "cup", "two", "red", "left")
 
 
 def save_bert(folder: Path, seed: int = 4, layers: int = 2) -> None:
     """bert-tiny: a vocabulary without tokenizer.json, a masked language model's head, positions' numbers stored."""
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, *letters, *(f"##{one}" for one in letters), *(one for one in BERT_WORDS if len(one) > 1)]
+    words = [*special, *letters, *(f"##{one}" for one in letters), *BERT_WORDS]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     config = BertConfig(
         vocab_size=len(words),

@@ -376,7 +376,9 @@ class Train(Optimisation):
     """Configure distillation: L = alpha T^2 D(teacher, student) + (1 - alpha) CE. `alpha` is the weight of the teacher.
 
     D is `divergence`; `jsd_beta`, between 0 and 1, is the weight of the teacher in jsd's mixture.
-    Training stops after `early_stopping_epochs` epochs without a better validation loss; the best weights are kept.
+    The weights of the best epoch are kept: `best` says whether that is the one with the least validation objective, or,
+    for targets over classes, with the highest validation accuracy. Training stops after `early_stopping_epochs` epochs
+    without a better one. With `keep_final`, the weights of the last step are kept beside them.
 
     With a frozen vision tower (`train_vision: false`), `visual_tokens` says whether its outputs are made once and kept
     on disk (`cached`), or made in every epoch (`computed`).
@@ -388,6 +390,8 @@ class Train(Optimisation):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Annotated[float, Field(gt=0, lt=1)]
     early_stopping_epochs: Count
+    best: Literal["objective", "accuracy"]
+    keep_final: bool
 
     @property
     def caches_visual_tokens(self) -> bool:
@@ -519,6 +523,8 @@ class Params(Section):
             raise ValueError(
                 "targets.over: expected tokens, because data.classes is null, found classes; name the classes"
             )
+        if self.train.best == "accuracy" and self.targets.over != "classes":
+            raise ValueError("train.best: expected objective, because targets.over is tokens, found accuracy")
         if named and (self.export.formats or self.export.teacher):
             raise ValueError(
                 "export: expected formats [] and teacher false, because classes are scored, which exports cannot do, "

@@ -266,18 +266,21 @@ def training_curve(history: list[dict[str, float]]) -> dict[str, pd.DataFrame]:
     return {split: pd.DataFrame(points, columns=["step", "loss"]) for split, points in rows.items()}
 
 
-def training_summary(history: list[dict[str, float]]) -> dict[str, float]:
-    """Return the step and the validation loss with its parts of the epoch with the least validation loss.
+def training_summary(history: list[dict[str, float]], metric: str = "objective") -> dict[str, float]:
+    """Return the step and the validation loss with its parts of the epoch whose weights were kept.
+
+    That is the first with the least objective, or with the highest accuracy, as `metric` says.
 
     firstsight/loss/distillation_loss.py defines the objective and its parts.
     """
     epochs = [entry for entry in history if "eval_objective" in entry]
     if not epochs:
         return {}
-    best = min(epochs, key=lambda entry: entry["eval_objective"])
+    sign = -1 if metric == "accuracy" else 1
+    best = min(epochs, key=lambda entry: sign * entry[f"eval_{metric}"])
     return {"step": best["step"], "steps": history[-1]["step"]} | {
         f"validation_{name}": best[f"eval_{name}"]
-        for name in ("objective", "divergence", "ce", "agreement")
+        for name in ("objective", "divergence", "ce", "agreement", "accuracy")
         if f"eval_{name}" in best
     }
 

@@ -29,6 +29,8 @@ from firstsight.models.loading import ADAPTER, language_model_prefix, load_model
 
 # The subfolder of a student's folder that holds its adapters, which are also merged into its weights.
 MERGED_ADAPTER = "merged-adapter"
+# The subfolder of a student's folder that holds the weights of the last step, if they are kept.
+FINAL = "final"
 # AdaLoRA's state per adapter weight: sensitivity, its moving average, and the moving average of its changes.
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -153,6 +155,16 @@ class TrainableModel:
         else:
             self._save_weights(self.model, folder)
 
+    def save_final(self, folder: Path) -> None:
+        """Save the trained weights as they are after the last step: the whole model, or the adapter alone."""
+        if self._peft is not None:
+            self._peft.save_pretrained(folder)
+            (folder / "README.md").unlink()  # as above
+            return
+        for name, module in self._tower.items():
+            setattr(self.model.model, name, module)
+        self._save_weights(self.model, folder)
+
     def _save_weights(self, model: PreTrainedModel, folder: Path) -> None:
         dtype = AutoConfig.from_pretrained(self._folder).dtype
         (model.to(dtype) if dtype is not None else model).save_pretrained(folder)
@@ -186,7 +198,7 @@ def _tower(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _peft_config(model: PreTrainedModel, folder: Path, settings: Optimisation, steps: int) -> PeftConfig:
     """Return peft's configuration of the adapters of `settings`."""
     adapter = settings.adapter
-    common = {
+    common: dict[str, Any] = {
         "lora_alpha": adapter.lora_alpha,
         "lora_dropout": adapter.dropout,
         "target_modules": _target_modules(model, folder, settings),

@@ -70,7 +70,8 @@ class DistillationModel(nn.Module):
             batch: the other tensors of the packed batch.
 
         Returns `loss`, the sum over the batch divided by `num_items_in_batch`, and, for evaluation, sums over the
-        batch, each [1]: divergence, ce, agreement, tokens (records, for a loss over classes).
+        batch, each [1]: divergence, ce, agreement, tokens. For a loss over classes, tokens are records, and the last
+        sum is `right`, the number of records whose best class is their own.
         """
         if self._classes is None:
             hidden, answers = answer_states(self.student, batch, labels)
@@ -91,6 +92,8 @@ class DistillationModel(nn.Module):
         )
         sums = {"divergence": loss.divergence, "ce": loss.ce, "agreement": loss.agreement}
         sums["tokens"] = torch.full_like(loss.ce, len(answers))
+        if self._classes is not None:
+            sums["right"] = (hidden.argmax(-1) == answers).sum()
         # A step of padding samples alone has no answer tokens: its loss is 0, not 0 / 0.
         mean = loss.total / num_items_in_batch.clamp(min=1)
         if self.training and (penalty := self._regularisation()) is not None:
@@ -110,10 +113,13 @@ class DistillationModel(nn.Module):
         return HiddenTeacher(hidden, self._teacher_head)
 
     def metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
-        """Return the objective and its parts, each as a mean over the answer tokens of a split."""
-        divergence, ce, agreement, tokens = (float(np.sum(sums, dtype=np.float64)) for sums in evaluated.predictions)
+        """Return the objective and its parts, and the accuracy of classes, each as a mean over a split's answer tokens."""
+        sums = [float(np.sum(one, dtype=np.float64)) for one in evaluated.predictions]
+        divergence, ce, agreement, tokens, *right = sums
         objective = self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * ce
         parts = {"objective": objective / tokens, "ce": ce / tokens}
         if self.vocabulary is not None:  # with a teacher
             parts |= {"divergence": divergence / tokens, "agreement": agreement / tokens}
+        if right:  # over classes
+            parts["accuracy"] = right[0] / tokens
         return parts

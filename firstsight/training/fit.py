@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,6 +40,8 @@ def train(
     scratch: Path,
     *,
     early_stopping_epochs: int | None = None,
+    best: str = "objective",
+    save_final: Callable[[], None] | None = None,
     trainable: TrainableModel | None = None,
     data_workers: int = 0,
     device: str,
@@ -56,6 +59,8 @@ def train(
     Args:
         trainable: the model as its fine-tuning method prepared it, for the state of that method.
         early_stopping_epochs: epochs without improvement after which training stops; None for all epochs.
+        best: the validation metric of the best epoch: "objective", the least, or "accuracy", the highest.
+        save_final: called while the model has the weights of the last step; None: they are not kept.
 
     Returns:
         The history: a row per logged step, with training and validation metrics, and without timings, so that equal
@@ -91,6 +96,7 @@ def train(
             micro_batch=batch_size,
             accumulation=accumulation,
             early_stopping_epochs=early_stopping_epochs,
+            best=best,
             trainable=trainable,
             data_workers=data_workers,
             device=device,
@@ -119,6 +125,10 @@ def train(
             trainable.load_state_dict({})
         if device == "cuda":
             torch.cuda.empty_cache()
+    if save_final is not None:
+        # A training that had ended before it was resumed has loaded no weights.
+        trainer.load_weights(scratch / f"checkpoint-{trainer.state.global_step}")
+        save_final()
     trainer.load_weights(scratch / f"checkpoint-{trainer.state.best_global_step}")
     return [
         # Keys are sorted, because rows read from a checkpoint have them in another order. The Trainer's eval_loss is a
@@ -143,6 +153,7 @@ def _trainer(
     micro_batch: int,
     accumulation: int,
     early_stopping_epochs: int | None,
+    best: str,
     trainable: TrainableModel | None,
     data_workers: int,
     device: str,
@@ -166,8 +177,8 @@ def _trainer(
         save_strategy="epoch",
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
-        metric_for_best_model="objective",
-        greater_is_better=False,
+        metric_for_best_model=best,
+        greater_is_better=best == "accuracy",
         logging_steps=_LOGGING_STEPS,
         logging_nan_inf_filter=False,
         label_names=["labels"],

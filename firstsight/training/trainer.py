@@ -210,7 +210,7 @@ class ShowProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
         if state.is_world_process_zero and self.training_bar is not None and "eval_objective" in logs:
-            parts = ("objective", "ce", "divergence", "agreement")
+            parts = ("objective", "ce", "divergence", "agreement", "accuracy")
             figures = [f"{name} {logs[f'eval_{name}']:.4f}" for name in parts if f"eval_{name}" in logs]
             line = f"epoch {logs['epoch']:g}: validation {', '.join(figures)}"
             if on_terminal():

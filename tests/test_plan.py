@@ -180,7 +180,8 @@ def test_every_preset_has_a_table(path, in_root):
         assert row.effort is None or row.effort.operations > 0
         assert row.memory is None or row.memory.total > gpu_memory.OVERHEAD
     trained = {"distill", "evaluate teacher"} if loaded.models.teacher else {"finetune-student"}
-    assert {"download-models", "quantize-student nf4"} | trained <= {row.stage for row in rows}
+    quantized = {f"quantize-student {method}" for method in loaded.quantize.methods}
+    assert {"download-models"} | quantized | trained <= {row.stage for row in rows}
     assert ("finetune-teacher" in printed) == loaded.finetune_teacher.enabled
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
-from firstsight.models.architecture import linear_layers, sides
+from firstsight.models.architecture import is_encoder, linear_layers, sides
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
@@ -60,9 +60,11 @@ class Shape:
             heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
             self.vision_head = self.vision_hidden // heads
 
-        decoder = model.get_decoder()
+        encoder = is_encoder(model.config.model_type)
+        # All of an encoder counts as the language model; its head is small.
+        decoder = model if encoder else model.get_decoder()
         self.language_linears = linear_layers(decoder)
-        head = model.get_output_embeddings()
+        head = None if encoder else model.get_output_embeddings()
         inside = {id(m) for m in self.language_linears.values()} | {id(head)}
         sees = {name: m for name, m in linear_layers(model).items() if id(m) not in inside}
         self.vision_linears = list(sees.values())
@@ -72,8 +74,8 @@ class Shape:
 
         self.parameters = model.num_parameters()
         self.stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        self.head = head.weight.numel()
-        self.tied = head.weight is model.get_input_embeddings().weight
+        self.head = 0 if head is None else head.weight.numel()
+        self.tied = head is not None and head.weight is model.get_input_embeddings().weight
         self.language = sum(p.numel() for p in decoder.parameters()) + (0 if self.tied else self.head)
         self.vision = self.parameters - self.language
         self.embedding = model.get_input_embeddings().weight.numel()

@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, GPT2Config, PretrainedConfig, PreTrainedModel, Qwen2VLConfig
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2VLConfig,
+)
 
 from firstsight.acquisition import egogpt_conversion
 from firstsight.acquisition.initialise import build_model, fresh_tokenizer
@@ -33,6 +41,15 @@ QWEN2_VL_2B = {
     "intermediate_size": 8960,
     "num_hidden_layers": 28,
     "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+}
+QWEN25_05B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
     "num_key_value_heads": 2,
     "vocab_size": 151_936,
     "tie_word_embeddings": True,
@@ -83,6 +100,14 @@ KNOWN = {
     "lmms-lab/EgoGPT-7b-EgoIT-EgoLife": _egogpt,
     "lmms-lab/EgoGPT-7b-Demo": _egogpt,
     "openai-community/gpt2": GPT2Config,
+    # The language model of Qwen2-VL-2B has the sizes of Qwen2.5-1.5B.
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": lambda: Qwen2Config(
+        **QWEN2_VL_2B | {"tie_word_embeddings": False}, dtype="bfloat16"
+    ),
+    "Qwen/Qwen2.5-0.5B": lambda: Qwen2Config(**QWEN25_05B, dtype="bfloat16"),
+    "google/bert_uncased_L-2_H-128_A-2": lambda: BertConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+    ),
 }
 
 

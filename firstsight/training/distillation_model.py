@@ -113,7 +113,7 @@ class DistillationModel(nn.Module):
         return HiddenTeacher(hidden, self._teacher_head)
 
     def metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
-        """Return the objective and its parts, and the accuracy of classes, each as a mean over a split's answer tokens."""
+        """Return the objective and its parts, and the accuracy of classes, as means over a split's answer tokens."""
         sums = [float(np.sum(one, dtype=np.float64)) for one in evaluated.predictions]
         divergence, ce, agreement, tokens, *right = sums
         objective = self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * ce

@@ -134,10 +134,12 @@ def run_workspace(folder, settings, processor, bert, teacher="gpt2"):
     change(folder, "targets", over="classes", batch_size=4)
     change(folder, "finetune_teacher", epochs=4, learning_rate=5e-3, train_vision=True, batch_size=2)
     change(folder, "train", alpha=0.7, temperature=3.0, epochs=6, train_vision=True, method="full", batch_size=2)
+    change(folder, "train", best="accuracy", learning_rate=5e-3)
     change(folder, "control", enabled=True)
     change(folder, "evaluate", bootstrap_samples=100, latency_runs=2)
+    things = ("cup", "animal", "plant")
     for split in ("train", "validation", "test"):
-        asked = {f"{split}-{n}": [(f"What is at place {n % 3}? {n}", CLASSES[n % 3])] for n in range(24)}
+        asked = {f"{split}-{n}": [(f"Which is {things[n % 3]}? {n}", CLASSES[n % 3])] for n in range(24)}
         write_classes(folder / f"data/egoqa/{split}.parquet", asked)
     return folder
 
@@ -179,7 +181,7 @@ def no_head(folder, bert):
 
 
 def too_long(folder, bert):
-    write_classes(folder / "data/egoqa/test.parquet", {"long": [("Why? " * 40, "two")]})
+    write_classes(folder / "data/egoqa/test.parquet", {"long": [("Why? " * 20, "two")]})
     return f"record long-0: expected at most {BERT_POSITIONS} tokens, as many as models/student has positions for"
 
 

@@ -96,7 +96,8 @@ def workload(data: Data, path: Path) -> Workload:
         )
         frame_bytes = _PIXEL_BYTES * data.max_frames * data.max_pixels
     questions = {split: samples * share * typical.questions for split, share in shares.items()}
-    questions = {split: min(count, wanted[split] or count) for split, count in questions.items()}
+    # A split with no share, of which samples are asked for, is one of the data set's own.
+    questions = {split: min(count or math.inf, wanted[split] or count) for split, count in questions.items()}
     counts = {split: count / typical.questions for split, count in questions.items()}
     taken = ", ".join(f"{wanted[split]:,} to {use}" for split, use in _USES.items() if wanted[split])
     source += f"; {taken}" if taken else ""

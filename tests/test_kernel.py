@@ -234,6 +234,6 @@ def test_the_kernel_compiles_for_gpus(capability, kind, monkeypatch, tmp_path):
     loads = [line for line in code if "ld.global" in line]
     # But for the answer and its logit, rows are read 16 bytes at a time. The gradient is written after a barrier.
     assert len([line for line in loads if "ld.global.v4" not in line]) == 2
-    last = max(number for number, line in enumerate(code) if "st.global.v4" in line)
+    last = max(number for number, line in enumerate(code) if "st.global.v" in line)
     before = [line for line in code[:last] if "ld.global" in line or "bar.sync" in line]
     assert "bar.sync" in before[-1]

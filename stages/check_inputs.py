@@ -3,20 +3,29 @@
     python -m stages.check_inputs
 
 The vocabularies of teacher and student must agree, and so must the tokens of every answer but its end; a text-only
-model must have positions for every question with its answer, and is not asked about images.
+model must have positions for every question with its answer, and is not asked about images. Texts are read by language
+models in PyTorch alone; it is counted here how many are longer than `data.max_tokens`, by the student's tokenizer.
 
-reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens` in params.yaml
-writes data/checked.json, which is the same every time: what depends on it runs after this stage, and not again with it
+reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens` and the exports
+       in params.yaml
+writes data/checked.json: of texts, what was counted of the train and validation splits; otherwise the same every time,
+       so that what depends on it runs after this stage, and not again with it
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from firstsight.core import params
+from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import reason_left_out
-from firstsight.records.sample import SPLITS
+from firstsight.records.sample import SPLITS, Text
+
+if TYPE_CHECKING:
+    from firstsight.records.parquet import Split
 
 OUTPUT = Path("data/checked.json")
 # The splits that models are trained on.
@@ -24,11 +33,17 @@ TAUGHT = ("train", "validation")
 
 
 def run() -> None:
-    settings = params.load().targets
+    loaded = params.load()
     folders = [folder for role in ("teacher", "student") if not reason_left_out(folder := Path("models") / role)]
-    if not fit_by_their_files(folders):
-        check(folders, settings.max_answer_tokens)
-    write_json(OUTPUT, "models and data fit each other")
+    counts = {}
+    if not fit_by_their_files(folders) or reads_texts():
+        counts = check(folders, loaded)
+    write_json(OUTPUT, {"texts": counts} if counts else "models and data fit each other")
+    for split, count in counts.items():
+        log.info(
+            "%s: %d texts of %d tokens; %d of them are cut by data.max_tokens, by %d tokens in all",
+            *(split, count["texts"], count["tokens"], count["texts_cut"], count["tokens_cut"]),
+        )
     log.info("the models and the data fit each other")
 
 
@@ -39,10 +54,25 @@ def fit_by_their_files(folders: Sequence[Path]) -> bool:
     return len(tokenizers) == 1 and all("vision_config" in config for config in configs)
 
 
-def check(folders: Sequence[Path], max_answer_tokens: int) -> None:
-    """Raise UserError unless the models fit each other and the data; the student is the last of the folders.
+def splits() -> dict[str, "Split"]:
+    """Return the splits by name."""
+    from firstsight.records.parquet import Split  # takes a while to import
 
-    The teacher generates answers of at most `max_answer_tokens` tokens where there are none.
+    return {name: Split(Path(f"data/egoqa/{name}.parquet")) for name in SPLITS}
+
+
+def reads_texts() -> bool:
+    """Return whether the records are texts; all are of one kind."""
+    return isinstance(splits()["train"][0].records[0], Text)
+
+
+def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str, int]]:
+    """Check that the models fit each other and the data; the student is the last of the folders.
+
+    Returns what is counted of texts, by split: nothing where there are none.
+
+    Raises:
+        UserError: they do not fit.
     """
     # Imported here, because they take seconds, and most pairs need none of them.
     from firstsight.models.loading import load_processor
@@ -50,22 +80,56 @@ def check(folders: Sequence[Path], max_answer_tokens: int) -> None:
     from firstsight.models.tokens import common_tokens
     from firstsight.packing.dataset import OnlineTeacher, PackedDataset
     from firstsight.packing.positions import check_positions
-    from firstsight.records.parquet import Split
 
     processors = [load_processor(folder) for folder in folders]
     *teacher, student = processors
+    texts = reads_texts()
+    if texts:
+        check_reading([isinstance(one, TextProcessor) for one in processors], folders, loaded.export)
     for one in teacher:
         common_tokens(one.tokenizer, student.tokenizer)
-    for name in SPLITS:
-        split = Split(Path(f"data/egoqa/{name}.parquet"))
+    for name, split in splits().items():
         if name in TAUGHT and split.has_answers():
             for one in teacher:
                 PackedDataset(split.answered({}), student, OnlineTeacher(one)).check_answers()
         if any(isinstance(one, TextProcessor) for one in processors):
-            generated = max_answer_tokens if name in TAUGHT and split.unanswered() else 0
+            generated = loaded.targets.max_answer_tokens if name in TAUGHT and split.unanswered() else 0
             for sample in split:
                 for one in processors:
                     check_positions(one, sample, generated)
+    return {name: counted(split, student) for name, split in splits().items() if name in TAUGHT} if texts else {}
+
+
+def check_reading(text_alone: Sequence[bool], folders: Sequence[Path], export: params.Export) -> None:
+    """Raise UserError unless all models read text alone, as those in `folders` do or not, and none is exported."""
+    for alone, folder in zip(text_alone, folders, strict=True):
+        if not alone:
+            raise UserError(
+                f"{folder}: expected a language model, because the records are texts, found a vision-language model; "
+                "take a language model, or ask questions"
+            )
+    if export.formats or export.teacher:
+        found = f"{export.formats} and {str(export.teacher).lower()}"
+        raise UserError(
+            "export.formats and export.teacher: expected [] and false, because the records are texts, whose "
+            f"probabilities an exported model does not return, found {found}; set them so"
+        )
+
+
+def counted(split: "Split", processor: Any) -> dict[str, int]:
+    """Count a split's texts and their tokens, end tokens included, and what `data.max_tokens` cuts of them."""
+    from firstsight.packing.pack import encode_answers  # as in `check`
+
+    kept, whole = [], []
+    for sample in split:
+        kept += map(len, encode_answers(processor, sample.records))
+        whole += map(len, encode_answers(processor, [replace(one, max_tokens=None) for one in sample.records]))
+    return {
+        "texts": len(kept),
+        "tokens": sum(kept),
+        "texts_cut": sum(short < long for short, long in zip(kept, whole, strict=True)),
+        "tokens_cut": sum(whole) - sum(kept),
+    }
 
 
 if __name__ == "__main__":

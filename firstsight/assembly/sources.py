@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from firstsight.core.params import Data
-from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa
+from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa, plain_text
 from firstsight.readers.problems import Problems
 from firstsight.readers.source_record import Asked
 from firstsight.scenes import synthetic
@@ -16,5 +16,6 @@ READERS: dict[str, Callable[[Data, Problems], Iterator[Asked]]] = {
     "egoschema": egoschema.read,
     "openeqa": openeqa.read,
     "egotempo": egotempo.read,
+    "text": plain_text.read,
     "hub": hub_dataset.read,
 }

@@ -159,14 +159,14 @@ class Synthetic(Section):
     option_fraction: Fraction
 
 
-FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo"]
+FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo", "text"]
 
 
 class Hub(Section):
     """Name a data set of the hub, or a local folder of one, by `id`, `config` and `revision`.
 
-    `splits` maps its splits to ours; `fields` maps our names (question, answer, options, image, video, id, ...) to its
-    columns.
+    `splits` maps its splits to ours; `fields` maps our names (question, answer, options, text, image, video, id, ...)
+    to its columns.
     """
 
     id: str
@@ -196,7 +196,9 @@ class Data(Section):
 
     Splits are made by group. `train_samples`, `validation_samples` and `test_samples` limit a split to that many
     records, in the proportions of the question types; null takes all. Question types in `train_only_types` are left out
-    of the test split. Frames are sampled at `fps`, at most `max_frames` a video, and scaled to at most `max_pixels`.
+    of the test split. Texts, which nothing is asked about, are cut to `max_tokens` tokens where they are encoded, the
+    begin token among them (null: they are not cut). Frames are sampled at `fps`, at most `max_frames` a video, and
+    scaled to at most `max_pixels`.
     """
 
     source: Literal["synthetic", "hub", FileSource]
@@ -215,6 +217,7 @@ class Data(Section):
     validation_samples: Count | None
     test_samples: Count | None
     train_only_types: list[str]
+    max_tokens: Annotated[int, Field(ge=2)] | None
     fps: Positive
     max_frames: Annotated[int, Field(ge=2)]
     max_pixels: Annotated[int, Field(ge=4 * 28 * 28)]

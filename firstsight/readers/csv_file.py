@@ -1,4 +1,4 @@
-"""Read QA records from a CSV file (RFC 4180, UTF-8): one question a row, the keys of `jsonl` as columns.
+"""Read records from a CSV file (RFC 4180, UTF-8): one question or text a row, the keys of `jsonl` as columns.
 
     media,question,answer
     clips/kitchen.mp4,What do I hold?,a cup
@@ -28,8 +28,8 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     """Yield the questions in the order of the rows.
 
     Raises:
-        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or `question` is missing; or an
-            unclosed quote joins several rows into one.
+        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or both `question` and
+            `text` are missing; or an unclosed quote joins several rows into one.
     """
     path, root = Path(data.path), media_root(data)
     # csv, not pandas: pandas pads short rows, shifts long ones, accepts stray quotes and gives no line numbers.
@@ -71,8 +71,8 @@ def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
             )
         if columns.count(name) > 1:
             raise UserError(f"{path}: line 1: expected each column once, found {name!r} again; remove one")
-    if "question" not in columns:
-        raise UserError(f"{path}: line 1: expected a column 'question', found {columns}; add it")
+    if not {"question", "text"} & set(columns):
+        raise UserError(f"{path}: line 1: expected a column 'question' or 'text', found {columns}; add it")
     return columns
 
 

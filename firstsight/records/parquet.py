@@ -1,4 +1,8 @@
-"""Read and write the parquet file of a split: each row is a sample with its records."""
+"""Read and write the parquet file of a split: each row is a sample with its records.
+
+A record without a question is a text (`Text`). The most tokens of a text are in the file's metadata, so that what
+reads the file runs again when they change.
+"""
 
 import bisect
 from collections import Counter, OrderedDict
@@ -14,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from firstsight.core.errors import UserError
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import Record, Sample, Text
 
 _RECORD = pa.struct(
     [
@@ -41,14 +45,20 @@ SCHEMA = pa.schema(
 # Reading one random sample costs one row group: small enough to be cheap, large enough that a file has few of them.
 _ROW_GROUP_BYTES = 256 * 1024
 _GROUPS_KEPT = 64
+# The key of the file's metadata that holds the most tokens of a text.
+_MAX_TOKENS = b"max_tokens"
 
 
 class SplitWriter:
-    """Write samples to a parquet file, one at a time, holding one row group in memory."""
+    """Write samples to a parquet file, one at a time, holding one row group in memory.
 
-    def __init__(self, path: Path):
+    `max_tokens` is that of the texts (`Text`); None where there are none, or where they are not cut.
+    """
+
+    def __init__(self, path: Path, max_tokens: int | None = None):
+        schema = SCHEMA if max_tokens is None else SCHEMA.with_metadata({_MAX_TOKENS: str(max_tokens)})
         # JPEG does not compress further, and the text is small in comparison.
-        self._file = pq.ParquetWriter(path, SCHEMA, compression="none", write_page_checksum=True)
+        self._file = pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True)
         self._rows: list[dict[str, Any]] = []
         self._size = 0
 
@@ -91,6 +101,8 @@ class Split(Sequence[Sample]):
                 f"{path}: expected columns {SCHEMA.names}, found {self._file.schema_arrow.names}; "
                 "run build-egoqa-dataset again"
             )
+        found = (self._file.schema_arrow.metadata or {}).get(_MAX_TOKENS)
+        self._max_tokens = None if found is None else int(found)
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
@@ -139,7 +151,8 @@ class Split(Sequence[Sample]):
                 ) from None
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
-        return _sample(self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0])
+        row = self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0]
+        return _sample(row, self._max_tokens)
 
 
 class AnsweredSplit(Sequence[Sample]):
@@ -191,12 +204,14 @@ class AnsweredSplit(Sequence[Sample]):
         return replace(sample, records=tuple(filled))
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    records = tuple(
-        Record(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
-        for record in row["records"]
-    )
+def _sample(row: dict[str, Any], max_tokens: int | None) -> Sample:
+    records = tuple(_record(record, max_tokens) for record in row["records"])
     return Sample(**row | {"frames": tuple(row["frames"]), "records": records})
+
+
+def _record(row: dict[str, Any], max_tokens: int | None) -> Record:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Record(**values) if values["question"] else Text(**values, max_tokens=max_tokens)
 
 
 def _first_line(error: Exception) -> str:

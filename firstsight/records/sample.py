@@ -1,7 +1,8 @@
 """Define records and samples, the units of training and evaluation.
 
-A record is one question with its answer. A sample is an image, a list of frames or a video (decoded once, when the data
-set is built, and stored as JPEG bytes) with the records that ask about it.
+A record is one question with its answer, or a text, which language models learn to continue. A sample is an image, a
+list of frames or a video (decoded once, when the data set is built, and stored as JPEG bytes) with the records that ask
+about it; a text is the only record of a sample without any.
 """
 
 import io
@@ -47,6 +48,18 @@ class Record:
         listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         closing = "Answer with the option's letter from the given choices directly."
         return "\n".join([self.question, *listed, closing])
+
+
+@dataclass(frozen=True)
+class Text(Record):
+    """Hold a text for language modelling: nothing is asked, and the text is the `answer`.
+
+    A model reads it after its begin token alone. `question` is empty; where a text is continued, to measure that, it is
+    the beginning that the model is given, and `answer` is the rest. A text is cut to `max_tokens` tokens, the begin
+    token among them, where it is encoded (None: it is not cut); one that is cut has no end token.
+    """
+
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)

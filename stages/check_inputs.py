@@ -122,8 +122,9 @@ def counted(split: "Split", processor: Any) -> dict[str, int]:
 
     kept, whole = [], []
     for sample in split:
-        kept += map(len, encode_answers(processor, sample.records))
-        whole += map(len, encode_answers(processor, [replace(one, max_tokens=None) for one in sample.records]))
+        texts = [one for one in sample.records if isinstance(one, Text)]
+        kept += map(len, encode_answers(processor, texts))
+        whole += map(len, encode_answers(processor, [replace(one, max_tokens=None) for one in texts]))
     return {
         "texts": len(kept),
         "tokens": sum(kept),

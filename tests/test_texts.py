@@ -1,22 +1,33 @@
 """Texts, which nothing is asked about: read, split, encoded, cut and checked before anything is trained."""
 
 import json
+import math
+import re
+import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, change, run_stage, workspace
+import torch
+from conftest import ROOT, STAGES, change, run_stage, workspace
 from text_families import DEEPSEEK_TOKENS, TEXT_SAVE, text_workspace
 
 from firstsight.assembly.sources import READERS
 from firstsight.core.errors import UserError
 from firstsight.core.params import Hub
+from firstsight.evaluation.perplexity import summarise_texts
 from firstsight.generation.answering import model_inputs
-from firstsight.models.loading import load_processor
+from firstsight.generation.pytorch_model import PyTorchModel
+from firstsight.models.loading import load_model, load_processor
 from firstsight.packing.pack import IGNORE, encode, pack
+from firstsight.planning.workload import workload
+from firstsight.publishing.model_card import model_card
 from firstsight.readers.problems import Problems
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.records.sample import Record, Sample, Text
+from firstsight.records.text_loss import TextLoss
+from firstsight.reporting.comparison import show, show_some
 
 WIKITEXT = ROOT.parent / "shared/realdata/wikitext-2/valid.txt"
 LINES = "\n".join(
@@ -188,6 +199,12 @@ def family(request, settings, processor, tmp_path_factory):
     return request.param, load_processor(folder)
 
 
+@pytest.fixture(scope="module")
+def loaded(family):
+    _, processor = family
+    return load_model(Path(processor.tokenizer.name_or_path), "float32", "cpu")
+
+
 def test_a_text_follows_the_begin_token_and_has_an_end_token_unless_it_is_cut(family, tmp_path):
     name, processor = family
     text = texts(1)[0]
@@ -211,6 +228,46 @@ def test_a_text_follows_the_begin_token_and_has_an_end_token_unless_it_is_cut(fa
 
 def load_chat_template(folder):
     return (folder / "chat_template.jinja").read_text()
+
+
+def test_perplexity_is_that_of_the_loss_of_transformers(family, loaded):
+    _, processor = family
+    asked = [sample(str(n), text, most) for n, (text, most) in enumerate(zip(texts(6), [None, 8] * 3, strict=True))]
+    asked += [sample("é", "Ein schöner Zug", None)]
+    found = list(PyTorchModel(loaded, processor, "float32").text_losses([(one, one.records[0]) for one in asked], 3))
+    nats = []
+    for one, loss in zip(asked, found, strict=True):
+        (record,) = one.records
+        ids = processor.tokenizer(processor.begin_token + record.answer + processor.tokenizer.eos_token)["input_ids"]
+        begins = ids[0] == ids[1]  # DeepSeek's tokenizer adds a begin token of its own
+        ids = torch.tensor([ids[begins:][: record.max_tokens]])
+        with torch.inference_mode():
+            expected = loaded(ids, labels=ids).loss.item()
+        assert loss.nats / loss.tokens == pytest.approx(expected, abs=1e-5)
+        assert (loss.tokens, loss.cut) == (ids.shape[1] - 1, record.max_tokens is not None)
+        read = processor.tokenizer.decode(ids[0, 1:]) if loss.cut else record.answer
+        assert loss.bytes == len(read.encode())
+        nats.append(expected * loss.tokens)
+    figures = summarise_texts(found, [one.group for one in asked], [], 100, 0)
+    tokens, size = sum(one.tokens for one in found), sum(one.bytes for one in found)
+    assert figures["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
+    assert figures["perplexity_low"] < figures["perplexity"] < figures["perplexity_high"]
+    assert (figures["texts"], figures["texts_cut"], figures["tokens"], figures["bytes"]) == (7, 3, tokens, size)
+
+
+def test_continuations_are_compared_with_how_the_texts_go_on():
+    text = Text("a", "", "The cup is red and the ball is blue .", (), "text")
+    split = text.continued()
+    assert (split.question, split.answer) == ("The cup is red and", " the ball is blue .")
+    assert Text("a", "", "一二三四", (), "text").continued().question == "一二"
+    given = [("g", split, "the ball is green"), ("h", split, "the ball is blue .")]
+    figures = summarise_texts([TextLoss(2.0, 3, 4, False)] * 2, ["g", "h"], given, 100, 0)
+    # Of 4 words each, 3 are the same; of 3 pairs of words, 2.
+    assert figures["rouge_1"] == pytest.approx((0.75 + 1) / 2)
+    assert figures["rouge_2"] == pytest.approx((2 / 3 + 1) / 2)
+    assert figures["rouge_l"] == pytest.approx((0.75 + 1) / 2)
+    assert figures["continuations"] == 2
 
 
 def test_records_of_texts_are_stored_like_questions_without_one(tmp_path):
@@ -282,6 +339,13 @@ def test_what_texts_do_not_allow_is_refused_before_anything_is_trained(checked, 
     assert not (checked / "data/checked.json").exists()
 
 
+def test_what_texts_take_is_planned_before_they_are_read(settings, tmp_path):
+    texts_of = settings.data.model_copy(update={"source": "text", "max_tokens": 200, "train_samples": 5000})
+    planned = workload(texts_of, tmp_path / "preset.yaml")
+    assert planned.samples["train"] == 5000
+    assert (planned.largest.kind, planned.largest.frames, planned.largest.answer_tokens) == ("none", 0, 200)
+
+
 def test_a_vision_language_model_reads_no_texts(tmp_path):
     folder = workspace(tmp_path / "w")
     for role in ("teacher", "student"):
@@ -289,3 +353,101 @@ def test_a_vision_language_model_reads_no_texts(tmp_path):
     build(folder, texts(60), unanswered="refuse", test_fraction=0.2, validation_fraction=0.2)
     with pytest.raises(UserError, match=r"models/teacher: expected a language model, because the records are texts"):
         run_stage(folder, "check_inputs")
+
+
+@pytest.fixture(scope="module")
+def distilled(settings, processor, tmp_path_factory):
+    """A workspace after all stages: GPT-2 of two layers, fine-tuned on texts, teaches another."""
+    folder = text_workspace(tmp_path_factory.mktemp("e2e") / "w", settings, processor, "gpt2", "gpt2")
+    build(
+        folder,
+        [*texts(80), "red " * 200],
+        unanswered="refuse",
+        test_fraction=0.2,
+        validation_fraction=0.2,
+        max_tokens=64,
+    )
+    change(folder, "train", alpha=0.5, temperature=2.0, epochs=3)
+    change(folder, "control", enabled=True)
+    change(folder, "evaluate", max_new_tokens=8, continuations=4, latency_new_tokens=2, latency_runs=2)
+    for stage in STAGES[2:]:
+        if stage[0] != "build_egoqa_dataset":
+            run_stage(folder, *stage)
+    return folder
+
+
+def test_a_student_is_distilled_on_texts_from_data_to_report(distilled, monkeypatch, capsys):
+    quality = json.loads((distilled / "metrics/quality.json").read_text())
+    measured = {"teacher", "student", "student-finetuned", "student-distilled", "student-nf4"}
+    assert set(quality) == measured
+    student, tuned, own = (quality[name] for name in ("student", "student-finetuned", "student-distilled"))
+    assert own["perplexity"] < 0.7 * student["perplexity"]
+    assert own["perplexity_saved"] == pytest.approx(tuned["perplexity"] - own["perplexity"])
+    assert own["perplexity_saved_low"] <= own["perplexity_saved"] <= own["perplexity_saved_high"]
+    assert own["continuations"] == 4
+    assert {"rouge_1", "rouge_2", "rouge_l", "bits_per_byte_low", "texts_cut"} <= set(own)
+    assert not {"exact_match", "f1", "questions", "by_type", "gain", "retention"} & set(own)
+    predictions = json.loads((distilled / "evaluations/student-distilled/predictions.json").read_text())
+    assert sum("continuation" in one for one in predictions) == 4
+    performance = json.loads((distilled / "metrics/performance.json").read_text())
+    assert performance["student-distilled"]["latency_ms_p50"] > 0
+    figures = json.loads((distilled / "metrics/metrics.json").read_text())
+    assert figures["distilled"]["perplexity"] == own["perplexity"]
+    monkeypatch.chdir(distilled)
+    show()
+    printed = capsys.readouterr().out
+    assert f"Distilling gives a perplexity of {own['perplexity']:.2f} on " in printed
+    assert "bits/byte" in printed
+    assert "perplexity of a token with its 95% interval, lower is better" in printed
+    summary, page = ((distilled / f"metrics/{name}").read_text() for name in ("summary.txt", "report.html"))
+    assert "bits per byte" in summary
+    # What follows in the page is params.yaml.
+    for text in (printed, summary, page.split('id="made-from"')[0]):
+        assert not re.search("exact match|test questions|guess|✗ perplexity", text.replace("gain and retention", ""))
+    assert "gain and retention are not judged" in summary
+    show_some(["student", "student-distilled"])
+    assert "perplexity" in capsys.readouterr().out
+    card = model_card("student-distilled", "models/student-distilled")
+    assert "that continues texts" in card
+    assert f"| perplexity of a token | {own['perplexity']:.2f} (" in card
+    assert not re.search("[Ee]xact match|questions? ", card.split("## Training")[0])
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_all_kinds_of_targets_teach_texts(distilled, tmp_path):
+    """Top-k of the whole vocabulary and a teacher that runs in training give the loss of the exact targets."""
+    losses = []
+    for kind in ("hidden", "topk", "online"):
+        folder = Path(shutil.copytree(distilled, tmp_path / kind))
+        change(folder, "targets", kind=kind, k=5000)
+        change(folder, "train", epochs=1)
+        run_stage(folder, "cache_teacher_targets")
+        run_stage(folder, "distill")
+        losses.append(json.loads((folder / "models/student-distilled/history.json").read_text())[-1]["eval_objective"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+
+
+def test_figures_of_texts_that_are_not_those_of_their_losses_are_refused(distilled, tmp_path):
+    folder = Path(shutil.copytree(distilled, tmp_path / "w"))
+    path = folder / "evaluations/student/predictions.json"
+    rows = json.loads(path.read_text())
+    rows[0]["nats"] += 1
+    path.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"evaluations/student/quality.json: expected the figures of predictions.json"):
+        run_stage(folder, "report")
+
+
+def test_a_language_model_is_fine_tuned_on_texts_without_a_teacher(distilled, tmp_path):
+    folder = Path(shutil.copytree(distilled, tmp_path / "w"))
+    change(folder, "models", teacher=None)
+    change(folder, "finetune_teacher", enabled=False)
+    change(folder, "train", alpha=0.0, epochs=1)
+    change(folder, "evaluate", teacher_methods=[], continuations=0)
+    for stage in (("download_models", "teacher"), *STAGES[3:]):
+        run_stage(folder, *stage)
+    quality = json.loads((folder / "metrics/quality.json").read_text())
+    before, after = quality["student"], quality["student-finetuned"]
+    assert after["perplexity_saved"] == pytest.approx(before["perplexity"] - after["perplexity"])
+    assert "rouge_1" not in after
+    assert "Fine-tuned, the student has a perplexity of " in (folder / "metrics/summary.txt").read_text()

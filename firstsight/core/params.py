@@ -376,6 +376,8 @@ class Evaluate(Section):
     Answers have at most `max_new_tokens` tokens; null: as many as the longest true answer needs, and `ASKED_TOKENS`
     where a question has no true answer.
 
+    Of texts, which nothing is asked about, so many `continuations` are compared with how the texts go on, by ROUGE.
+
     95% intervals come from `bootstrap_samples` resamplings. The teacher is measured quantized, too, by each of
     `teacher_methods`. Speed is measured on `latency_runs` questions, each answered with exactly `latency_new_tokens`
     tokens: one at a time, and in batches of each of `throughput_batch_sizes`.
@@ -385,6 +387,7 @@ class Evaluate(Section):
     teacher_methods: Methods
     batch_size: Batch
     max_new_tokens: Count | None
+    continuations: NonNegativeInt
     bootstrap_samples: Annotated[int, Field(ge=100)]
     latency_runs: Count
     latency_new_tokens: Annotated[int, Field(ge=2)]

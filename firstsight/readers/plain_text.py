@@ -26,7 +26,8 @@ class Paragraphs:
     """
 
     def __init__(self, problems: Problems):
-        self._left_out, self.title = problems.left_out, None
+        self._left_out = problems.left_out
+        self.title: str | None = None
 
     def is_one(self, line: str) -> bool:
         """Return whether the next line is a paragraph."""

@@ -7,13 +7,15 @@ about it; a text is the only record of a sample without any.
 
 import io
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
 MediaKind = Literal["none", "image", "frames", "video"]
+# The most characters of a text that a model is given to continue.
+BEGINNING = 160
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -60,6 +62,22 @@ class Text(Record):
     """
 
     max_tokens: int | None = None
+
+    def continued(self) -> "Text":
+        """Return the text as it is continued: its beginning as the question, the rest as the answer.
+
+        The beginning is half of the text, at most `BEGINNING` characters, up to the last space in it, if there is one.
+        """
+        most = min(len(self.answer) // 2, BEGINNING)
+        place = self.answer.rfind(" ", 0, most + 1)
+        place = most if place <= 0 else place
+        beginning, rest = self.answer[:place], self.answer[place:]
+        return replace(self, question=beginning, answer=rest, answers=(rest,))
+
+
+def as_asked(record: Record) -> Record:
+    """Return the record as a model answers it: a question as it is, a text with its beginning given."""
+    return record.continued() if isinstance(record, Text) else record
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.readers import hub_dataset
 from firstsight.readers.problems import Problems
-from firstsight.readers.source_record import Asked, SourceRecord
+from firstsight.readers.source_record import Asked, SourceRecord, SourceText
 from firstsight.records.parquet import SplitWriter
 from firstsight.records.sample import SPLITS, Sample
 
@@ -45,7 +45,7 @@ def run() -> None:
         counts = {split: sum(len(unit.questions) for unit, _ in written if unit.split == split) for split in SPLITS}
         check_splits(counts, problems)
         with whole_folder(OUTPUT) as folder:
-            write(folder, decoder, written, data.classes or ())
+            write(folder, decoder, written, data)
             commit = hub_dataset.commit(data.hub) if data.source == "hub" else None
             write_json(folder / "card.json", data_card(data, commit, written, dropped, problems))
     log_result(data, counts, problems)
@@ -73,11 +73,16 @@ def name(data: params.Data) -> str:
     return data.hub.id if data.source == "hub" else Path(data.path).name
 
 
-def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]], classes: Sequence[str]) -> None:
+def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]], data: params.Data) -> None:
     """Write each split's parquet file, with samples in the order of the source."""
     units = {unit.key: unit for unit, _ in written}
+    texts = isinstance(written[0][0].questions[0], SourceText)
+    most = data.max_tokens if texts else None
     with ExitStack() as files:
-        writers = {split: files.enter_context(SplitWriter(folder / f"{split}.parquet", classes)) for split in SPLITS}
+        writers = {
+            split: files.enter_context(SplitWriter(folder / f"{split}.parquet", data.classes or (), most))
+            for split in SPLITS
+        }
         for key, decoded in decoder.media():
             if unit := units.get(key):
                 kind = unit.media.kind if unit.media else "none"

@@ -5,22 +5,29 @@
 The vocabularies of teacher and student must agree, and so must the tokens of every answer but its end, unless they are
 compared over classes; a text-only model must have positions for every question with its answer, and is not asked about
 images. An encoder can be compared over classes alone; a teacher that is one and is not fine-tuned must have a head for
-them.
+them. Texts are read by language models in PyTorch alone; it is counted here how many are longer than `data.max_tokens`,
+by the student's tokenizer.
 
-reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens`, `targets.over`
-       and `finetune_teacher.enabled` in params.yaml
-writes data/checked.json, which is the same every time: what depends on it runs after this stage, and not again with it
+reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens`, `targets.over`,
+       `finetune_teacher.enabled` and the exports in params.yaml
+writes data/checked.json: of texts, what was counted of the train and validation splits; otherwise the same every time,
+       so that what depends on it runs after this stage, and not again with it
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import reason_left_out
-from firstsight.records.sample import SPLITS
+from firstsight.records.sample import SPLITS, Text
+
+if TYPE_CHECKING:
+    from firstsight.records.parquet import Split
 
 OUTPUT = Path("data/checked.json")
 # The splits that models are trained on.
@@ -30,9 +37,15 @@ TAUGHT = ("train", "validation")
 def run() -> None:
     loaded = params.load()
     folders = [folder for role in ("teacher", "student") if not reason_left_out(folder := Path("models") / role)]
-    if not fit_by_their_files(folders):
-        check(folders, loaded.targets, finetuned=loaded.finetune_teacher.enabled)
-    write_json(OUTPUT, "models and data fit each other")
+    counts = {}
+    if not fit_by_their_files(folders) or reads_texts():
+        counts = check(folders, loaded)
+    write_json(OUTPUT, {"texts": counts} if counts else "models and data fit each other")
+    for split, count in counts.items():
+        log.info(
+            "%s: %d texts of %d tokens; %d of them are cut by data.max_tokens, by %d tokens in all",
+            *(split, count["texts"], count["tokens"], count["texts_cut"], count["tokens_cut"]),
+        )
     log.info("the models and the data fit each other")
 
 
@@ -43,11 +56,25 @@ def fit_by_their_files(folders: Sequence[Path]) -> bool:
     return len(tokenizers) == 1 and all("vision_config" in config for config in configs)
 
 
-def check(folders: Sequence[Path], settings: params.Targets, *, finetuned: bool) -> None:
-    """Raise UserError unless the models fit each other and the data; the student is the last of the folders.
+def splits() -> dict[str, "Split"]:
+    """Return the splits by name."""
+    from firstsight.records.parquet import Split  # takes a while to import
 
-    The teacher generates answers of at most `settings.max_answer_tokens` tokens where there are none; `finetuned` says
-    whether it is trained before.
+    return {name: Split(Path(f"data/egoqa/{name}.parquet")) for name in SPLITS}
+
+
+def reads_texts() -> bool:
+    """Return whether the records are texts; all are of one kind."""
+    return isinstance(splits()["train"][0].records[0], Text)
+
+
+def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str, int]]:
+    """Check that the models fit each other and the data; the student is the last of the folders.
+
+    Returns what is counted of texts, by split: nothing where there are none.
+
+    Raises:
+        UserError: they do not fit.
     """
     # Imported here, because they take seconds, and most pairs need none of them.
     from firstsight.models.loading import load_processor
@@ -55,18 +82,19 @@ def check(folders: Sequence[Path], settings: params.Targets, *, finetuned: bool)
     from firstsight.models.tokens import common_tokens
     from firstsight.packing.dataset import OnlineTeacher, PackedDataset
     from firstsight.packing.positions import check_positions, classes_tokens
-    from firstsight.records.parquet import Split
 
+    settings, finetuned = loaded.targets, loaded.finetune_teacher.enabled
     processors = [load_processor(folder) for folder in folders]
     *teacher, student = processors
-    over_classes = settings.over == "classes"
+    over_classes, texts = settings.over == "classes", reads_texts()
+    if texts:
+        check_reading([isinstance(one, TextProcessor) for one in processors], folders, loaded.export)
     for folder, one in zip(folders, processors, strict=True):
         if isinstance(one, EncoderProcessor):
             check_encoder(folder, over_classes=over_classes, needs_head=one is not student and not finetuned)
     for one in () if over_classes else teacher:
         common_tokens(one.tokenizer, student.tokenizer)
-    for name in SPLITS:
-        split = Split(Path(f"data/egoqa/{name}.parquet"))
+    for name, split in splits().items():
         if name in TAUGHT and split.has_answers() and not over_classes:
             for one in teacher:
                 PackedDataset(split.answered({}), student, OnlineTeacher(one)).check_answers()
@@ -76,25 +104,58 @@ def check(folders: Sequence[Path], settings: params.Targets, *, finetuned: bool)
                 wordings = classes_tokens(one, split.classes)
                 for sample in split:
                     check_positions(one, sample, settings.max_answer_tokens if generated else wordings)
+    return {name: counted(split, student) for name, split in splits().items() if name in TAUGHT} if texts else {}
 
 
 def check_encoder(folder: Path, *, over_classes: bool, needs_head: bool) -> None:
     """Raise UserError unless the encoder in `folder` is used for classes, and has a head for them if it needs one."""
     from firstsight.models.loading import has_head
-    from firstsight.records.parquet import Split
 
     if not over_classes:
         raise UserError(
             f"{folder}: expected a model that answers in text, because targets.over is tokens, found an encoder, which "
             "tells classes apart; set targets.over to classes, or take a causal language model"
         )
-    classes = Split(Path("data/egoqa/train.parquet")).classes
+    classes = splits()["train"].classes
     if needs_head and not has_head(folder, classes):
         raise UserError(
             f"{folder}: expected a classification head for the {len(classes)} classes {', '.join(classes)[:120]}, in "
             "this order (id2label in config.json), because finetune_teacher.enabled is false, found another or none; "
             "set it to true, or take a checkpoint that was fine-tuned for these classes"
         )
+
+
+def check_reading(text_alone: Sequence[bool], folders: Sequence[Path], export: params.Export) -> None:
+    """Raise UserError unless all models read text alone, as those in `folders` do or not, and none is exported."""
+    for alone, folder in zip(text_alone, folders, strict=True):
+        if not alone:
+            raise UserError(
+                f"{folder}: expected a language model, because the records are texts, found a vision-language model or "
+                "an encoder; take a language model, or ask questions"
+            )
+    if export.formats or export.teacher:
+        found = f"{export.formats} and {str(export.teacher).lower()}"
+        raise UserError(
+            "export.formats and export.teacher: expected [] and false, because the records are texts, whose "
+            f"probabilities an exported model does not return, found {found}; set them so"
+        )
+
+
+def counted(split: "Split", processor: Any) -> dict[str, int]:
+    """Count a split's texts and their tokens, end tokens included, and what `data.max_tokens` cuts of them."""
+    from firstsight.packing.pack import encode_answers  # as in `check`
+
+    kept, whole = [], []
+    for sample in split:
+        texts = [one for one in sample.records if isinstance(one, Text)]
+        kept += map(len, encode_answers(processor, texts))
+        whole += map(len, encode_answers(processor, [replace(one, max_tokens=None) for one in texts]))
+    return {
+        "texts": len(kept),
+        "tokens": sum(kept),
+        "texts_cut": sum(short < long for short, long in zip(kept, whole, strict=True)),
+        "tokens_cut": sum(whole) - sum(kept),
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Measure one variant: answer the test questions, score the answers, and measure the model's size and speed.
 
+Of texts, it is measured how improbable the model finds them, and how it continues some of them.
+
     python -m stages.evaluate student-distilled
 
 Where answers are classes, the model scores all of them, and its answer is the best; nothing is generated.
@@ -13,6 +15,8 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +39,7 @@ from firstsight.core.variants import VARIANTS, Variant, leave_out, reason_left_o
 
 if TYPE_CHECKING:
     from firstsight.profiling.cost import Question
+    from firstsight.records.text_loss import TextLoss
 
 TEST = Path("data/egoqa/test.parquet")
 
@@ -61,9 +66,12 @@ def evaluate(name: str, loaded: params.Params) -> None:
     # Imported here, because they take seconds, and a variant that is left out needs none of them.
     from firstsight.evaluation.answer_limit import answer_limit
     from firstsight.records.parquet import Split
+    from firstsight.records.sample import Text, as_asked
 
     split = Split(TEST)
-    questions = [(sample, record) for sample in split for record in sample.records]
+    records = [(sample, record) for sample in split for record in sample.records]
+    questions = [(sample, as_asked(record)) for sample, record in records]
+    texts = records if records and isinstance(records[0][1], Text) else []
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
     device, load = exported(variant) if onnx else in_pytorch(variant, loaded, split.classes)
@@ -74,11 +82,15 @@ def evaluate(name: str, loaded: params.Params) -> None:
     if split.classes:
         predicted = classify(name, model, questions, settings.batch_size)
         if is_main_process():
-            labels, confidence = map(list, zip(*predicted, strict=True))
-            write(name, questions, labels, settings, performance, split.classes, confidence)
+            write(name, *of_classes(questions, predicted, split.classes, settings), performance)
         return
-    records = [record for _, record in questions]
-    tokens = answer_limit(model.token_counts, records, settings.max_new_tokens)
+    losses = []
+    if texts:
+        losses = read(name, model, texts, settings.batch_size)
+        questions = spread(questions, settings.continuations)
+    tokens = 0
+    if questions:
+        tokens = answer_limit(model.token_counts, [record for _, record in questions], settings.max_new_tokens)
     settings = settings.model_copy(update={"max_new_tokens": tokens})
     work = {}
     if is_main_process():  # for all, because large files are read
@@ -91,7 +103,8 @@ def evaluate(name: str, loaded: params.Params) -> None:
     with shared(scratch.kept_folder(f"evaluate-{name}", work)) as kept:
         predicted = answer(name, model, questions, settings, kept)
     if is_main_process():
-        write(name, questions, predicted, settings, performance)
+        scored = of_texts(texts, losses, questions, predicted, settings) if texts else None
+        write(name, *(scored or of_answers(questions, predicted, settings)), performance)
 
 
 def measure(
@@ -122,40 +135,67 @@ def measure(
         }
 
 
-def write(
-    name: str,
-    questions: list["Question"],
-    predicted: list[str],
-    settings: params.Evaluate,
-    performance: dict[str, Any],
-    classes: Sequence[str] = (),
-    confidence: Sequence[float] = (),
-) -> None:
-    """Score the answers of a variant, and write its files; with `classes`, also their `confidence`."""
+def of_answers(
+    questions: list["Question"], predicted: list[str], settings: params.Evaluate
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score the answers; return the figures, and the answers as they are written."""
     from firstsight.evaluation.quality import summarise  # as in `evaluate`
 
     records = [record for _, record in questions]
     groups = [sample.group for sample, _ in questions]
-    resampling = settings.bootstrap_samples, settings.seed
-    quality = summarise(records, groups, predicted, *resampling)
-    answers = [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)]
-    if classes:
-        from firstsight.evaluation.class_quality import summarise_classes
+    quality = summarise(records, groups, predicted, settings.bootstrap_samples, settings.seed)
+    return quality, [{"id": record.id, "answer": answer} for record, answer in zip(records, predicted, strict=True)]
 
-        truth = [record.answer for record in records]
-        quality |= summarise_classes(classes, truth, predicted, confidence, groups, *resampling)
-        answers = [one | {"confidence": share} for one, share in zip(answers, confidence, strict=True)]
+
+def of_classes(
+    questions: list["Question"],
+    predicted: list[tuple[str, float]],
+    classes: Sequence[str],
+    settings: params.Evaluate,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Do the same where answers are classes, which are given with the probability of each; both are written."""
+    from firstsight.evaluation.class_quality import summarise_classes  # as in `evaluate`
+
+    labels, confidence = map(list, zip(*predicted, strict=True))
+    quality, answers = of_answers(questions, labels, settings)
+    truth, groups = [record.answer for _, record in questions], [sample.group for sample, _ in questions]
+    resampling = settings.bootstrap_samples, settings.seed
+    quality |= summarise_classes(classes, truth, labels, confidence, groups, *resampling)
+    return quality, [one | {"confidence": share} for one, share in zip(answers, confidence, strict=True)]
+
+
+def of_texts(
+    texts: list["Question"],
+    losses: list["TextLoss"],
+    continued: list["Question"],
+    continuations: list[str],
+    settings: params.Evaluate,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the figures of the texts, and the loss of each as it is written, with its continuation if it has one."""
+    from firstsight.evaluation.perplexity import summarise_texts  # as in `evaluate`
+
+    given = [(sample.group, record, text) for (sample, record), text in zip(continued, continuations, strict=True)]
+    groups = [sample.group for sample, _ in texts]
+    quality = summarise_texts(losses, groups, given, settings.bootstrap_samples, settings.seed)
+    by_id = {record.id: {"continuation": text} for _, record, text in given}
+    return quality, [
+        {"id": record.id, **asdict(loss), **by_id.get(record.id, {})}
+        for (_, record), loss in zip(texts, losses, strict=True)
+    ]
+
+
+def write(name: str, quality: dict[str, Any], predictions: list[dict[str, Any]], performance: dict[str, Any]) -> None:
+    """Write the files of a variant."""
     with whole_folder(Path("evaluations") / name) as folder:
-        write_json(folder / "predictions.json", answers)
+        write_json(folder / "predictions.json", predictions)
         write_json(folder / "quality.json", quality)
         write_json(folder / "performance.json", performance)
-    log.info(
-        "%s: exact match %.3f, F1 %.3f, %.1f ms an answer",
-        name,
-        quality["exact_match"],
-        quality["f1"],
-        performance["latency_ms_p50"],
+    found = (
+        f"perplexity {quality['perplexity']:.2f}, {quality['bits_per_byte']:.3f} bits per byte"
+        if "perplexity" in quality
+        else f"exact match {quality['exact_match']:.3f}, F1 {quality['f1']:.3f}"
     )
+    log.info("%s: %s, %.1f ms an answer", name, found, performance["latency_ms_p50"])
 
 
 def exported(variant: Variant) -> tuple[str, Callable[[], Any]]:
@@ -197,6 +237,26 @@ def left_out(name: str, settings: params.Evaluate) -> str | None:
     if method and method not in settings.teacher_methods:
         return f"evaluate.teacher_methods is {settings.teacher_methods}, without {method}"
     return reason_left_out(VARIANTS[name].model)
+
+
+def spread(questions: list["Question"], count: int) -> list["Question"]:
+    """Return `count` of the questions, evenly spaced; all, if there are fewer."""
+    count = min(count, len(questions))
+    return [questions[number * len(questions) // count] for number in range(count)]
+
+
+def read(name: str, model: Any, texts: list["Question"], size: int) -> list["TextLoss"]:
+    """Return the model's loss of each text in the main process, `size` at a time; all processes share the batches."""
+    from firstsight.generation.order import by_length  # as in `evaluate`
+
+    order, losses = by_length(texts), []
+    batches = [[texts[number] for number in order[start : start + size]] for start in range(0, len(order), size)]
+    computed = (list(model.text_losses(batch, size)) for batch in share(batches))
+    with progress(desc=f"evaluate {name}: texts", unit="texts", total=len(texts)) as shown:
+        for found in collected(computed, len(batches)):
+            losses += found
+            shown.update(len(found))
+    return [loss for _, loss in sorted(zip(order, losses, strict=is_main_process()), key=itemgetter(0))]
 
 
 def answer(name: str, model: Any, questions: list["Question"], settings: params.Evaluate, kept: Path) -> list[str]:

@@ -35,6 +35,7 @@ def run(method: str) -> None:
         from firstsight.models.loading import pick_device
         from firstsight.quantization.quantize import quantize_folder
         from firstsight.records.parquet import Split
+        from firstsight.records.sample import as_asked
 
         source = VARIANTS[CONTROL if reason_left_out(VARIANTS[DISTILLED].model) else DISTILLED].model
         if is_encoder(kind := read_json(source / "config.json", "distill")["model_type"]):
@@ -44,7 +45,7 @@ def run(method: str) -> None:
             return
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
-        calibration = [(sample, sample.records[0]) for sample in samples]
+        calibration = [(sample, as_asked(sample.records[0])) for sample in samples]
         measured = quantize_folder(source, folder, method, settings, device, calibration)
         write_json(folder / MEASUREMENTS, measured)
     log.info(

@@ -9,6 +9,7 @@ writes metrics/metrics.json, the few figures that DVC compares; all others in
        metrics/report.html
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,13 @@ from firstsight.core.stage import log, main
 from firstsight.core.variants import CONTROL, LEFT_OUT, METHODS, TEACHER, VARIANTS
 from firstsight.evaluation.class_quality import confusion
 from firstsight.evaluation.metrics import is_right
+from firstsight.evaluation.perplexity import loss_table, perplexity
 from firstsight.records.parquet import Split
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import Record, Sample, Text
+from firstsight.records.text_loss import TextLoss
 from firstsight.reporting import criteria, figures, headline, report_page, summary, summary_text
 from firstsight.reporting.contact_sheet import contact_sheet
+from firstsight.reporting.measure import TEXTS, measure_of
 from firstsight.reporting.summary import Measured
 
 DATA, OUTPUT = Path("data/egoqa"), Path("metrics")
@@ -60,9 +64,11 @@ def run() -> None:
     quantized = {method: one for method, one in quantized.items() if one}
 
     train = Split(DATA / "train.parquet")
-    guesses = summary.baselines(train, records)
     resampling = settings.evaluate.bootstrap_samples, settings.evaluate.seed
-    quality = summary.quality_table(variants, records, groups, guesses, *resampling)
+    if isinstance(records[0], Text):
+        quality = summary.texts_table(variants, groups, *resampling)
+    else:
+        quality = summary.quality_table(variants, records, groups, summary.baselines(train, records), *resampling)
     performance = summary.performance_table(variants)
     models = summary.models_table(sources)
     quantization = summary.quantization_table(quantized)
@@ -144,12 +150,15 @@ def measured(variant: str, records: Sequence[Record], *, may_be_left_out: bool) 
     )
     if wrong := summary.unusable(quality, performance):
         raise UserError(f"{folder}: expected the figures of this version, found {wrong}; run dvc repro {stage}")
-    ids = [entry["id"] for entry in predictions if isinstance(entry["answer"], str)]
+    texts = isinstance(records[0], Text)
+    ids = [entry["id"] for entry in predictions if texts or isinstance(entry["answer"], str)]
     if ids != [record.id for record in records]:
         raise UserError(
             f"{folder}/predictions.json: expected answers to the {len(records)} questions of {DATA}/test.parquet, "
             f"found {len(ids)} to others; run dvc repro {stage}"
         )
+    if texts:
+        return measured_of_texts(quality, performance, predictions, folder)
     answers = [entry["answer"] for entry in predictions]
     right = sum(is_right(record, answer) for record, answer in zip(records, answers, strict=True))
     if round(quality["exact_match"] * len(records), 6) != right:
@@ -158,6 +167,24 @@ def measured(variant: str, records: Sequence[Record], *, may_be_left_out: bool) 
             f"right, found an exact match of {quality['exact_match']:g}; run dvc repro {stage}"
         )
     return Measured(quality, performance, answers)
+
+
+def measured_of_texts(quality: dict, performance: dict, predictions: list[dict], folder: Path) -> Measured:
+    """Return what `evaluate` wrote of texts.
+
+    Raises:
+        UserError: the figures are not those of the losses.
+    """
+    losses = [TextLoss(*(entry[name] for name in ("nats", "tokens", "bytes", "cut"))) for entry in predictions]
+    found = perplexity(loss_table(losses))
+    if not math.isclose(found, quality["perplexity"], rel_tol=1e-9):
+        raise UserError(
+            f"{folder}/quality.json: expected the figures of predictions.json, a perplexity of {found:g}, found "
+            f"{quality['perplexity']:g}; run dvc repro evaluate@{folder.name}"
+        )
+    said = [f"perplexity {perplexity(loss_table([loss])):.1f}" for loss in losses]
+    continued = [f": … {entry['continuation']}" if "continuation" in entry else "" for entry in predictions]
+    return Measured(quality, performance, [a + b for a, b in zip(said, continued, strict=True)], losses)
 
 
 def draw(
@@ -172,7 +199,8 @@ def draw(
 ) -> dict[str, Path]:
     """Write the data of DVC's plots, and the figures, into `plots`; return the page's figures by caption."""
     plots.mkdir()
-    types = summary.by_type({variant: one.quality["by_type"] for variant, one in variants.items()})
+    texts = measure_of(quality) is TEXTS
+    types = summary.by_type({} if texts else {variant: one.quality["by_type"] for variant, one in variants.items()})
     tables = {"variants": summary.points(quality, performance), "by-type": types, "sweep": sweep}
     for stage, splits in curves.items():
         (plots / stage).mkdir()
@@ -184,7 +212,7 @@ def draw(
     contact_sheet(samples, COLUMNS).quantize(64).save(plots / "contact-sheet.png", optimize=True)
     opening = {}
     before, after = summary.before_and_after(quality)
-    if before in quality:
+    if before in quality and not texts:
         figures.gain(quality, types, plots / "gain.png")
         added = "distilling" if TEACHER in quality else "fine-tuning"
         opening[f"What {added} added to exact match, with 95% intervals; right, {before} → {after}"] = (
@@ -192,13 +220,19 @@ def draw(
         )
     figures.quality(quality, list(performance), plots / "quality.png")
     figures.quality_against_cost(quality, performance, plots / "quality-against-cost.png")
-    figures.by_type(types, plots / "by-type.png")
+    if not texts:
+        figures.by_type(types, plots / "by-type.png")
     figures.throughput(performance, plots / "throughput.png")
     figures.training(curves, plots / "training.png")
+    label = measure_of(quality).label.capitalize()
+    corner = "down and to the left" if texts else "up and to the left"
     pictures = opening | {
-        "Exact match on the test split": plots / "quality.png",
-        "Quality against latency and memory: up and to the left is better": plots / "quality-against-cost.png",
-        "Exact match by question type (how many questions)": plots / "by-type.png",
+        f"{label} on the test split": plots / "quality.png",
+        f"Quality against latency and memory: {corner} is better": plots / "quality-against-cost.png",
+    }
+    if not texts:
+        pictures["Exact match by question type (how many questions)"] = plots / "by-type.png"
+    pictures |= {
         "Answers a second by batch size": plots / "throughput.png",
         "Training and validation loss": plots / "training.png",
     }

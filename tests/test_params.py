@@ -45,8 +45,8 @@ def test_every_parameter_file_is_valid(path):
         (
             "data.source",
             "json",
-            "data.source: expected one of 'synthetic', 'hub', 'jsonl', 'csv', 'llava', 'egoschema', 'openeqa' or "
-            "'egotempo', found 'json'",
+            "data.source: expected one of 'synthetic', 'hub', 'jsonl', 'csv', 'llava', 'egoschema', 'openeqa', "
+            "'egotempo' or 'text', found 'json'",
         ),
         ("data.benchmark.source", "hub", "data.benchmark.source: expected one of 'none', 'jsonl', 'csv', "),
         ("targets.precision", "int4", "expected one of 'auto', 'float32', 'bfloat16', 'float16', 'int8' or 'nf4', fou"),

@@ -22,7 +22,10 @@ def test_each_stage_depends_on_its_own_parameters_alone():
     assert sections == {
         "download-models": ["models.${item}"],
         "build-egoqa-dataset": ["data"],
-        "check-inputs": ["targets.max_answer_tokens", "targets.over", "finetune_teacher.enabled"],
+        "check-inputs": [
+            *("targets.max_answer_tokens", "targets.over", "finetune_teacher.enabled"),
+            *("export.formats", "export.teacher"),
+        ],
         "finetune-teacher": ["finetune_teacher"],
         "cache-teacher-targets": ["targets"],
         "cache-visual-tokens": ["train.method", "train.train_vision", "train.visual_tokens"],

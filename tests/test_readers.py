@@ -899,7 +899,7 @@ def test_a_row_of_the_hub_is_refused(settings, folder, values, fields, message):
     [
         ({"question": "q", "picture": "f"}, None, "data.hub.fields: expected names of"),
         ({"answer": "q"}, None, "data.hub: expected a column for 'question'"),
-        ({"question": "q"}, {}, "data.hub: expected a column for 'question' under fields and a split"),
+        ({"question": "q"}, {}, "data.hub: expected a column for 'question' or 'text' under fields and a split"),
         ({"question": "text"}, None, "expected the column 'text', found ['q']; correct data.hub"),
         ({"question": "q"}, {"dev": "test"}, 'found Unknown split "dev"'),
     ],

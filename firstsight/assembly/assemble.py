@@ -5,10 +5,11 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
 from firstsight.assembly.splits import HELD_BACK, SplitName, is_labelled, split_of, stratified, stratified_splits
+from firstsight.core.errors import UserError
 from firstsight.core.params import Data
 from firstsight.readers.overlap import video_ids
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, Media, SourceRecord
+from firstsight.readers.source_record import Asked, Media, SourceRecord, SourceText
 from firstsight.records.sample import Record
 
 
@@ -36,16 +37,18 @@ def assemble(
     Left out are questions that name another split than their group's, duplicates, training and validation questions
     about media of the benchmark, questions of `data.train_only_types` in the test split, and questions beyond
     `data.*_samples`. Problems are ids that two questions share, questions about the same image or video with different
-    groups, questions without an answer, and answers that are none of `data.classes`, where there are classes.
+    groups, questions without an answer, answers that are none of `data.classes`, where there are classes, and texts
+    among questions, or questions among texts, by what comes first.
 
     Args:
         sources: name and questions of each source; the first is the data set's, the others are the benchmark.
 
     Raises:
-        UserError: there is a problem, and the policy of `problems` is `stop`.
+        UserError: there is a problem, and the policy of `problems` is `stop`; or the records are texts, and
+            `data.labelled_fraction` is below 1.
     """
     asked = [(name, one) for name, questions in sources for one in questions]
-    asked = _answerable(asked, data, problems)
+    asked = _answerable(_of_one_kind(asked, data, problems), data, problems)
     groups = _groups(asked)
     asked = _agreeing(asked, groups, problems)
     splits = _splits(asked, groups, data)
@@ -81,12 +84,39 @@ def repeated(asked: Iterable[tuple[Hashable, SourceRecord]], dropped: Counter[st
     first: dict[tuple[Hashable, str, tuple[str, ...]], SourceRecord] = {}
     again = set()
     for about, one in asked:
-        before = first.setdefault((about, one.question, one.options), one)
+        before = first.setdefault((about, one.wording, one.options), one)
         if before is not one:
             again.add(one.id)
             same = set(one.accepted()) <= set(before.accepted())
             dropped["duplicate" if same else "another answer to the same question"] += 1
     return again
+
+
+def _of_one_kind(asked: list[tuple[str, Asked]], data: Data, problems: Problems) -> list[tuple[str, Asked]]:
+    """Return the records of the kind of the first, texts or questions, which are measured differently; report others.
+
+    Raises:
+        UserError: they are texts, and `data.labelled_fraction` leaves some without what they consist of.
+    """
+    if not asked:
+        return []
+    first, kept = asked[0][1].record, []
+    texts = isinstance(first, SourceText)
+    if texts and data.labelled_fraction < 1:
+        raise UserError(
+            f"data.labelled_fraction: expected 1, because {first.place} is a text, found {data.labelled_fraction:g}; "
+            "set it to 1, and data.train_samples to take fewer texts"
+        )
+    for name, one in asked:
+        with problems.at(one.record.place):
+            if isinstance(one.record, SourceText) != texts:
+                expected, found = ("a text", "a question") if texts else ("a question", "a text")
+                raise BadRecordError(
+                    f"expected {expected}, as at {first.place}, found {found}; keep texts and questions in files and "
+                    "runs of their own"
+                )
+            kept.append((name, one))
+    return kept
 
 
 def _answerable(asked: list[tuple[str, Asked]], data: Data, problems: Problems) -> list[tuple[str, Asked]]:
@@ -134,7 +164,7 @@ def _groups(asked: list[tuple[str, Asked]]) -> dict[str, str]:
             first, second = sorted((find(parts[0]), find(part)))
             leader[second] = first
     return {
-        one.record.id: one.record.group or (find((name, one.media.group()[0]))[1] if one.media else one.record.question)
+        one.record.id: one.record.group or (find((name, one.media.group()[0]))[1] if one.media else one.record.wording)
         for name, one in asked
     }
 
@@ -224,7 +254,7 @@ def _about(unit: Unit) -> set[tuple[str, str]]:
     found |= {("group", one.group) for one in unit.questions if one.group}
     if unit.media:
         return found | {("file", name) for name in unit.media.origins()}
-    return found | {("text", one.question) for one in unit.questions}
+    return found | {("text", one.wording) for one in unit.questions}
 
 
 def _limited(units: list[Unit], data: Data, dropped: Counter[str]) -> list[Unit]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Data, classes_apart
-from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa
+from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa, plain_text
 from firstsight.readers.problems import Problems
 from firstsight.readers.source_record import Asked
 from firstsight.scenes import synthetic
@@ -17,6 +17,7 @@ READERS: dict[str, Callable[[Data, Problems], Iterator[Asked]]] = {
     "egoschema": egoschema.read,
     "openeqa": openeqa.read,
     "egotempo": egotempo.read,
+    "text": plain_text.read,
     "hub": hub_dataset.read,
 }
 

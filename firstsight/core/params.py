@@ -202,14 +202,14 @@ class Synthetic(Section):
     option_fraction: Fraction
 
 
-FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo"]
+FileSource = Literal["jsonl", "csv", "llava", "egoschema", "openeqa", "egotempo", "text"]
 
 
 class Hub(Section):
     """Name a data set of the hub, or a local folder of one, by `id`, `config` and `revision`.
 
-    `splits` maps its splits to ours; `fields` maps our names (question, answer, options, image, video, id, ...) to its
-    columns.
+    `splits` maps its splits to ours; `fields` maps our names (question, answer, options, text, image, video, id, ...)
+    to its columns.
     """
 
     id: str
@@ -244,8 +244,9 @@ class Data(Section):
 
     Splits are made by group. `train_samples`, `validation_samples` and `test_samples` limit a split to that many
     records, in the proportions of the question types, or of the classes; null takes all. Question types in
-    `train_only_types` are left out of the test split. Frames are sampled at `fps`, at most `max_frames` a video, and
-    scaled to at most `max_pixels`.
+    `train_only_types` are left out of the test split. Texts, which nothing is asked about, are cut to `max_tokens`
+    tokens where they are encoded, the begin token among them (null: they are not cut). Frames are sampled at `fps`, at
+    most `max_frames` a video, and scaled to at most `max_pixels`.
     """
 
     source: Literal["synthetic", "hub", FileSource]
@@ -266,6 +267,7 @@ class Data(Section):
     validation_samples: Count | None
     test_samples: Count | None
     train_only_types: list[str]
+    max_tokens: Annotated[int, Field(ge=2)] | None
     fps: Positive
     max_frames: Annotated[int, Field(ge=2)]
     max_pixels: Annotated[int, Field(ge=4 * 28 * 28)]
@@ -445,6 +447,8 @@ class Evaluate(Section):
     Answers have at most `max_new_tokens` tokens; null: as many as the longest true answer needs, and `ASKED_TOKENS`
     where a question has no true answer.
 
+    Of texts, which nothing is asked about, so many `continuations` are compared with how the texts go on, by ROUGE.
+
     95% intervals come from `bootstrap_samples` resamplings. The teacher is measured quantized, too, by each of
     `teacher_methods`. Speed is measured on `latency_runs` questions, each answered with exactly `latency_new_tokens`
     tokens: one at a time, and in batches of each of `throughput_batch_sizes`.
@@ -454,6 +458,7 @@ class Evaluate(Section):
     teacher_methods: Methods
     batch_size: Batch
     max_new_tokens: Count | None
+    continuations: NonNegativeInt
     bootstrap_samples: Annotated[int, Field(ge=100)]
     latency_runs: Count
     latency_new_tokens: Annotated[int, Field(ge=2)]

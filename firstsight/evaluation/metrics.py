@@ -119,10 +119,16 @@ class _Tokenizer:
 
 
 @cache
-def _rouge() -> Any:
+def _rouge(*names: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imported here: it imports all of nltk, and a report needs none
 
-    return RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+    return RougeScorer(names, tokenizer=_Tokenizer())
+
+
+def rouge(predicted: str, truth: str) -> tuple[float, float, float]:
+    """Return the F-measures ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) over the words of `words`."""
+    found = _rouge("rouge1", "rouge2", "rougeL").score(truth, predicted)
+    return found["rouge1"].fmeasure, found["rouge2"].fmeasure, found["rougeL"].fmeasure
 
 
 def is_right(record: Record, predicted: str) -> float:
@@ -141,7 +147,7 @@ def score(record: Record, predicted: str) -> Scores:
     return Scores(
         exact_match=exact_match(predicted, accepted),
         f1=token_f1(predicted, accepted),
-        rouge_l=max(_rouge().score(answer, predicted)["rougeL"].fmeasure for answer in accepted),
+        rouge_l=max(_rouge("rougeL").score(answer, predicted)["rougeL"].fmeasure for answer in accepted),
         squad_exact_match=squad_exact_match(predicted, accepted),
         squad_f1=squad_f1(predicted, accepted),
         unparsed=0.0,

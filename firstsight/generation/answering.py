@@ -15,8 +15,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from firstsight.core.stage import log
 from firstsight.generation.decoding import GrowingDecoder, StaticDecoder, compiles_steps, records_steps
 from firstsight.packing.forward import last_hidden_states, position_ids
-from firstsight.packing.pack import collate, encode_questions, pack
-from firstsight.records.prompts import media_inputs, messages
+from firstsight.packing.pack import collate, encode_questions, pack, prompt_texts
+from firstsight.records.prompts import media_inputs
 from firstsight.records.sample import Record, Sample
 
 Question = tuple[Sample, Record]
@@ -182,10 +182,7 @@ def _say_ignored(model: str, ignored: str) -> None:
 
 def model_inputs(processor: Any, questions: Sequence[Question], device: str | torch.device) -> dict[str, Tensor]:
     """Return the processor's tensors for a batch of questions, each asked alone, padded on the left, on `device`."""
-    texts = [
-        processor.apply_chat_template(messages(record, sample), add_generation_prompt=True, tokenize=False)
-        for sample, record in questions
-    ]
+    texts = [text for sample, record in questions for text in prompt_texts(processor, sample, [record])]
     media: dict[str, Any] = {}
     for sample, _ in questions:
         for name, value in media_inputs(sample).items():

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import Record, Sample, Text
 
 
 def by_length(questions: Sequence[tuple[Sample, Record]]) -> list[int]:
@@ -25,4 +25,5 @@ def by_length(questions: Sequence[tuple[Sample, Record]]) -> list[int]:
 def _length(sample: Sample, records: Sequence[Record]) -> float:
     """Estimate the tokens of the records of a sample in one sequence."""
     pixels = sum(math.prod(Image.open(io.BytesIO(frame)).size) for frame in sample.frames)
-    return pixels / 784 + sum(len(record.prompt()) for record in records) / 4
+    read = sum(len(record.prompt()) + (len(record.answer) if isinstance(record, Text) else 0) for record in records)
+    return pixels / 784 + read / 4

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
@@ -14,8 +15,13 @@ from firstsight.generation import answering
 from firstsight.generation.answering import Question
 from firstsight.models.footprint import token_bytes, weights_bytes
 from firstsight.packing.dataset import class_batch
-from firstsight.packing.forward import class_scores
+from firstsight.packing.forward import answer_states, class_scores
+from firstsight.packing.pack import IGNORE, collate, encode, pack
 from firstsight.packing.positions import check_positions, classes_tokens
+from firstsight.records.text_loss import TextLoss
+
+# Tokens whose logits are in memory together: 0.6 GB for 152,000 of them in float32.
+_CHUNK = 1024
 
 
 class PyTorchModel:
@@ -43,6 +49,16 @@ class PyTorchModel:
         for sample in {sample.id: sample for sample, _ in questions}.values():
             check_positions(self._processor, sample, max_new_tokens)
         return answering.answers(self._model, self._processor, questions, batch_size, max_new_tokens)
+
+    def text_losses(self, texts: Sequence[Question], batch_size: int) -> Iterator[TextLoss]:
+        """Yield the loss of each text, in their order, `batch_size` at a time.
+
+        Raises:
+            UserError: the model has too few positions for a text, before any is read.
+        """
+        for sample, _ in texts:
+            check_positions(self._processor, sample, 0)
+        return _text_losses(self._model, self._processor, texts, batch_size)
 
     def inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Return the model's inputs for a batch of questions, each asked alone."""
@@ -147,3 +163,29 @@ class ClassModel(PyTorchModel):
         if scores.is_cuda:
             torch.cuda.synchronize()
         return scores
+
+
+@torch.inference_mode()
+def _text_losses(
+    model: PreTrainedModel, processor: Any, texts: Sequence[Question], batch_size: int
+) -> Iterator[TextLoss]:
+    """Yield the loss of each text, in their order; logits are in the model's dtype, and their softmax in float32."""
+    end = processor.tokenizer.eos_token_id
+    for start in range(0, len(texts), batch_size):
+        some = texts[start : start + batch_size]
+        packed = [pack(processor, sample, encode(processor, sample, [record])) for sample, record in some]
+        batch = collate(packed, processor.tokenizer.pad_token_id)
+        lengths = (batch["labels"] != IGNORE).sum(1).tolist()
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        states, tokens = answer_states(model, batch, batch["labels"])
+        nats = _nats(model.get_output_embeddings(), states, tokens).split(lengths)
+        for (_, record), own, ids in zip(some, nats, tokens.split(lengths), strict=True):
+            cut = int(ids[-1]) != end
+            read = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if cut else record.answer
+            yield TextLoss(float(own.double().sum()), len(ids), len(read.encode()), cut)
+
+
+def _nats(head: Any, states: Tensor, tokens: Tensor) -> Tensor:
+    """Return -log p of each of the n `tokens`, float32 [n] on the CPU, from the `states` [n, H] that predict them."""
+    chunks = zip(states.split(_CHUNK), tokens.split(_CHUNK), strict=True)
+    return torch.cat([cross_entropy(head(some).float(), ids, reduction="none") for some, ids in chunks]).cpu()

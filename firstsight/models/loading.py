@@ -121,10 +121,9 @@ def load_processor(
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(processor, PreTrainedTokenizerBase):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            positions = getattr(config, "max_position_embeddings", None)
             if is_encoder(config.model_type):
-                return _encoder_processor(processor, positions)
-            processor = TextProcessor(processor, positions)
+                return _encoder_processor(processor, getattr(config, "max_position_embeddings", None))
+            processor = TextProcessor(processor, config)
         read_back = processor.tokenizer.decode(processor.tokenizer(_SENTENCE)["input_ids"], skip_special_tokens=True)
         turns = [{"role": role, "content": [{"type": "text", "text": _SENTENCE}]} for role in ("user", "assistant")]
         rendered = processor.apply_chat_template(turns, tokenize=False)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
 from firstsight.core.errors import UserError
 
@@ -16,11 +16,16 @@ PLAIN_TEMPLATE = (
 class TextProcessor:
     """Wrap a tokenizer; without a chat template it gets a plain one, and without a padding token its end token.
 
-    `positions` is the number of tokens that the model has positions for; None if it has no limit.
+    `positions` is the number of tokens that the model has positions for; None if it has no limit. `begin_token` is the
+    one that a text begins with: the tokenizer's bos_token; where it has none, that of the model's config, as Qwen2's,
+    between whose texts `<|endoftext|>` was in training; where that has none either, the tokenizer's end token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None):
-        self.tokenizer, self.positions = tokenizer, positions
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig):
+        self.tokenizer, self.positions = tokenizer, getattr(config, "max_position_embeddings", None)
+        begin = getattr(config, "bos_token_id", None)
+        named = tokenizer.convert_ids_to_tokens(begin) if isinstance(begin, int) else None
+        self.begin_token = tokenizer.bos_token or named or tokenizer.eos_token
         self.batch_decode, self.save_pretrained = tokenizer.batch_decode, tokenizer.save_pretrained
         if tokenizer.chat_template is None:
             # Where the tokenizer begins every text with a token, the model has seen no text without it.

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from firstsight.core.errors import UserError
 from firstsight.records.prompts import media_inputs, messages
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import Record, Sample, Text
 
 IGNORE = -100
 PREFIX, PADDING = 0, -1
@@ -44,10 +44,13 @@ def encode(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded
 
 
 def encode_answers(processor: Any, records: Sequence[Record]) -> list[list[int]]:
-    """Tokenize the answer of each of the `records`, end of turn included."""
+    """Tokenize the answer of each of the `records`, end of turn included, and cut texts to their `max_tokens`."""
     # Not rendered by the template: LLaVA-OneVision's has "assistant \n" in past turns, but "assistant\n" in prompts.
     replies = [record.answer + processor.tokenizer.eos_token for record in records]
-    return processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    encoded = processor.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    # The begin token is a text's whole prompt.
+    limits = [record.max_tokens and record.max_tokens - 1 for record in records if isinstance(record, Text)]
+    return [answer[:limit] for answer, limit in zip(encoded, limits, strict=True)] if limits else encoded
 
 
 def encode_questions(processor: Any, sample: Sample, records: Sequence[Record]) -> Encoded:
@@ -59,10 +62,17 @@ def encode_questions(processor: Any, sample: Sample, records: Sequence[Record]) 
 
 def prompts(processor: Any, sample: Sample, records: Sequence[Record]) -> tuple[list[str], list[list[int]]]:
     """Render the prompt of each of the `records`; return the texts and their tokens."""
-    texts = processor.apply_chat_template(
+    texts = prompt_texts(processor, sample, records)
+    return texts, processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def prompt_texts(processor: Any, sample: Sample, records: Sequence[Record]) -> list[str]:
+    """Render the prompt of each of the `records`: by the chat template, or a text's begin token and given beginning."""
+    if isinstance(records[0], Text):
+        return [processor.begin_token + record.question for record in records]
+    return processor.apply_chat_template(
         [messages(record, sample) for record in records], add_generation_prompt=True, tokenize=False
     )
-    return texts, processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def pack(processor: Any, sample: Sample, encoded: Encoded) -> dict[str, Tensor]:

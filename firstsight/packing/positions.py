@@ -6,7 +6,7 @@ from typing import Any
 from firstsight.core.errors import UserError
 from firstsight.models.text_processor import EncoderProcessor
 from firstsight.packing.pack import encode_answers, prompts
-from firstsight.records.sample import Sample
+from firstsight.records.sample import Sample, Text
 
 
 def check_positions(processor: Any, sample: Sample, new_tokens: int) -> None:
@@ -32,10 +32,12 @@ def check_positions(processor: Any, sample: Sample, new_tokens: int) -> None:
         answers = encode_answers(processor, sample.records)
     for record, prompt, answer in zip(sample.records, asked, answers, strict=True):
         if (length := len(prompt) + max(new_tokens, len(answer))) > most:
+            remedy = "shorten the question or the answer, or take a model with more positions"
+            if isinstance(record, Text):
+                remedy = f"set data.max_tokens to at most {most}, which cuts longer texts"
             raise UserError(
                 f"record {record.id}: expected at most {most} tokens, as many as {processor.tokenizer.name_or_path} "
-                f"has positions for, found {length}, {len(prompt)} of them in its question; shorten the question or "
-                "the answer, or take a model with more positions"
+                f"has positions for, found {length}, {len(prompt)} of them in its question; {remedy}"
             )
 
 

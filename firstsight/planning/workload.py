@@ -20,15 +20,16 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import PARAMS_FILE, Data
 from firstsight.records.parquet import Split
-from firstsight.records.sample import SPLITS, Sample
+from firstsight.records.sample import SPLITS, Record, Sample, Text
 
 DATA, LOCK = Path("data/egoqa"), Path("dvc.lock")
 
 # Tokens of the system prompt and chat turns of a sequence, and those that each question adds to it.
 _TEMPLATE, _TURN = 24, 6
 _CHARACTERS = 4
-# Assumed while no data set is built: the samples, each a video of maximal size with one question, and its tokens.
-_SAMPLES, _QUESTION, _ANSWER = 1000, 32, 16
+# Assumed while no data set is built: the samples, each a video of maximal size with one question, and its tokens; and
+# the tokens of a text that is not cut.
+_SAMPLES, _QUESTION, _ANSWER, _TEXT = 1000, 32, 16, 256
 _PLANNED = "Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision or EgoGPT"
 # Bytes per pixel of a photograph as JPEG of quality 90.
 _PIXEL_BYTES = 0.4
@@ -86,6 +87,10 @@ def workload(data: Data, path: Path) -> Workload:
         samples, (typical, largest) = data.synthetic.scenes, _sizes(shown)
         source = f"{samples:,} rendered scenes"
         frame_bytes = sum(len(frame) for one in shown for frame in one.frames) / len(shown)
+    elif data.source == "text":
+        typical = largest = Sizes("none", 0, 0, 1, 1, data.max_tokens or _TEXT)
+        samples = max(_SAMPLES, *(math.ceil((wanted[split] or 0) / share) for split, share in shares.items() if share))
+        source, frame_bytes = f"not built yet; assumed {samples:,} texts of {typical.answer_tokens} tokens", 0
     else:
         typical = largest = Sizes("video", data.max_frames, data.max_pixels, 1, _QUESTION, _ANSWER)
         # Enough for the number of samples that the settings take.
@@ -136,12 +141,18 @@ def _sizes(samples: Iterable[Sample]) -> tuple[Sizes, Sizes]:
         width, height = Image.open(io.BytesIO(sample.frames[0])).size if sample.frames else (0, 0)
         count = len(sample.records)
         question = sum(len(record.prompt()) for record in sample.records) / count / _CHARACTERS + _TURN
-        answer = sum(len(record.answer) for record in sample.records) / count / _CHARACTERS + 1
+        answer = sum(map(_answer_tokens, sample.records)) / count
         kinds.append(sample.media_kind)
         rows.append((len(sample.frames), width * height, count, question, answer))
     kind = max(set(kinds), key=kinds.count)
     columns = list(zip(*rows, strict=True))
     return Sizes(kind, *(sum(column) / len(rows) for column in columns)), Sizes(kind, *map(max, columns))
+
+
+def _answer_tokens(record: Record) -> float:
+    """Estimate the tokens of an answer, end of turn included, or of a text as far as it is read."""
+    tokens = len(record.answer) / _CHARACTERS + 1
+    return min(tokens, record.max_tokens) if isinstance(record, Text) and record.max_tokens else tokens
 
 
 def patches_and_tokens(model: PreTrainedModel, sizes: Sizes) -> tuple[float, float]:

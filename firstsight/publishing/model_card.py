@@ -15,6 +15,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER
 from firstsight.reporting.headline import origin
+from firstsight.reporting.measure import TEXTS, measure_of
 from firstsight.reporting.text_table import size
 
 METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
@@ -61,7 +62,8 @@ def model_card(variant: str, place: str) -> str:
         rows=_rows(
             quality[variant] | performance[variant], quality.get(TEACHER, {}) | performance.get(teacher, {}), quality
         ),
-        questions=quality[variant]["questions"],
+        texts=measure_of(quality) is TEXTS,
+        questions=quality[variant][measure_of(quality).what],
         parameters=performance[variant]["parameters"],
         own=_environment(variant),
         teacher=_environment(teacher) if "teacher" in models else {},
@@ -108,10 +110,17 @@ def _rows(own: dict, teacher: dict, quality: dict) -> list[tuple[str, str, str]]
         interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
         return f"{figures[name]:.3f}{interval}"
 
+    def number(figures: dict, name: str) -> str:
+        return f"{figures[name]:.2f} ({figures[f'{name}_low']:.2f} to {figures[f'{name}_high']:.2f})"
+
     figures = [
+        ("perplexity of a token", "perplexity", number),
+        ("bits per byte", "bits_per_byte", share),
+        ("ROUGE-1 of continuations", "rouge_1", share),
+        ("ROUGE-2 of continuations", "rouge_2", share),
+        ("ROUGE-L of continuations" if "perplexity" in own else "ROUGE-L", "rouge_l", share),
         ("exact match", "exact_match", share),
         ("F1", "f1", share),
-        ("ROUGE-L", "rouge_l", share),
         ("accuracy of questions with options", "option_accuracy", share),
         ("parameters", "parameters", lambda figures, name: size(figures[name], "")),
         ("weights on disk", "disk_bytes", lambda figures, name: size(figures[name])),

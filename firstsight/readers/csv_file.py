@@ -1,4 +1,4 @@
-"""Read QA records from a CSV file (RFC 4180, UTF-8): one question a row, the keys of `jsonl` as columns.
+"""Read records from a CSV file (RFC 4180, UTF-8): one question or text a row, the keys of `jsonl` as columns.
 
     media,question,answer
     clips/kitchen.mp4,What do I hold?,a cup
@@ -29,9 +29,9 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     """Yield the questions in the order of the rows.
 
     Raises:
-        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or one is missing: `question`,
-            `class` where there are classes, or one that `data.prompt` names; or an unclosed quote joins several rows
-            into one.
+        UserError: the file is missing or not UTF-8; a column is unknown or there twice, or one is missing: `question`
+            or `text`, `class` where there are classes, or one that `data.prompt` names; or an unclosed quote joins
+            several rows into one.
     """
     path = Path(data.path)
     # csv, not pandas: pandas pads short rows, shifts long ones, accepts stray quotes and gives no line numbers.
@@ -74,9 +74,12 @@ def _header(path: Path, rows: Iterator[list[str]], data: Data) -> list[str]:
         if columns.count(name) > 1:
             raise UserError(f"{path}: line 1: expected each column once, found {name!r} again; remove one")
     needed = [*columns_of(data), *(["class"] if data.classes else [])]
+    if needed == ["question"] and "text" in columns:
+        needed = []
     if missing := [name for name in needed if name not in columns]:
+        asked = "'question' or 'text'" if needed == ["question"] else repr(missing[0])
         remedy = "add it" if data.prompt is None else "add it, or correct data.prompt"
-        raise UserError(f"{path}: line 1: expected a column {missing[0]!r}, found {columns}; {remedy}")
+        raise UserError(f"{path}: line 1: expected a column {asked}, found {columns}; {remedy}")
     return columns
 
 

@@ -4,8 +4,9 @@
 options, from 0. A class (datasets' ClassLabel) is its name; -1, by which data sets mark an unknown class, is no value.
 An image is a value of datasets' Image type, or a path; a video is a path. Paths are relative to the
 media root, and a video without a suffix is taken as .mp4. `data.prompt` is filled with the data set's own columns.
-`data.hub.splits` maps each of the data set's splits to one
-of ours, or leaves the choice to the groups; a column mapped to our `split` takes precedence.
+Texts are read as the lines of a text file are (`firstsight.readers.plain_text`), because data sets such as WikiText
+have a row for each line. `data.hub.splits` maps each of the data set's splits to one of ours, or leaves the choice to
+the groups; a column mapped to our `split` takes precedence.
 """
 
 import functools
@@ -27,8 +28,9 @@ from firstsight.core.stage import log
 from firstsight.readers.choices import chosen, plain_options
 from firstsight.readers.columns import columns_of, filled
 from firstsight.readers.image_decoding import read_image
-from firstsight.readers.jsonl import window
+from firstsight.readers.jsonl import check_without_media, window
 from firstsight.readers.media import Files, files
+from firstsight.readers.plain_text import Paragraphs
 from firstsight.readers.problems import BadRecordError, Problems, reason
 from firstsight.readers.source_record import (
     MEDIA_PLACEHOLDER,
@@ -42,7 +44,7 @@ from firstsight.readers.suffixes import VIDEO_SUFFIXES
 from firstsight.readers.text_files import media_root
 from firstsight.records.sample import LETTERS, MediaKind
 
-TEXTS = ("id", "question", "question_type", "group", "split")
+TEXTS = ("id", "question", "text", "question_type", "group", "split")
 CHOICES = ("answer", "answers", "options", "class")
 MEDIA = ("image", "images", "video")
 FIELDS = (*TEXTS, *CHOICES, *MEDIA, "start", "end")
@@ -99,8 +101,10 @@ def read(data: Data, problems: Problems) -> Iterator[Asked]:
     hub = data.hub
     if unknown := [name for name in hub.fields if name not in FIELDS]:
         raise UserError(f"data.hub.fields: expected names of {FIELDS}, found {unknown[0]!r}; correct it")
-    if not ("question" in hub.fields or data.prompt) or not hub.splits:
-        raise UserError("data.hub: expected a column for 'question' under fields and a split under splits, found none")
+    if not ({"question", "text"} & set(hub.fields) or data.prompt) or not hub.splits:
+        raise UserError(
+            "data.hub: expected a column for 'question' or 'text' under fields and a split under splits, found none"
+        )
     if data.classes and {"class", *CHOICES} & set(hub.fields) != {"class"}:
         raise UserError(
             "data.hub.fields: expected a column for 'class' in place of answers and options, because there are "
@@ -188,7 +192,7 @@ def _split(source: Source, split: str | None, data: Data, problems: Problems) ->
     if missing := [column for column in wanted if column not in rows.column_names]:
         place = "data.hub" if missing[0] in fields.values() else "data.prompt"
         raise UserError(f"{source.id}: expected the column {missing[0]!r}, found {rows.column_names}; correct {place}")
-    row = 0
+    row, paragraphs = 0, Paragraphs(problems)
     for batch in rows.select_columns(wanted).iter(batch_size=16):
         for values in batch.to_pylist():
             place = f"{source.id}: {source.split}[{row}]"
@@ -202,7 +206,9 @@ def _split(source: Source, split: str | None, data: Data, problems: Problems) ->
                     texts = {name: _named(name, values[name], rows.features[name], False) for name in prompted}
                     named["question"] = filled(data.prompt, texts)
                 named["answer"] = named.pop("class", named.get("answer"))
-                yield _asked(place, source, row, named, split, data)
+                text = named.get("text")
+                if not isinstance(text, str) or paragraphs.is_one(text):
+                    yield _asked(place, source, row, {"group": paragraphs.title} | named, split, data)
             row += 1
 
 
@@ -243,7 +249,9 @@ def _asked(place: str, source: Source, row: int, values: dict[str, Any], split: 
         answer=_text(chosen(values.get("answer"), options)),
         answers=[_text(chosen(one, options)) for one in answers] if isinstance(answers, list) else answers,
     )
-    return Asked(asked, _media(source, row, values, data))
+    media = _media(source, row, values, data)
+    check_without_media(asked, media)
+    return Asked(asked, media)
 
 
 def _check_placeholders(question: str, values: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Read QA records from a JSON Lines file: one question a line, with the image or video it asks about.
+"""Read records from a JSON Lines file: one question a line, with the image or video it asks about, or one text a line.
 
     {"media": "clips/kitchen.mp4", "question": "What do I hold?", "answer": "a cup"}
+    {"text": "A text for language modelling, which nothing is asked about."}
 
 `media` is the path of an image or a video, or a list of paths of images, which are frames in order; without it the
 question is about text alone. Optional keys: `id`, `answers` (all accepted answers), `options` (a list; `answer` is then
@@ -17,7 +18,7 @@ from firstsight.core.params import Data
 from firstsight.readers.columns import MEDIA_KEYS, ours
 from firstsight.readers.media import Files, files
 from firstsight.readers.problems import BadRecordError, Problems
-from firstsight.readers.source_record import Asked, source_record
+from firstsight.readers.source_record import Asked, Media, SourceRecord, SourceText, source_record
 from firstsight.readers.text_files import as_object, media_root, read_lines
 
 # The most seconds of a video: a larger number is an error, and a larger integer may not fit a float.
@@ -45,7 +46,18 @@ def asked(place: str, values: dict[str, Any], default_id: str, data: Data) -> As
     """
     values = ours(values, data)
     rest = {"id": default_id} | {key: value for key, value in values.items() if key not in MEDIA_KEYS}
-    return Asked(source_record(place, **rest), _media(values, media_root(data)))
+    record, media = source_record(place, **rest), _media(values, media_root(data))
+    check_without_media(record, media)
+    return Asked(record, media)
+
+
+def check_without_media(record: SourceRecord, media: Media | None) -> None:
+    """Raise BadRecordError if a text has images or a video."""
+    if media is not None and isinstance(record, SourceText):
+        raise BadRecordError(
+            "expected a text without images and videos, found it with some; leave them out, or ask a question about "
+            "them"
+        )
 
 
 def window(start: Any, end: Any) -> tuple[float | None, float | None]:

@@ -1,4 +1,7 @@
-"""Define what every reader yields: one validated question and the image or video it asks about, not yet decoded."""
+"""Define what every reader yields: one validated question and the image or video it asks about, not yet decoded.
+
+A source may hold texts in the place of questions, for language modelling.
+"""
 
 import re
 from dataclasses import dataclass
@@ -13,10 +16,15 @@ from firstsight.records.sample import LETTERS, MediaKind, Record, composed
 
 # A longer text is a sign of a broken file, and would exhaust memory in training.
 MAX_CHARACTERS = 20_000
+# A text may be a whole document: `data.max_tokens` cuts it.
+MAX_TEXT_CHARACTERS = 1_000_000
 
 # These mark where an image, video or sound goes in LLaVA's data; models of that family read them as such.
 PLACEHOLDER = r"<(?:image|video|speech|audio)>"
 MEDIA_PLACEHOLDER = r"<(?:image|video)>"
+
+# The fields that a text does not have.
+OF_QUESTIONS = ("question", "answer", "answers", "options")
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 SplitName = Literal["train", "validation", "test"]
@@ -89,7 +97,7 @@ class SourceRecord(BaseModel):
     group: Text | None = None
     split: SplitName | None = None
 
-    @field_validator("question", "answer", "answers", "options")
+    @field_validator("question", "answer", "answers", "options", "text", check_fields=False)
     @classmethod
     def _plain_text(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         for text in (value,) if isinstance(value, str) else value or ():
@@ -104,6 +112,11 @@ class SourceRecord(BaseModel):
         if len(set(self.options)) < len(self.options) or len(self.options) == 1:
             raise ValueError(f"expected two or more different options, found {list(self.options)!r}")
         return self
+
+    @property
+    def wording(self) -> str:
+        """Return the words by which equal questions about the same image or video, or about text, are recognised."""
+        return self.question
 
     def accepted(self) -> tuple[str, ...]:
         """Return all accepted answers, the training target first; as letters if there are options.
@@ -139,6 +152,21 @@ class SourceRecord(BaseModel):
         )
 
 
+class SourceText(SourceRecord):
+    """Hold one text as a source states it, validated: a record without a question, whose answer is the text."""
+
+    question: Literal[""] = ""
+    text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+    question_type: Text = "text"
+
+    @property
+    def wording(self) -> str:
+        return self.text
+
+    def accepted(self) -> tuple[str, ...]:
+        return (self.text,)
+
+
 @dataclass(frozen=True)
 class Asked:
     """Hold a record with the image or video it asks about; None for a question about text alone."""
@@ -148,14 +176,19 @@ class Asked:
 
 
 def source_record(place: str, **values: Any) -> SourceRecord:
-    """Return a validated record from its fields; values of None count as not given.
+    """Return a validated record from its fields; values of None count as not given. With a `text`, it is a text.
 
     Raises:
         BadRecordError: a value is wrong; the message names the first.
     """
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+    if "text" in given and (asked := [name for name in OF_QUESTIONS if given.get(name)]):
+        raise BadRecordError(
+            f"expected a question or a text, found 'text' and {asked[0]!r}; leave one out, or put the text into the "
+            "question"
+        )
     try:
-        made = SourceRecord(place=place, **given)
+        made = (SourceText if "text" in given else SourceRecord)(place=place, **given)
     except ValidationError as error:
         raise BadRecordError(f"{describe(error)}; correct it") from None
     made.accepted()

@@ -1,4 +1,8 @@
-"""Read and write the parquet file of a split: each row is a sample with its records."""
+"""Read and write the parquet file of a split: each row is a sample with its records.
+
+A record without a question is a text (`Text`). The most tokens of a text are in the file's metadata, so that what
+reads the file runs again when they change.
+"""
 
 import bisect
 import json
@@ -15,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from firstsight.core.errors import UserError
-from firstsight.records.sample import Record, Sample
+from firstsight.records.sample import Record, Sample, Text
 
 _RECORD = pa.struct(
     [
@@ -42,20 +46,24 @@ SCHEMA = pa.schema(
 # Reading one random sample costs one row group: small enough to be cheap, large enough that a file has few of them.
 _ROW_GROUP_BYTES = 256 * 1024
 _GROUPS_KEPT = 64
-# The key of the file's metadata that holds the names of the classes as JSON; absent where records have none.
-_CLASSES = b"firstsight.classes"
+# The keys of the file's metadata that hold the names of the classes as JSON (absent where records have none), and the
+# most tokens of a text.
+_CLASSES, _MAX_TOKENS = b"firstsight.classes", b"firstsight.max_tokens"
 
 
 class SplitWriter:
     """Write samples to a parquet file, one at a time, holding one row group in memory.
 
     `classes` are the names of the classes, one of which each record's answer is; none where answers are free.
+    `max_tokens` is that of the texts (`Text`); None where there are none, or where they are not cut.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str] = ()):
-        schema = SCHEMA
-        if classes:  # else not even empty metadata, which would change the file
-            schema = SCHEMA.with_metadata({_CLASSES: json.dumps(list(classes), ensure_ascii=False).encode()})
+    def __init__(self, path: Path, classes: Sequence[str] = (), max_tokens: int | None = None):
+        metadata = {_CLASSES: json.dumps(list(classes), ensure_ascii=False).encode()} if classes else {}
+        if max_tokens is not None:
+            metadata[_MAX_TOKENS] = str(max_tokens).encode()
+        # Not even empty metadata, which would change the file.
+        schema = SCHEMA.with_metadata(metadata) if metadata else SCHEMA
         # JPEG does not compress further, and the text is small in comparison.
         self._file = pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True)
         self._rows: list[dict[str, Any]] = []
@@ -102,8 +110,9 @@ class Split(Sequence[Sample]):
                 f"{path}: expected columns {SCHEMA.names}, found {self._file.schema_arrow.names}; "
                 "run build-egoqa-dataset again"
             )
-        stored = (self._file.schema_arrow.metadata or {}).get(_CLASSES, b"[]")
-        self.classes: tuple[str, ...] = tuple(json.loads(stored))
+        stored = self._file.schema_arrow.metadata or {}
+        self.classes: tuple[str, ...] = tuple(json.loads(stored.get(_CLASSES, b"[]")))
+        self._max_tokens = int(stored[_MAX_TOKENS]) if _MAX_TOKENS in stored else None
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
@@ -152,7 +161,8 @@ class Split(Sequence[Sample]):
                 ) from None
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
-        return _sample(self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0])
+        row = self._groups[number].slice(index - self._starts[number], 1).to_pylist()[0]
+        return _sample(row, self._max_tokens)
 
 
 class AnsweredSplit(Sequence[Sample]):
@@ -204,12 +214,14 @@ class AnsweredSplit(Sequence[Sample]):
         return replace(sample, records=tuple(filled))
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    records = tuple(
-        Record(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
-        for record in row["records"]
-    )
+def _sample(row: dict[str, Any], max_tokens: int | None) -> Sample:
+    records = tuple(_record(record, max_tokens) for record in row["records"])
     return Sample(**row | {"frames": tuple(row["frames"]), "records": records})
+
+
+def _record(row: dict[str, Any], max_tokens: int | None) -> Record:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Record(**values) if values["question"] else Text(**values, max_tokens=max_tokens)
 
 
 def _first_line(error: Exception) -> str:

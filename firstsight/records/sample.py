@@ -1,18 +1,21 @@
 """Define records and samples, the units of training and evaluation.
 
-A record is one question with its answer. A sample is an image, a list of frames or a video (decoded once, when the data
-set is built, and stored as JPEG bytes) with the records that ask about it.
+A record is one question with its answer, or a text, which language models learn to continue. A sample is an image, a
+list of frames or a video (decoded once, when the data set is built, and stored as JPEG bytes) with the records that ask
+about it; a text is the only record of a sample without any.
 """
 
 import io
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
 MediaKind = Literal["none", "image", "frames", "video"]
+# The most characters of a text that a model is given to continue.
+BEGINNING = 160
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -47,6 +50,34 @@ class Record:
         listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         closing = "Answer with the option's letter from the given choices directly."
         return "\n".join([self.question, *listed, closing])
+
+
+@dataclass(frozen=True)
+class Text(Record):
+    """Hold a text for language modelling: nothing is asked, and the text is the `answer`.
+
+    A model reads it after its begin token alone. `question` is empty; where a text is continued, to measure that, it is
+    the beginning that the model is given, and `answer` is the rest. A text is cut to `max_tokens` tokens, the begin
+    token among them, where it is encoded (None: it is not cut); one that is cut has no end token.
+    """
+
+    max_tokens: int | None = None
+
+    def continued(self) -> "Text":
+        """Return the text as it is continued: its beginning as the question, the rest as the answer.
+
+        The beginning is half of the text, at most `BEGINNING` characters, up to the last space in it, if there is one.
+        """
+        most = min(len(self.answer) // 2, BEGINNING)
+        place = self.answer.rfind(" ", 0, most + 1)
+        place = most if place <= 0 else place
+        beginning, rest = self.answer[:place], self.answer[place:]
+        return replace(self, question=beginning, answer=rest, answers=(rest,))
+
+
+def as_asked(record: Record) -> Record:
+    """Return the record as a model answers it: a question as it is, a text with its beginning given."""
+    return record.continued() if isinstance(record, Text) else record
 
 
 @dataclass(frozen=True)

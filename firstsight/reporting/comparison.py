@@ -5,58 +5,70 @@ from pathlib import Path
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import LEFT_OUT, VARIANTS
+from firstsight.reporting.measure import TEXTS, Measure, measure_of
 from firstsight.reporting.summary import BASELINES, before_and_after
 from firstsight.reporting.text_table import render, size
 
 METRICS = Path("metrics")
-HEADER = (
-    "variant",
-    "exact match",
-    "gain",
-    "F1",
-    "retention",
-    "parameters",
-    "on disk",
-    "peak memory",
-    "latency",
-    "answers/s",
-)
+COSTS = ("parameters", "on disk", "peak memory", "latency", "answers/s")
 
-# Of these, those that the report opens with, which a phone has room for.
-FIRST = ("variant", "exact match", "gain", "weights", "latency")
+
+def header(quality: dict) -> tuple[str, ...]:
+    """Return the names of the table's columns; those of quality depend on the kind of records."""
+    measure = measure_of(quality)
+    retention = () if measure is TEXTS else ("retention",)
+    return ("variant", measure.label, measure.gain_label, measure.beside_label, *retention, *COSTS)
+
+
+def first_header(quality: dict) -> tuple[str, ...]:
+    """Return those of the columns that the report opens with, which a phone has room for."""
+    measure = measure_of(quality)
+    return ("variant", measure.label, measure.gain_label, "weights", "latency")
 
 
 def first_rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
-    """Return the cells of the table that the report opens with, in the order of `FIRST`; a row as in `rows`."""
+    """Return the cells of the table that the report opens with, in the order of `first_header`; a row as in `rows`."""
+    measure = measure_of(quality)
     table: list[tuple[str, ...]] = [
         (
             variant,
-            f"{quality[variant]['exact_match']:.1%}",
-            f"{100 * quality[variant]['gain']:+.1f}" if "gain" in quality[variant] else "",
+            f"{quality[variant][measure.name]:.2f}" if measure is TEXTS else f"{quality[variant]['exact_match']:.1%}",
+            _gain(quality[variant], measure, points=True),
             size(fast["weights_bytes"]),
             f"{fast['latency_ms_p50']:.1f} ms",
         )
         for variant, fast in performance.items()
     ]
-    return table + [(_words(name), f"{quality[name]['exact_match']:.1%}", "", "", "") for name in BASELINES]
+    guesses = [name for name in BASELINES if name in quality]
+    return table + [(_words(name), f"{quality[name]['exact_match']:.1%}", "", "", "") for name in guesses]
+
+
+def _gain(row: dict, measure: Measure, *, points: bool = False) -> str:
+    """Return the gain of a row, of exact match in points if asked for; nothing where it has none."""
+    if measure.gain not in row:
+        return ""
+    if measure is TEXTS:
+        return f"{row[measure.gain]:+.2f}"
+    return f"{100 * row['gain']:+.1f}" if points else f"{row['gain']:+.3f}"
 
 
 def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
-    """Return the table's cells in the order of `HEADER`: one row per variant, then one per baseline.
+    """Return the table's cells in the order of `header`: one row per variant, then one per baseline.
 
     Where answers are classes, F1 is macro-F1.
     """
     table: list[tuple[str, ...]] = []
+    measure = measure_of(quality)
     for variant, fast in performance.items():
         good = quality[variant]
         together = [batch["answers_per_second"] for batch in fast["throughput"].values()]
         table.append(
             (
                 variant,
-                f"{good['exact_match']:.3f} ({good['exact_match_low']:.2f}-{good['exact_match_high']:.2f})",
-                f"{good['gain']:+.3f}" if "gain" in good else "-",
-                f"{good.get('macro_f1', good['f1']):.3f}",
-                f"{good['retention']:.1%}" if "retention" in good else "-",
+                measure.said(good),
+                _gain(good, measure) or "-",
+                f"{good.get('macro_f1', good[measure.beside]):.3f}",
+                *(() if measure is TEXTS else (f"{good['retention']:.1%}" if "retention" in good else "-",)),
                 size(fast["parameters"], ""),
                 size(fast["disk_bytes"]),
                 size(fast["peak_bytes"]),
@@ -67,7 +79,7 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
     for name in BASELINES:
         if name in quality:
             cells = (_words(name), f"{quality[name]['exact_match']:.3f}")
-            table.append(cells + ("",) * (len(HEADER) - len(cells)))
+            table.append(cells + ("",) * (len(header(quality)) - len(cells)))
     return table
 
 
@@ -95,9 +107,12 @@ def show_some(names: list[str]) -> None:
     # Only the report computes gain and retention, from all answers. The memory of weights is shown instead: it is what
     # differs between copies of one model that are quantized on loading.
     weights = ["weights", *(size(row["weights_bytes"]) for row in found["performance"].values())]
-    cells = [HEADER, *rows(found["quality"], found["performance"])]
-    shown = [dict(zip(HEADER, row, strict=True)) | {"retention": own} for row, own in zip(cells, weights, strict=True)]
-    print(render([[row[name] for name in HEADER if name != "gain"] for row in shown]))
+    names_of_columns = header(found["quality"])
+    cells = [names_of_columns, *rows(found["quality"], found["performance"])]
+    shown = [dict(zip(names_of_columns, row, strict=True)) for row in cells]
+    kept = [name for name in names_of_columns if name not in ("retention", measure_of(found["quality"]).gain_label)]
+    kept.insert(kept.index("parameters"), "weights")
+    print(render([[(row | {"weights": own})[name] for name in kept] for row, own in zip(shown, weights, strict=True)]))
 
 
 def show() -> None:
@@ -108,7 +123,7 @@ def show() -> None:
     """
     quality, performance = (read_json(METRICS / f"{table}.json", "report") for table in ("quality", "performance"))
     try:
-        print(render([HEADER, *rows(quality, performance)]))
+        print(render([header(quality), *rows(quality, performance)]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{METRICS}: expected figures of this version, found no {error}; run dvc repro") from None
     try:
@@ -117,10 +132,16 @@ def show() -> None:
         raise UserError(f"{METRICS}/summary.txt: expected a summary, found {error}; run dvc repro report") from None
     opening, *_ = summary.split("\n\n")
     reference, _ = before_and_after(quality)
-    print(
-        f"\n{opening}\n\nexact match with its 95% interval, gain over that of {reference}; without looking at\n"
-        "the image, question only is the best guess, majority answer the commonest answer to whatever is asked\n"
+    meaning = (
+        f"exact match with its 95% interval, gain over that of {reference}; without looking at\n"
+        "the image, question only is the best guess, majority answer the commonest answer to whatever is asked"
     )
+    if measure_of(quality) is TEXTS:
+        meaning = (
+            f"perplexity of a token with its 95% interval, lower is better; saved: by how much it is below that of\n"
+            f"{reference}; bits/byte is comparable across tokenizers"
+        )
+    print(f"\n{opening}\n\n{meaning}\n")
     print(
         "report   metrics/report.html\nsummary  metrics/summary.txt\nplots    metrics/plots/*.png, or: dvc plots show\n"
         "models   " + ", ".join(str(VARIANTS[name].model) for name in performance if name.startswith("student-"))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from firstsight.core.params import Criteria, Levels
 from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, STUDENTS, TEACHER
+from firstsight.reporting.measure import TEXTS, measure_of
 
 MEANING = {
     "gain": f"its exact match - that of {CONTROL}",
@@ -18,7 +19,14 @@ _NULL = (
 )
 _NO_CONTROL = f"gain is not judged, because {CONTROL} is left out"
 _NO_TEACHER = "no criterion is judged, because there is no teacher: they compare what distilling made with it"
+_TEXTS = "gain and retention are not judged, because they are of exact answers, and texts have none"
 _NO_RETENTION = "retention is not judged, because the teacher has no right answer"
+
+
+def meanings(quality: dict) -> dict[str, str]:
+    """Return what each criterion means that can be judged of such records."""
+    of_answers = ("gain", "retention") if measure_of(quality) is TEXTS else ()
+    return {criterion: meaning for criterion, meaning in MEANING.items() if criterion not in of_answers}
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ def not_judged(criteria: Criteria, found: list[Verdict], quality: dict) -> list[
     if TEACHER not in quality:
         return [_NO_TEACHER]
     judged = {one.criterion for one in found}
+    if measure_of(quality) is TEXTS:
+        return [_TEXTS] if criteria.speed_up else [_TEXTS, _NULL]
     reasons = {"gain": _NO_CONTROL, "retention": _NO_RETENTION}
     lines = [reason for criterion, reason in reasons.items() if criterion not in judged]
     return lines if criteria.speed_up else [*lines, _NULL]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from firstsight.core.variants import VARIANTS
 from firstsight.reporting import fonts
+from firstsight.reporting.measure import TEXTS, Measure, measure_of
 from firstsight.reporting.summary import QUESTION_ONLY, before_and_after
 
 # A dollar sign in a question type does not start a formula.
@@ -97,26 +98,37 @@ def gain(table: dict[str, dict[str, Any]], types: pd.DataFrame, path: Path) -> N
 
 
 def quality(table: dict[str, dict[str, float]], variants: Sequence[str], path: Path) -> None:
-    """Plot exact match by variant with 95% intervals, and the question-only baseline as a line."""
+    """Plot exact match by variant with 95% intervals, and the question-only baseline as a line; perplexity of texts."""
+    measure = measure_of(table)
     figure, axis = plt.subplots(figsize=(_WIDTH, 0.3 * len(variants) + 1.1), layout="constrained")
+    highest = 1.0 if measure is not TEXTS else max(table[variant][f"{measure.name}_high"] for variant in variants)
     for place, variant in enumerate(variants):
         row = table[variant]
-        axis.barh(place, row["exact_match"], xerr=_error(row), color=_COLOURS[variant], capsize=4, height=0.6)
-        axis.text(row["exact_match_high"] + 0.02, place, f"{row['exact_match']:.3f}", va="center")
-    axis.axvline(table[QUESTION_ONLY]["exact_match"], color="black", linestyle="--", label="best guess without looking")
+        axis.barh(place, row[measure.name], xerr=_error(row, measure), color=_COLOURS[variant], capsize=4, height=0.6)
+        text = f"{row[measure.name]:.1f}" if measure is TEXTS else f"{row[measure.name]:.3f}"
+        axis.text(row[f"{measure.name}_high"] + 0.02 * highest, place, text, va="center")
+    if measure is not TEXTS:
+        guess = table[QUESTION_ONLY]["exact_match"]
+        axis.axvline(guess, color="black", linestyle="--", label="best guess without looking")
+    better = "; lower is better" if measure is TEXTS else ""
     axis.set(
         yticks=range(len(variants)),
         yticklabels=variants,
-        xlim=(0, 1.2),
-        xlabel="exact match on the test split, with 95% interval",
+        xlim=(0, 1.2 * highest),
+        xlabel=f"{measure.label} on the test split, with 95% interval{better}",
     )
     axis.invert_yaxis()
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    if measure is not TEXTS:
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _save(figure, path)
 
 
 def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path) -> None:
-    """Plot exact match with its interval against latency and against peak memory: up and to the left is better."""
+    """Plot exact match with its interval against latency and against peak memory: up and to the left is better.
+
+    Of texts, it is perplexity: down and to the left is better.
+    """
+    measure = measure_of(quality_rows)
     figure, axes = _panels(2, 2.4, legend=len(performance_rows))
     costs = (
         ("latency_ms_p50", 1, "milliseconds an answer (p50, batch 1)"),
@@ -126,8 +138,8 @@ def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path)
         for variant, row in performance_rows.items():
             axis.errorbar(
                 row[cost] / unit,
-                quality_rows[variant]["exact_match"],
-                yerr=_error(quality_rows[variant]),
+                quality_rows[variant][measure.name],
+                yerr=_error(quality_rows[variant], measure),
                 color=_COLOURS[variant],
                 marker=_MARKERS[variant],
                 markersize=9,
@@ -135,7 +147,7 @@ def quality_against_cost(quality_rows: dict, performance_rows: dict, path: Path)
                 linestyle="none",
                 label=variant,
             )
-        axis.set(xlabel=label, ylabel="exact match", ylim=(-0.03, 1.03))
+        axis.set(xlabel=label, ylabel=measure.label, ylim=(0, None) if measure is TEXTS else (-0.03, 1.03))
         axis.set_xlim(0, 1.08 * max(row[cost] for row in performance_rows.values()) / unit)
         axis.grid(alpha=0.3)
     _legend(figure, axes[0], 2)
@@ -256,10 +268,10 @@ def _label(kind: str) -> str:
     return line if len(line) <= 40 else f"{line[:39]}…"
 
 
-def _error(row: dict[str, float]) -> list[list[float]]:
-    """Return the error bar of exact match for matplotlib; rounding can put a mean just outside its interval."""
-    middle = row["exact_match"]
-    return [[max(0, middle - row["exact_match_low"])], [max(0, row["exact_match_high"] - middle)]]
+def _error(row: dict[str, float], measure: Measure) -> list[list[float]]:
+    """Return the error bar of the measure for matplotlib; rounding can put a mean just outside its interval."""
+    middle, low, high = (row[measure.name + end] for end in ("", "_low", "_high"))
+    return [[max(0, middle - low)], [max(0, high - middle)]]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from firstsight.core.params import Control
 from firstsight.core.variants import CONTROL, DISTILLED, TEACHER
+from firstsight.reporting.measure import TEXTS, measure_of
 from firstsight.reporting.text_table import size
 
 
@@ -15,7 +16,8 @@ def subject(models: dict[str, dict[str, Any]], quality: dict, performance: dict)
         for role in ("teacher", "student")
         if role in models
     ]
-    return f"{' '.join(named)} {quality['student']['questions']} test questions."
+    what = measure_of(quality).what
+    return f"{' '.join(named)} {quality['student'][what]} test {what}."
 
 
 def origin(model: dict[str, Any]) -> str:
@@ -32,6 +34,13 @@ def headline(quality: dict, control: Control, left_out: str | None) -> str:
     Without a teacher, it says what fine-tuning added to the student.
     `left_out` is the reason why the control is not among the rows of `quality`, which are as in metrics/.
     """
+    texts = measure_of(quality) is TEXTS
+    if TEACHER not in quality and texts:
+        own, other = quality[CONTROL], quality["student"]
+        return (
+            f"Fine-tuned, the student has a perplexity of {own['perplexity']:.2f} on {own['texts']} test texts, before "
+            f"{other['perplexity']:.2f}: {_saved(own)}."
+        )
     if TEACHER not in quality:
         own, other = quality[CONTROL], quality["student"]
         return (
@@ -43,6 +52,11 @@ def headline(quality: dict, control: Control, left_out: str | None) -> str:
         remedy = "" if control.enabled else "; control.enabled: true in params.yaml measures it"
         return f"What distilling adds to fine-tuning on {alone} is not known, because {left_out}{remedy}."
     own, other = quality[DISTILLED], quality[CONTROL]
+    if texts:
+        return (
+            f"Distilling gives a perplexity of {own['perplexity']:.2f} on {own['texts']} test texts, fine-tuning on "
+            f"the texts alone {other['perplexity']:.2f}: {_saved(own)}."
+        )
     return (
         f"Distilling answers {own['exact_match']:.1%} of {own['questions']} test questions exactly, fine-tuning on "
         f"{alone} {other['exact_match']:.1%}: {_gained(own)}."
@@ -53,6 +67,12 @@ def _gained(row: dict[str, float]) -> str:
     gain, low, high = in_points(row)
     chance = ", which cannot be told from chance" if row["gain_low"] <= 0 <= row["gain_high"] else ""
     return f"{gain} points (95% interval {low} to {high}){chance}"
+
+
+def _saved(row: dict[str, float]) -> str:
+    saved, low, high = (row[f"{TEXTS.gain}{end}"] for end in ("", "_low", "_high"))
+    chance = ", which cannot be told from chance" if low <= 0 <= high else ""
+    return f"{saved:+.2f} saved (95% interval {low:+.2f} to {high:+.2f}){chance}"
 
 
 def in_points(row: dict[str, float]) -> tuple[str, str, str]:

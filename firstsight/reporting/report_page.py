@@ -12,9 +12,10 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from firstsight.core.variants import TEACHER
 from firstsight.evaluation.metrics import is_right
 from firstsight.records.sample import Record, Sample
-from firstsight.reporting.comparison import FIRST, HEADER, first_rows, rows
+from firstsight.reporting.comparison import first_header, first_rows, header, rows
 from firstsight.reporting.contact_sheet import strip
-from firstsight.reporting.criteria import MEANING, Verdict, conclusions
+from firstsight.reporting.criteria import Verdict, conclusions, meanings
+from firstsight.reporting.measure import TEXTS, measure_of
 from firstsight.reporting.summary import before_and_after
 
 # Most test questions shown: the page, with their images, is in git.
@@ -57,15 +58,16 @@ def write(path: Path, shown: Shown) -> None:
     reference, trained = before_and_after(shown.quality)
     page = templates.get_template("report.html.jinja").render(
         shown=shown,
+        texts=measure_of(shown.quality) is TEXTS,
         reference=reference,
         trained=trained,
         # With which a student's answers are compared; without a teacher, those of the student before its training.
         other=TEACHER if TEACHER in shown.quality else reference,
-        first_header=FIRST,
+        first_header=first_header(shown.quality),
         first_rows=first_rows(shown.quality, shown.performance),
-        header=HEADER,
+        header=header(shown.quality),
         rows=rows(shown.quality, shown.performance),
-        meanings=MEANING,
+        meanings=meanings(shown.quality),
         conclusions=conclusions(shown.verdicts),
         places=sorted({", ".join((one["device"], one["engine"])) for one in shown.environments.values()}),
         figures={

@@ -3,7 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,10 @@ import pandas as pd
 from firstsight.core.params import Train
 from firstsight.core.variants import CONTROL, DISTILLED, EXPORTED, EXPORTED_TEACHER, STUDENTS, TEACHER
 from firstsight.evaluation.metrics import agreement, bootstrap_interval, exact_match, is_right, proportion_interval
+from firstsight.evaluation.perplexity import loss_table, perplexity
 from firstsight.records.sample import Record, Sample
+from firstsight.records.text_loss import TextLoss
+from firstsight.reporting.measure import TEXTS, measure_of
 
 BASELINES = QUESTION_ONLY, MAJORITY = "question-only", "majority-answer"
 # The figures of evaluations/*/performance.json that the report takes over.
@@ -36,11 +39,15 @@ _SOURCE = ("source", "commit", "licence", "architecture", "parameters", "dtype",
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the output of `evaluate` for a variant; `predictions` are in the order of the test questions."""
+    """Hold the output of `evaluate` for a variant; `predictions` are in the order of the test questions.
+
+    Of texts, there are `losses` too, and the predictions are the perplexity of each as words, with its continuation.
+    """
 
     quality: dict[str, Any]
     performance: dict[str, Any]
     predictions: list[str]
+    losses: list[TextLoss] = field(default_factory=list)
 
 
 def before_and_after(quality: dict) -> tuple[str, str]:
@@ -55,7 +62,8 @@ def unusable(quality: Any, performance: Any) -> str | None:
     """Describe the first figure that the report needs and that is missing or not a number; None if all are usable."""
     if not (isinstance(quality, dict) and isinstance(performance, dict)):
         return "no figures"
-    ranges = ("exact_match", "f1", "rouge_l")
+    texts = TEXTS.name in quality
+    ranges = ("perplexity", "bits_per_byte") if texts else ("exact_match", "f1", "rouge_l")
     wanted = [(quality, name + end) for name in ranges for end in ("", "_low", "_high")]
     wanted += [(performance, name) for name in COSTS if name != "throughput"]
     for table, name in wanted:
@@ -64,7 +72,7 @@ def unusable(quality: Any, performance: Any) -> str | None:
             return f"{value!r} for {name}"
     if missing := [name for name in ("device", "engine", "precision", "throughput") if name not in performance]:
         return f"none for {missing[0]}"
-    if not isinstance(quality.get("by_type"), dict):
+    if not texts and not isinstance(quality.get("by_type"), dict):
         return "none by question type"
     nothing = [name for name in ("disk_bytes", "weights_bytes", "latency_ms_p50") if performance[name] == 0]
     return f"0 for {nothing[0]}" if nothing else None
@@ -145,6 +153,32 @@ def quality_table(
     return table
 
 
+def texts_table(
+    measured: dict[str, Measured], groups: Sequence[str], bootstrap_samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return the rows of metrics/quality.json for texts.
+
+    A variant's row has its figures. Those of students that have a gain in `quality_table` have `perplexity_saved` here:
+    the perplexity of the control, or of the student before, minus their own, with its 95% interval, for which both
+    losses of a text are resampled together.
+    """
+    before, after = before_and_after(measured)
+    rows = {}
+    for name, variant in measured.items():
+        row = dict(variant.quality)
+        if name in (after, *STUDENTS) and before in measured:
+            both = np.stack([loss_table(measured[before].losses), loss_table(variant.losses)], axis=1)
+            low, high = bootstrap_interval(both, groups, bootstrap_samples, seed, _saved)
+            row |= {TEXTS.gain: _saved(both), f"{TEXTS.gain}_low": low, f"{TEXTS.gain}_high": high}
+        rows[name] = row
+    return rows
+
+
+def _saved(both: np.ndarray) -> float:
+    """Return the perplexity over the first of two losses of each text [n, 2, 3], minus that over the second."""
+    return perplexity(both[:, 0]) - perplexity(both[:, 1])
+
+
 def _gains(
     differences: np.ndarray, records: Sequence[Record], groups: Sequence[str], bootstrap_samples: int, seed: int
 ) -> dict[str, Any]:
@@ -198,11 +232,13 @@ def key_figures(quality: dict, performance: dict, training: dict) -> dict[str, d
     `megabytes` are those of the weights in memory, `loss` and `agreement` those of the student's best epoch.
     """
     alone = (TEACHER, CONTROL) if TEACHER in quality else ("student", CONTROL)
-    table = {_short(name): {"exact_match": quality[name]["exact_match"]} for name in alone if name in quality}
+    measure = measure_of(quality)
+    shown = (measure.name, measure.beside) if measure is TEXTS else (measure.name,)
+    table = {_short(name): {key: quality[name][key] for key in shown} for name in alone if name in quality}
     for student in STUDENTS:
         if student in performance and student not in EXPORTED:
             good, fast = quality[student], performance[student]
-            row = {name: good[name] for name in ("exact_match", "macro_f1", "gain", "retention") if name in good}
+            row = {name: good[name] for name in (*shown, "macro_f1", measure.gain, "retention") if name in good}
             table[_short(student)] = row | {
                 "megabytes": fast["weights_bytes"] / 1e6,
                 "latency_ms": fast["latency_ms_p50"],
@@ -219,23 +255,27 @@ def _short(student: str) -> str:
 def sweep_point(train: Train, quality: dict) -> pd.DataFrame:
     """Return one row: T, alpha, exact match of the distilled student with its interval, that of the control or none.
 
-    Without a teacher there is no row.
+    Without a teacher there is no row, and of texts neither.
     DVC draws the rows of several experiments together.
     """
     columns = ["temperature", "alpha", "exact_match", "low", "high", "control"]
-    if DISTILLED not in quality:
+    if DISTILLED not in quality or measure_of(quality) is TEXTS:
         return pd.DataFrame(columns=columns)
-    row = {"temperature": train.temperature, "alpha": train.alpha, **_exact_match(quality[DISTILLED])}
+    row = {"temperature": train.temperature, "alpha": train.alpha, **_with_ends(quality[DISTILLED], "exact_match")}
     row |= {"control": quality[CONTROL]["exact_match"] if CONTROL in quality else None}
     return pd.DataFrame([row], columns=columns)
 
 
 def points(quality: dict, performance: dict) -> pd.DataFrame:
-    """Return a row per variant: exact match, the ends of its interval, latency in milliseconds, peak and disk in MB."""
+    """Return a row per variant: exact match, the ends of its interval, latency in milliseconds, peak and disk in MB.
+
+    Of texts, perplexity takes the place of exact match.
+    """
+    measure = measure_of(quality)
     rows = [
         {
             "variant": variant,
-            **_exact_match(quality[variant]),
+            **_with_ends(quality[variant], measure.name),
             "latency_ms": row["latency_ms_p50"],
             "memory_mb": row["peak_bytes"] / 1e6,
             "disk_mb": row["disk_bytes"] / 1e6,
@@ -248,15 +288,16 @@ def points(quality: dict, performance: dict) -> pd.DataFrame:
 def by_type(found: dict[str, dict[str, dict[str, float]]]) -> pd.DataFrame:
     """Return a row per question type and variant: exact match, the ends of its interval, the number of questions."""
     rows = [
-        {"type": kind, "variant": variant, **_exact_match(row), "questions": row["questions"]}
+        {"type": kind, "variant": variant, **_with_ends(row, "exact_match"), "questions": row["questions"]}
         for variant, types in found.items()
         for kind, row in types.items()
     ]
-    return pd.DataFrame(rows).sort_values("type", kind="stable")
+    columns = ["type", "variant", "exact_match", "low", "high", "questions"]
+    return pd.DataFrame(rows, columns=columns).sort_values("type", kind="stable")
 
 
-def _exact_match(row: dict[str, float]) -> dict[str, float]:
-    return {"exact_match": row["exact_match"], "low": row["exact_match_low"], "high": row["exact_match_high"]}
+def _with_ends(row: dict[str, float], name: str) -> dict[str, float]:
+    return {name: row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
 
 
 def training_curve(history: list[dict[str, float]]) -> dict[str, pd.DataFrame]:

@@ -1,11 +1,13 @@
 """Write the results as plain text, metrics/summary.txt."""
 
 from firstsight.core.variants import STUDENTS, TEACHER
-from firstsight.reporting.criteria import MEANING, Verdict, conclusions
+from firstsight.reporting.criteria import Verdict, conclusions, meanings
 from firstsight.reporting.headline import in_points
+from firstsight.reporting.measure import TEXTS, measure_of
 from firstsight.reporting.summary import BASELINES, before_and_after
 from firstsight.reporting.text_table import render, size
 
+PREDICTIONS = ("perplexity", "bits_per_byte", "rouge_1", "rouge_2", "rouge_l")
 ACCURACIES = ("exact_match", "f1", "rouge_l", "bleu", "option_accuracy")
 
 
@@ -54,21 +56,37 @@ def summary(
             ("", "precision", "engine", "device"),
             *((name, where["precision"], where["engine"], where["device"]) for name, where in environments.items()),
         ],
-        f"Accuracy, {quality['student']['questions']} test questions, with 95% intervals": [
-            ("", "exact match", "F1", "ROUGE-L", "BLEU", "options"),
-            *((name, *(_interval(quality[name], key) for key in ACCURACIES)) for name in performance),
-            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in BASELINES),
-        ],
+        **_quality(quality, list(performance)),
         **_classes(quality, list(performance)),
         **_against_the_teacher(quality, list(performance)),
         **_gains(quality),
         **_criteria(verdicts),
     }
-    meanings = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in MEANING.items())
+    explained = "\n".join(f"{name.replace('_', ' ')}: {meaning}" for name, meaning in meanings(quality).items())
     judged = "\n".join([*conclusions(verdicts), *unjudged])
     head = "\n\n".join(["\n".join(opening), judged, "Measured on " + "; and on ".join(places)])
     parts = [f"{title}\n\n{render(cells)}" for title, cells in sections.items()]
-    return "\n\n\n".join([head, *parts]) + (f"\n\n{meanings}\n" if verdicts else "\n")
+    return "\n\n\n".join([head, *parts]) + (f"\n\n{explained}\n" if verdicts else "\n")
+
+
+def _quality(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ...]]]:
+    """Return the table of the figures of quality, by its title."""
+    student = quality["student"]
+    if measure_of(quality) is TEXTS:
+        cut = f", {student['texts_cut']} of them cut by data.max_tokens" if student["texts_cut"] else ""
+        return {
+            f"Perplexity of {student['tokens']:,} tokens of {student['texts']} test texts{cut}, with 95% intervals": [
+                ("", "perplexity", "bits per byte", "ROUGE-1", "ROUGE-2", "ROUGE-L"),
+                *((name, *(_interval(quality[name], key) for key in PREDICTIONS)) for name in variants),
+            ]
+        }
+    return {
+        f"Accuracy, {student['questions']} test questions, with 95% intervals": [
+            ("", "exact match", "F1", "ROUGE-L", "BLEU", "options"),
+            *((name, *(_interval(quality[name], key) for key in ACCURACIES)) for name in variants),
+            *((name, f"{quality[name]['exact_match']:.3f}", *[""] * 4) for name in BASELINES),
+        ]
+    }
 
 
 def _classes(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ...]]]:
@@ -101,7 +119,7 @@ def _classes(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ..
 
 def _against_the_teacher(quality: dict, variants: list[str]) -> dict[str, list[tuple[str, ...]]]:
     """Return the table of what agrees with the teacher, by its title, where there is one."""
-    if TEACHER not in quality:
+    if TEACHER not in quality or measure_of(quality) is TEXTS:
         return {}
     return {
         "Against the teacher": [
@@ -141,6 +159,13 @@ def _gains(quality: dict) -> dict[str, list[tuple[str, ...]]]:
     if before not in quality:
         return {}
     found = {student: quality[student] for student in dict.fromkeys((after, *STUDENTS)) if student in quality}
+    if measure_of(quality) is TEXTS:
+        return {
+            f"Perplexity saved over {before}": [
+                ("", "texts", "saved"),
+                *((name, str(row["texts"]), _saved(row)) for name, row in found.items()),
+            ]
+        }
     found |= {f"{after}, {kind}": row for kind, row in quality[after]["gain_by_type"].items()}
     return {
         f"Gain over {before}, in points of exact match": [
@@ -148,6 +173,11 @@ def _gains(quality: dict) -> dict[str, list[tuple[str, ...]]]:
             *((name, str(row["questions"]), _points(row)) for name, row in found.items()),
         ]
     }
+
+
+def _saved(row: dict) -> str:
+    saved, low, high = (f"{row[TEXTS.gain + end]:+.2f}" for end in ("", "_low", "_high"))
+    return f"{saved} ({low} to {high})"
 
 
 def _points(row: dict) -> str:

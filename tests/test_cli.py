@@ -19,7 +19,7 @@ from firstsight.cli.arguments import TRAINED
 from firstsight.core.errors import UserError
 from firstsight.core.variants import VARIANTS
 
-COMMANDS = ("plan", "repro", "table", "ask", "demo", "card", "publish", "clean-scratch")
+COMMANDS = ("start", "plan", "repro", "table", "ask", "demo", "card", "publish", "clean-scratch")
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 # Of the modules of firstsight that the interpreter has loaded, the files.
 PROBE = """

@@ -15,6 +15,7 @@ from firstsight.cli.demo import demo
 from firstsight.cli.plan import plan
 from firstsight.cli.publish import publish
 from firstsight.cli.repro import repro
+from firstsight.cli.start import start
 from firstsight.cli.table import table
 from firstsight.core.errors import UserError
 from firstsight.core.stage import main
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which they are used.
-for command in (plan, repro, table, ask, demo, card, publish, clean_scratch):
+for command in (start, plan, repro, table, ask, demo, card, publish, clean_scratch):
     app.command()(command)
 
 

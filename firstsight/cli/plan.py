@@ -45,10 +45,10 @@ def plan(
     print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
     for line in filter(None, (looking, exporting)):
         print(f"{line}\n")
-    for name, memory in _gpus():
+    for name, memory in gpus():
         print(plan_table.verdict(rows, name, memory))
     if built[-1].num_parameters() >= hours.FEWEST_PARAMETERS:
-        print(f"\n{plan_table.render_hours(rows, _cards())}")
+        print(f"\n{plan_table.render_hours(rows, cards())}")
         print(f"measured on one {hours.MEASURED}, carried over to others; how: firstsight/planning/hours.py")
     for model, one in zip(named, built, strict=True):
         if reads_text_alone(one.config):
@@ -71,7 +71,7 @@ def _repository(path: Path) -> Path:
     return next((folder for folder in above if (folder / "dvc.yaml").is_file()), Path.cwd())
 
 
-def _gpus() -> list[tuple[str, int]]:
+def gpus() -> list[tuple[str, int]]:
     """Return name and bytes of the GPUs of this machine, or of common ones."""
     import torch
 
@@ -81,9 +81,9 @@ def _gpus() -> list[tuple[str, int]]:
     return [(f"{size} GiB", size << 30) for size in COMMON_GIB]
 
 
-def _cards() -> "list[Card]":
+def cards() -> "list[Card]":
     """Return the GPUs of this machine whose peak is known, or common ones."""
     from firstsight.planning.hours import CARDS, known
 
-    names = {name.rsplit(" (", 1)[0] for name, _ in _gpus()}
+    names = {name.rsplit(" (", 1)[0] for name, _ in gpus()}
     return [card for card in map(known, names) if card] or list(CARDS)

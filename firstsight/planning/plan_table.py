@@ -175,8 +175,13 @@ def render(found: list[Row]) -> str:
 
     operations = sum(row.effort.operations for row in found if row.effort)
     table = text_table.render([HEADER, *(_cells(row, operations) for row in found)], left=2)
+    return f"{table}\n\ndisk  {render_disk(found)}"
+
+
+def render_disk(found: list[Row]) -> str:
+    """Describe what all stages together take of the disk."""
     kept, scratch = sum(row.disk for row in found), max(row.scratch for row in found)
-    return f"{table}\n\ndisk  {_disk(kept)} kept, and {_disk(scratch)} more while a stage runs"
+    return f"{_disk(kept)} kept, and {_disk(scratch)} more while a stage runs"
 
 
 def render_hours(found: list[Row], cards: Sequence[Card]) -> str:
@@ -193,6 +198,11 @@ def render_hours(found: list[Row], cards: Sequence[Card]) -> str:
         for card in cards
     ]
     return text_table.render([("hours on", *stages, "all"), *cells])
+
+
+def all_hours(found: list[Row], card: Card) -> str:
+    """Return the range of hours that all stages together take on a GPU."""
+    return hours.between(*hours.total((row.effort for row in found if row.effort), card))
 
 
 def verdict(found: list[Row], name: str, memory_bytes: float) -> str:

@@ -100,11 +100,15 @@ KNOWN = {
     "lmms-lab/EgoGPT-7b-EgoIT-EgoLife": _egogpt,
     "lmms-lab/EgoGPT-7b-Demo": _egogpt,
     "openai-community/gpt2": GPT2Config,
+    "openai-community/gpt2-medium": lambda: GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     # The language model of Qwen2-VL-2B has the sizes of Qwen2.5-1.5B.
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": lambda: Qwen2Config(
         **QWEN2_VL_2B | {"tie_word_embeddings": False}, dtype="bfloat16"
     ),
-    "Qwen/Qwen2.5-0.5B": lambda: Qwen2Config(**QWEN25_05B, dtype="bfloat16"),
+    "Qwen/Qwen2.5-1.5B-Instruct": lambda: Qwen2Config(**QWEN2_VL_2B, dtype="bfloat16"),
+    **dict.fromkeys(
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"), lambda: Qwen2Config(**QWEN25_05B, dtype="bfloat16")
+    ),
     "google/bert_uncased_L-2_H-128_A-2": lambda: BertConfig(
         hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
     ),

@@ -6,7 +6,7 @@ counted as four characters per token, about the average of Qwen2's tokenizer on 
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +107,19 @@ def workload(data: Data, path: Path) -> Workload:
     taken = ", ".join(f"{wanted[split]:,} to {use}" for split, use in _USES.items() if wanted[split])
     source += f"; {taken}" if taken else ""
     return Workload(source + earlier, counts, questions, typical, largest, sum(counts.values()) * frame_bytes)
+
+
+def text_workload(source: str, samples: Sequence[Sample], counts: Mapping[str, float]) -> Workload:
+    """Return the size of text that has been read, and is not built yet, with one question a sample.
+
+    Args:
+        source: says where it comes from.
+        samples: those that the typical and the largest sizes are taken from.
+        counts: samples of each split.
+    """
+    typical, largest = _sizes(samples)
+    size = _CHARACTERS * (typical.question_tokens + typical.answer_tokens) * sum(counts.values())
+    return Workload(source, {**counts}, {**counts}, typical, largest, size)
 
 
 def _built_from(data: Data, card: dict) -> bool:

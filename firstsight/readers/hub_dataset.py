@@ -140,6 +140,20 @@ def commit(hub: Hub) -> str | None:
     return None if Path(hub.id).is_dir() else _commit(hub.id, hub.revision)
 
 
+def layout(hub: Hub) -> tuple[list[str], list[str]]:
+    """Return the names of a data set's splits, and those of the columns of the first, which is downloaded.
+
+    Raises:
+        UserError: the data set cannot be loaded.
+    """
+    import datasets  # imported here, as in `_open`
+
+    found = commit(hub)
+    with _one_line(hub.id):
+        splits = datasets.get_dataset_split_names(hub.id, hub.config, revision=found)
+    return splits, _open(Source(hub.id, hub.config, splits[0], found)).column_names
+
+
 @functools.cache
 def _commit(repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi  # imported here, as below: no other source needs the hub's client

@@ -274,11 +274,11 @@ def test_records_of_texts_are_stored_like_questions_without_one(tmp_path):
     question = Record("q", "What?", "a cup", ("a cup",), "open")
     asked = Sample("q", "q", "test", "none", (), 0.0, (question,))
     for name, most, one in (("a", 7, sample("t", "A cup.", 7)), ("b", None, sample("t", "A cup.")), ("c", None, asked)):
-        with SplitWriter(tmp_path / name, most) as writer:
+        with SplitWriter(tmp_path / name, max_tokens=most) as writer:
             writer.write(one)
         assert Split(tmp_path / name)[0] == one
     metadata = [pq.read_schema(tmp_path / name).metadata for name in "abc"]
-    assert metadata == [{b"max_tokens": b"7"}, None, None]
+    assert metadata == [{b"firstsight.max_tokens": b"7"}, None, None]
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Say which keys a record of a file has, and fill `data.prompt` with its columns.
 
 A record's key `class` names its class, where there are classes: it stands in the place of `answer`, `answers` and
-`options`. With `data.prompt`, the question is made from the columns that the template names; others are ignored unless
-they are keys.
+`options`. A record with the key `text` is a text, which nothing is asked about. With `data.prompt`, the question is
+made from the columns that the template names; others are ignored unless they are keys.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,15 @@ from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import SourceRecord
 
 MEDIA_KEYS = ("media", "start", "end")
-_KEYS = (*MEDIA_KEYS, *(name for name in SourceRecord.model_fields if name != "place"))
-_ANSWERS = ("answer", "answers", "options")
+_KEYS = (*MEDIA_KEYS, *(name for name in SourceRecord.model_fields if name != "place"), "text")
 
 
 def keys(data: Data) -> tuple[str, ...]:
     """Return the keys that a record may have, apart from the columns of `data.prompt`."""
-    named = (*(name for name in _KEYS if name not in _ANSWERS), "class") if data.classes else _KEYS
-    return named if data.prompt is None else tuple(name for name in named if name != "question")
+    others = {"answer", "answers", "options", "text"} if data.classes else set()
+    if data.prompt is not None:
+        others |= {"question", "text"}
+    return (*(name for name in _KEYS if name not in others), *(["class"] if data.classes else []))
 
 
 def columns_of(data: Data) -> list[str]:

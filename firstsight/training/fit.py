@@ -80,9 +80,10 @@ def train(
         scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
     )
     halving = optimisation.auto_batch and processes == 1
-    # Not where a pass that is computed twice saves the state of random numbers, which cannot be recorded, nor where
-    # several processes exchange gradients while these are computed.
+    # Not where a pass that is computed twice saves the state of random numbers, nor over NF4 weights, whose products
+    # wait for the CPU: neither can be recorded. Nor where several processes exchange gradients as they are computed.
     records = device == "cuda" and processes == 1 and not optimisation.gradient_checkpointing
+    records = records and optimisation.method != "qlora"
     graphs = GraphedLanguageModel(model.student) if records else None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}

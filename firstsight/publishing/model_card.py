@@ -43,7 +43,7 @@ def model_card(variant: str, place: str) -> str:
             "ask for it in params.yaml, and dvc repro measures it"
         )
     loaded = params.load()
-    distilled = variant != CONTROL and "teacher" in models
+    distilled, task = variant != CONTROL and "teacher" in models, _task(models["student"], Path("models") / variant)
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
@@ -51,8 +51,10 @@ def model_card(variant: str, place: str) -> str:
     # Speed and memory of an exported model are comparable with those of a teacher in the same engine.
     teacher = EXPORTED_TEACHER if variant in EXPORTED and EXPORTED_TEACHER in performance else TEACHER
     return templates.get_template("card.md.jinja").render(
-        metadata=_metadata(models["student"], "onnx" if variant in EXPORTED else "transformers", distilled),
-        text=_reads_text_alone(models["student"]),
+        metadata=_metadata(models["student"], "onnx" if variant in EXPORTED else "transformers", distilled, task),
+        text=task != "image-text-to-text",
+        encoder=task == "text-classification",
+        classes=list(quality[variant].get("by_class", ())),
         variant=variant,
         place=place,
         local=place == f"models/{variant}",
@@ -80,20 +82,29 @@ def _environment(variant: str) -> dict[str, Any]:
     return read_json(Path("evaluations") / variant / "performance.json", f"evaluate@{variant}")
 
 
-def _reads_text_alone(student: dict[str, Any]) -> bool:
-    """Return whether a row of metrics/models.json is that of a language model."""
-    return student["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+def _task(student: dict[str, Any], folder: Path) -> str:
+    """Return what the hub calls the task of the model in `folder` (https://huggingface.co/docs/hub/models-tasks).
+
+    `student` is the row of metrics/models.json of the model that it was trained from. An encoder is one with a head for
+    classes afterwards, which the folder's config.json says.
+    """
+    config = folder / "config.json"
+    made = read_json(config, "the stage that makes it").get("architectures") if config.exists() else None
+    if any(name.endswith("ForSequenceClassification") for name in made or ()):
+        return "text-classification"
+    alone = student["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return "text-generation" if alone else "image-text-to-text"
 
 
-def _metadata(student: dict[str, Any], library: str, distilled: bool) -> str:
+def _metadata(student: dict[str, Any], library: str, distilled: bool, task: str) -> str:
     """Return the card's metadata: YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards)."""
-    licence, text = student["licence"], _reads_text_alone(student)
+    licence, text = student["licence"], task != "image-text-to-text"
     licences = {"license": licence}
     if licence and licence not in IDENTIFIERS:
         licences = {"license": "other", "license_name": licence}
     data = ModelCardData(
         library_name=library,
-        pipeline_tag="text-generation" if text else "image-text-to-text",
+        pipeline_tag=task,
         # Only a model with a commit came from the hub; a local folder or fresh weights are no base model there.
         base_model=student["source"] if student["commit"] else None,
         tags=[*([] if text else ["egocentric"]), *(["distillation"] if distilled else []), "firstsight"],
@@ -119,8 +130,10 @@ def _rows(own: dict, teacher: dict, quality: dict) -> list[tuple[str, str, str]]
         ("ROUGE-1 of continuations", "rouge_1", share),
         ("ROUGE-2 of continuations", "rouge_2", share),
         ("ROUGE-L of continuations" if "perplexity" in own else "ROUGE-L", "rouge_l", share),
-        ("exact match", "exact_match", share),
-        ("F1", "f1", share),
+        ("accuracy" if "macro_f1" in own else "exact match", "exact_match", share),
+        ("macro-F1", "macro_f1", share),
+        *([] if "macro_f1" in own else [("F1", "f1", share)]),
+        ("expected calibration error", "calibration_error", share),
         ("accuracy of questions with options", "option_accuracy", share),
         ("parameters", "parameters", lambda figures, name: size(figures[name], "")),
         ("weights on disk", "disk_bytes", lambda figures, name: size(figures[name])),

@@ -8,8 +8,8 @@ images. An encoder can be compared over classes alone; a teacher that is one and
 them. Texts are read by language models in PyTorch alone; it is counted here how many are longer than `data.max_tokens`,
 by the student's tokenizer.
 
-reads  models/teacher and models/student without their weights, the splits, `targets.max_answer_tokens`, `targets.over`,
-       `finetune_teacher.enabled` and the exports in params.yaml
+reads  models/teacher and models/student without their weights, the splits, and in params.yaml the exports and what is
+       asked of teacher and student
 writes data/checked.json: of texts, what was counted of the train and validation splits; otherwise the same every time,
        so that what depends on it runs after this stage, and not again with it
 """
@@ -23,7 +23,7 @@ from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, write_json
 from firstsight.core.stage import log, main
-from firstsight.core.variants import reason_left_out
+from firstsight.core.variants import METHODS, reason_left_out
 from firstsight.records.sample import SPLITS, Text
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
         check_reading([isinstance(one, TextProcessor) for one in processors], folders, loaded.export)
     for folder, one in zip(folders, processors, strict=True):
         if isinstance(one, EncoderProcessor):
-            check_encoder(folder, over_classes=over_classes, needs_head=one is not student and not finetuned)
+            role = "student" if one is student else "teacher"
+            check_encoder(folder, over_classes=over_classes, needs_head=role == "teacher" and not finetuned)
+            check_not_quantized(folder, quantizing(role, loaded))
     for one in () if over_classes else teacher:
         common_tokens(one.tokenizer, student.tokenizer)
     for name, split in splits().items():
@@ -122,6 +124,30 @@ def check_encoder(folder: Path, *, over_classes: bool, needs_head: bool) -> None
             f"{folder}: expected a classification head for the {len(classes)} classes {', '.join(classes)[:120]}, in "
             "this order (id2label in config.json), because finetune_teacher.enabled is false, found another or none; "
             "set it to true, or take a checkpoint that was fine-tuned for these classes"
+        )
+
+
+def quantizing(role: str, loaded: params.Params) -> dict[str, Any]:
+    """Return the settings, by key, by which params.yaml asks for the role's model quantized."""
+    methods = {"targets.precision": loaded.targets.precision, "finetune_teacher.method": loaded.finetune_teacher.method}
+    if not loaded.finetune_teacher.enabled:
+        methods.pop("finetune_teacher.method")
+    if role == "student":
+        methods = {"train.method": loaded.train.method}
+    methods["evaluate.precision"] = loaded.evaluate.precision
+    found: dict[str, Any] = {key: value for key, value in methods.items() if value in (*METHODS, "qlora")}
+    if role == "teacher" and loaded.evaluate.teacher_methods:
+        found["evaluate.teacher_methods"] = loaded.evaluate.teacher_methods
+    return found
+
+
+def check_not_quantized(folder: Path, asked: dict[str, Any]) -> None:
+    """Raise UserError if an encoder is to be quantized, by one of the settings that `quantizing` returns."""
+    for key, value in asked.items():
+        instead = {"qlora": "lora"}.get(value, "auto") if isinstance(value, str) else "[]"
+        raise UserError(
+            f"{key}: expected {instead}, because {folder} is an encoder, of which no part is quantized, found {value}; "
+            "set it so"
         )
 
 

@@ -23,8 +23,9 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "download-models": ["models.${item}"],
         "build-egoqa-dataset": ["data"],
         "check-inputs": [
-            *("targets.max_answer_tokens", "targets.over", "finetune_teacher.enabled"),
-            *("export.formats", "export.teacher"),
+            *("targets.max_answer_tokens", "targets.over", "targets.precision", "train.method"),
+            *("finetune_teacher.enabled", "finetune_teacher.method"),
+            *("evaluate.precision", "evaluate.teacher_methods", "export.formats", "export.teacher"),
         ],
         "finetune-teacher": ["finetune_teacher"],
         "cache-teacher-targets": ["targets"],

@@ -4,6 +4,7 @@ No parameter has a default: a run does what its params.yaml says, and two runs d
 checks the whole file at once, so that a mistake under `evaluate` is reported before a teacher is trained.
 """
 
+import re
 import string
 import unicodedata
 from pathlib import Path
@@ -52,18 +53,23 @@ def _distinct(values: list) -> list:
 Methods = Annotated[list[Method], AfterValidator(_distinct)]
 
 
+# Words that metrics leave out of an answer.
+_ARTICLES = ("a", "an", "the")
+
+
 def classes_apart(names: list[str]) -> list[str]:
     """Return the names of classes in Unicode's composed form, as records are stored.
 
     Raises:
-        ValueError: there are fewer than two, or two have the same letters and digits, which no metric tells apart.
+        ValueError: there are fewer than two, or two that metrics take for one: their letters and numbers are the same,
+            articles left out.
     """
     if len(names) < 2:
         raise ValueError(f"expected at least two classes, found {names}; name all that the data have")
     wordings: dict[str, str] = {}
     for name in names:
-        letters = filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold())
-        other = wordings.setdefault("".join(letters), name)
+        words = re.findall(r"(?<!\w)-?\d+|\w+", unicodedata.normalize("NFKC", name).casefold())
+        other = wordings.setdefault("".join(word for word in words if word not in _ARTICLES), name)
         if other is not name:
             raise ValueError(f"expected a wording of its own for each class, found {other!r} and {name!r}; rename one")
     if "" in wordings:

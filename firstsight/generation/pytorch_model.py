@@ -137,7 +137,9 @@ class ClassModel(PyTorchModel):
         wordings = classes_tokens(self._processor, self._classes)
         for sample in {sample.id: sample for sample, _ in questions}.values():
             check_positions(self._processor, sample, wordings)
-        best = self.generate(self.inputs(questions), 1).softmax(-1).max(-1)
+        with torch.inference_mode():
+            scores = class_scores(self._model, self.inputs(questions), len(self._classes))
+        best = scores.softmax(-1).max(-1)
         return [
             (self._classes[number], share)
             for number, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)

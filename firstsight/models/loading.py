@@ -241,6 +241,8 @@ def load_model(
         missing = [name for name in missing if not in_head(name.lstrip("('"), model.base_model_prefix)]
     if missing:
         raise _load_error(folder, f"no fitting weight for {missing[0]} and {len(missing) - 1} more")
+    if head:
+        _renew_head(model)
     if quantizing:
         check_quantized(model)
     if device == "cpu":
@@ -287,6 +289,16 @@ def _head(folder: Path, config: PretrainedConfig, classes: Sequence[str], precis
         return {}
     names = dict(enumerate(classes))
     return {"id2label": names, "label2id": {name: n for n, name in names.items()}, "ignore_mismatched_sizes": True}
+
+
+def _renew_head(model: PreTrainedModel) -> None:
+    """Draw the weights of an encoder's head, which may be those of as many other classes, the same ones every time."""
+    with _fresh_random():
+        for name, module in model.named_children():
+            if name != model.base_model_prefix:
+                for parameter in module.parameters():
+                    parameter._is_hf_initialized = False  # else transformers keeps what was loaded
+                module.apply(model._init_weights)
 
 
 @contextmanager

@@ -109,7 +109,8 @@ def class_scores(model: nn.Module, batch: dict[str, Tensor], classes: int) -> Te
     `EncoderDataset`, the logit of the class. Samples without token labels, or that are not `scored`, have no scores.
     """
     if "scored" in batch:
-        return model(batch["input_ids"], batch["attention_mask"]).logits.float()[batch["scored"]]
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return found.logits.float()[batch["scored"]]
     labels = batch["token_labels"]
     hidden, tokens = answer_states(model, batch, labels)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -38,8 +38,9 @@ CARDS = (
 
 # Models with fewer parameters than these spend their time in Python, whatever they compute.
 FEWEST_PARAMETERS = 100_000_000
-# The lowest and highest share of the peak: steps of the 2B student in full on 1,532 tokens, and with a frozen vision
-# tower and cached visual tokens on 8,253; and the teacher's forward pass over videos of 16 frames.
+# The lowest and highest share of the peak, by the plan's own count of operations: steps of the 2B student in full on
+# 1,532 tokens, and with a frozen vision tower and cached visual tokens on 8,253; and the teacher's forward pass over
+# videos of 16 frames.
 TRAINING = (0.10, 0.24)
 FORWARD = (0.194, 0.194)
 # Seconds of an answer's token in a model of 28 layers at batch 1, without and with the prompt's share. Python and

@@ -16,7 +16,8 @@ AskColumn = Callable[[str, list[str]], str | None]
 def data_keys(name: str, given: Given, ask_column: AskColumn | None) -> dict[str, Any]:
     """Return the keys of `data` for data called `name`, by the flags `source`, `config` and `fields`.
 
-    A column of a data set of the hub that is called as a field of ours holds it, unless a flag says otherwise.
+    A column of a data set of the hub that is called as a field of ours holds it, unless a flag says otherwise. What is
+    called `text` or `class` is often a part of questions, and is taken only where a flag says so.
 
     Args:
         ask_column: is asked for the columns of question and answer where they are not known; None: nobody can be.
@@ -33,7 +34,7 @@ def data_keys(name: str, given: Given, ask_column: AskColumn | None) -> dict[str
         return {"source": given.source or file_form(name), "path": name}
     named = parse_fields(given.fields)
     splits, columns = hub_dataset.layout(Hub(id=name, config=given.config, revision=None, splits={}, fields={}))
-    fields = {column: column for column in columns if column in hub_dataset.FIELDS} | named
+    fields = {column: column for column in columns if column in {*hub_dataset.FIELDS} - {"text", "class"}} | named
     for ours, others in (("question", set()), ("answer", {"answers"})):
         if not {ours, *others} & fields.keys() and ask_column and (theirs := ask_column(ours, columns)):
             fields[ours] = theirs

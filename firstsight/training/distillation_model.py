@@ -1,6 +1,7 @@
 """The student with its loss as one module, which the Trainer trains."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -79,17 +80,20 @@ class DistillationModel(nn.Module):
         else:
             hidden, answers = class_scores(self.student, batch, self._classes), labels[labels != IGNORE]
             head = torch.eye(self._classes, dtype=hidden.dtype, device=hidden.device)
-        loss = distillation_loss(
-            hidden,
-            head,
-            answers,
-            self._loss_teacher(teacher) if teacher else None,
-            shared_vocabulary=self.vocabulary.size if self.vocabulary else 0,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            divergence=self.divergence,
-            exchanged=self.vocabulary and self.vocabulary.exchanged,
-        )
+        # Scores are exact to float32, and autocast would allow that the loss rounds them to TF32.
+        exact = torch.autocast(hidden.device.type, enabled=False) if self._classes is not None else nullcontext()
+        with exact:
+            loss = distillation_loss(
+                hidden,
+                head,
+                answers,
+                self._loss_teacher(teacher) if teacher else None,
+                shared_vocabulary=self.vocabulary.size if self.vocabulary else 0,
+                temperature=self.temperature,
+                alpha=self.alpha,
+                divergence=self.divergence,
+                exchanged=self.vocabulary and self.vocabulary.exchanged,
+            )
         sums = {"divergence": loss.divergence, "ce": loss.ce, "agreement": loss.agreement}
         sums["tokens"] = torch.full_like(loss.ce, len(answers))
         if self._classes is not None:

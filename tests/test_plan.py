@@ -628,6 +628,40 @@ def test_questions_that_the_teacher_answers_take_hours_of_their_own(in_root, pre
     assert caching.effort.tokens == batches * work.typical.answer_tokens
 
 
+def test_classes_are_read_behind_each_question_and_nothing_is_generated(in_root):
+    def planned(preset):
+        work = workload(preset.data, Path("other.yaml"))
+        return {row.stage: row for row in plan_table.rows(preset, work)}, work
+
+    preset = params.load(ROOT / "presets/dbpedia-qwen.yaml")
+    named = but(preset, data=but(preset.data, classes=[f"class {number}" for number in range(20)]))
+    (ten, work), (twenty, _) = planned(preset), planned(named)
+    assert "assumed 100,000 questions of 256 tokens; 10,000 to train, 1,000 to validate" in work.source
+    assert work.disk == 0
+    assert ten["cache-teacher-targets"].disk == 11_000 * 4 * (10 + 1)
+    assert twenty["cache-teacher-targets"].disk == 11_000 * 4 * (20 + 1)
+    for stage in ("cache-teacher-targets", "distill", "finetune-student", "evaluate teacher", "evaluate student"):
+        few, many = ten[stage].effort, twenty[stage].effort
+        # Sequences of 24 + 262 tokens and 160 or 320 of names, which alone pass the head.
+        assert 1.3 < many.operations / few.operations < 1.7
+        assert ten[stage].memory.total < twenty[stage].memory.total
+    assert ten["evaluate student"].effort.tokens == 0
+    # A teacher that is a language model is fine-tuned on one name, as an answer.
+    assert ten["finetune-teacher"] == twenty["finetune-teacher"]
+
+
+def test_an_encoder_reads_no_names_and_is_not_quantized(in_root):
+    preset = params.load(ROOT / "presets/dbpedia-bert-tiny.yaml")
+    asked = but(preset, quantize=but(preset.quantize, methods=["int8"]))
+    work = workload(preset.data, Path("other.yaml"))
+    found = {row.stage: row for row in plan_table.rows(asked, work)}
+    assert "quantize-student int8" not in found
+    named = but(asked, data=but(preset.data, classes=[f"class {number}" for number in range(20)]))
+    again = {row.stage: row for row in plan_table.rows(named, work)}
+    assert again["distill"].effort == found["distill"].effort
+    assert again["cache-teacher-targets"].effort.operations > found["cache-teacher-targets"].effort.operations
+
+
 def test_gpus_are_known_by_the_names_that_pytorch_gives_them():
     names = {
         "NVIDIA H100 80GB HBM3": "NVIDIA H100",

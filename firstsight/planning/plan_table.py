@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from firstsight.core.params import Evaluate, Optimisation, Params, Train
 from firstsight.core.variants import CONTROL, DISTILLED, FORMATS
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
+from firstsight.models.architecture import is_encoder
 from firstsight.models.egogpt import EgoGptConfig
 from firstsight.models.loading import TRAINING_PRECISIONS
 from firstsight.planning import arithmetic, gpu_memory, hours
@@ -15,6 +16,9 @@ from firstsight.planning.hours import Card, Effort
 from firstsight.planning.model_shape import Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
 from firstsight.planning.workload import Workload, visual_tokens
+
+# Assumed where a data set of the hub is to name its classes.
+_CLASSES = 10
 
 HEADER = ("stage", "loads", "weights", "training", "activations", "cached", "GPU", "disk", "scratch", "time")
 
@@ -45,20 +49,21 @@ def rows(params: Params, work: Workload) -> list[Row]:
         Row("download-models", f"{_count(shape.parameters)} {role}", disk=_downloaded(shape))
         for role, shape in shapes.items()
     ]
-    media = sum(work.samples.values())
-    found.append(Row("build-egoqa-dataset", f"{_count(media)} media", disk=work.disk))
+    what = "records" if work.typical.kind == "none" else "media"
+    found.append(Row("build-egoqa-dataset", f"{_count(sum(work.samples.values()))} {what}", disk=work.disk))
     if teacher and params.finetune_teacher.enabled:
         found.append(_finetuning("finetune-teacher", teacher, params.finetune_teacher, work))
     if teacher and params.targets.kind != "online":
-        found.append(_cache_teacher_targets(student, teacher, params, work))
+        found.append(_cache_teacher_targets(student, teacher, params, _scored(teacher, params, work)))
     if params.train.caches_visual_tokens:
         found.append(_cache_visual_tokens(student, params.train, work))
     if teacher:
-        found.append(_distill(student, teacher, params, work))
+        found.append(_distill(student, teacher, params, _scored(student, params, work)))
     finetuned = teacher is None or params.control.enabled
     if finetuned:
-        found.append(_finetuning("finetune-student", student, params.train, work))
-    found += [_quantize_student(student, method) for method in params.quantize.methods]
+        found.append(_finetuning("finetune-student", student, params.train, _scored(student, params, work)))
+    if not is_encoder(student.model.config.model_type):
+        found += [_quantize_student(student, method) for method in params.quantize.methods]
     found += _exports("export-student", student, params.export.formats)
     found += _exports("export-teacher", teacher, ["onnx"]) if teacher and params.export.teacher else []
     variants = {
@@ -69,7 +74,26 @@ def rows(params: Params, work: Workload) -> list[Row]:
         **({DISTILLED: (student, params.evaluate.precision)} if teacher else {}),
         **{f"student-{method}": (student, method) for method in params.quantize.methods},
     }
-    return found + [_evaluate(name, *variant, params.evaluate, work) for name, variant in variants.items()]
+    return found + [
+        _evaluate(name, shape, precision, params, _scored(shape, params, work))
+        for name, (shape, precision) in variants.items()
+    ]
+
+
+def _scored(shape: Shape, params: Params, work: Workload) -> Workload:
+    """Return the data as a model reads them that is compared over classes; unchanged where it is not.
+
+    A language model reads the names of all classes behind each question, an encoder none.
+    """
+    if params.targets.over == "tokens":
+        return work
+    names = 0 if is_encoder(shape.model.config.model_type) else _classes(params)
+    typical, largest = (replace(one, answer_tokens=names * one.answer_tokens) for one in (work.typical, work.largest))
+    return replace(work, typical=typical, largest=largest)
+
+
+def _classes(params: Params) -> int:
+    return len(params.data.classes) if params.data.classes else _CLASSES
 
 
 def _downloaded(shape: Shape) -> float:
@@ -140,8 +164,11 @@ def _exports(stage: str, shape: Shape, formats: Sequence[str]) -> list[Row]:
     ]
 
 
-def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, work: Workload) -> Row:
-    tokens = _answer_tokens(settings, work)
+def _evaluate(variant: str, shape: Shape, precision: str, params: Params, work: Workload) -> Row:
+    settings = params.evaluate
+    # Classes are read in the same pass as the question, and nothing is generated.
+    generates = params.targets.over == "tokens"
+    tokens = _answer_tokens(settings, work) if generates else math.ceil(work.largest.answer_tokens)
     return Row(
         f"evaluate {variant}",
         _loaded(shape, precision),
@@ -154,8 +181,11 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
         ),
         effort=Effort(
             arithmetic.answering(shape, work, tokens),
-            tokens=math.ceil(work.questions["test"] / settings.batch_size) * tokens
-            + settings.latency_runs * settings.latency_new_tokens,
+            tokens=generates
+            * (
+                math.ceil(work.questions["test"] / settings.batch_size) * tokens
+                + settings.latency_runs * settings.latency_new_tokens
+            ),
             precision=precision,
         ),
     )
@@ -163,7 +193,7 @@ def _evaluate(variant: str, shape: Shape, precision: str, settings: Evaluate, wo
 
 def _generated(params: Params, work: Workload) -> float:
     """Return how many times the teacher computes a next token for questions without an answer, in batches."""
-    if params.data.unanswered != "teacher":
+    if params.data.unanswered != "teacher" or params.targets.over == "classes":
         return 0
     open_questions = work.questions["train"] * (1 - params.data.labelled_fraction)
     return math.ceil(open_questions / params.targets.batch_size) * work.typical.answer_tokens
@@ -234,8 +264,13 @@ def _checkpoints(shape: Shape, settings: Optimisation) -> float:
 
 
 def _targets(student: Shape, teacher: Shape, params: Params, work: Workload) -> float:
-    """Return the bytes of the cached targets: a row per answer token, and for hidden states the teacher's head."""
+    """Return the bytes of the cached targets: a row per answer token, and for hidden states the teacher's head.
+
+    Over classes, a question has a score of each, and its own class.
+    """
     questions = work.questions["train"] + work.questions["validation"]
+    if params.targets.over == "classes":
+        return questions * 4 * (1 + _classes(params))
     tokens = questions * work.typical.answer_tokens
     if params.targets.kind == "hidden":
         row = HiddenTeacher.bytes_per_token(teacher.hidden, 2)

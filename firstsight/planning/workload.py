@@ -28,7 +28,7 @@ DATA, LOCK = Path("data/egoqa"), Path("dvc.lock")
 _TEMPLATE, _TURN = 24, 6
 _CHARACTERS = 4
 # Assumed while no data set is built: the samples, each a video of maximal size with one question, and its tokens; and
-# the tokens of a text that is not cut.
+# the tokens of a text that is not cut, and of a question with one.
 _SAMPLES, _QUESTION, _ANSWER, _TEXT = 1000, 32, 16, 256
 _PLANNED = "Qwen2-VL, Qwen2.5-VL, LLaVA-OneVision or EgoGPT"
 # Bytes per pixel of a photograph as JPEG of quality 90.
@@ -87,10 +87,12 @@ def workload(data: Data, path: Path) -> Workload:
         samples, (typical, largest) = data.synthetic.scenes, _sizes(shown)
         source = f"{samples:,} rendered scenes"
         frame_bytes = sum(len(frame) for one in shown for frame in one.frames) / len(shown)
-    elif data.source == "text":
-        typical = largest = Sizes("none", 0, 0, 1, 1, data.max_tokens or _TEXT)
+    elif data.source == "text" or _without_media(data):
+        asked = data.source == "hub" and "text" not in data.hub.fields
+        typical = largest = Sizes("none", 0, 0, 1, *((_TEXT, _ANSWER) if asked else (1, data.max_tokens or _TEXT)))
         samples = max(_SAMPLES, *(math.ceil((wanted[split] or 0) / share) for split, share in shares.items() if share))
-        source, frame_bytes = f"not built yet; assumed {samples:,} texts of {typical.answer_tokens} tokens", 0
+        what = f"questions of {_TEXT} tokens" if asked else f"texts of {typical.answer_tokens} tokens"
+        source, frame_bytes = f"not built yet; assumed {samples:,} {what}", 0
     else:
         typical = largest = Sizes("video", data.max_frames, data.max_pixels, 1, _QUESTION, _ANSWER)
         # Enough for the number of samples that the settings take.
@@ -107,6 +109,11 @@ def workload(data: Data, path: Path) -> Workload:
     taken = ", ".join(f"{wanted[split]:,} to {use}" for split, use in _USES.items() if wanted[split])
     source += f"; {taken}" if taken else ""
     return Workload(source + earlier, counts, questions, typical, largest, sum(counts.values()) * frame_bytes)
+
+
+def _without_media(data: Data) -> bool:
+    """Return whether the records are those of a data set of the hub, no column of which is an image or a video."""
+    return data.source == "hub" and not {"image", "images", "video"} & data.hub.fields.keys()
 
 
 def text_workload(source: str, samples: Sequence[Sample], counts: Mapping[str, float]) -> Workload:

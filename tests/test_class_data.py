@@ -163,6 +163,11 @@ def test_a_key_that_a_line_lacks_is_named(tmp_path):
         built(workspace(tmp_path, given, "records.jsonl"))
 
 
+def test_numbers_of_either_sign_and_letters_are_classes():
+    for names in (["-1", "0", "1"], ["A", "B", "The"]):
+        assert params.classes_apart(names) == names
+
+
 @pytest.mark.parametrize(
     ("values", "line"),
     [
@@ -170,6 +175,10 @@ def test_a_key_that_a_line_lacks_is_named(tmp_path):
         (
             {"classes": ["Film", "film ", "Plant"]},
             "data.classes: expected a wording of its own for each class, found 'Film' and 'film '",
+        ),
+        (
+            {"classes": ["The Film", "film"]},
+            "data.classes: expected a wording of its own for each class, found 'The Film' and 'film'",
         ),
         ({"classes": ["Film", "-"]}, "data.classes: expected a word for each class, found '-'"),
         ({"prompt": "Which class?"}, "data.prompt: expected names of columns in braces, such as {text}, found 'Which"),

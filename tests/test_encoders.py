@@ -18,6 +18,7 @@ from firstsight.models.loading import has_head, load_model, load_processor
 from firstsight.packing.dataset import EncoderDataset, encoder_batch
 from firstsight.packing.forward import class_scores
 from firstsight.packing.pack import IGNORE
+from firstsight.publishing.model_card import model_card
 from firstsight.training.adapters import TrainableModel
 
 
@@ -75,6 +76,16 @@ def test_a_new_head_is_the_same_every_time_and_a_stored_one_is_kept(bert, tmp_pa
     assert again.classifier.weight.equal(first.classifier.weight)
     wider = load_model(tmp_path, "float32", "cpu", classes=(*CLASSES, "plenty"))
     assert wider.classifier.weight.shape == (4, 32)
+
+
+def test_a_stored_head_of_as_many_other_classes_is_not_kept(bert, tmp_path):
+    others = load_model(bert, "float32", "cpu", classes=("no", "yes", "maybe"))
+    others.classifier.weight.data.fill_(7.0)
+    others.save_pretrained(tmp_path)
+    found, new = (load_model(one, "float32", "cpu", classes=CLASSES) for one in (tmp_path, bert))
+    assert found.classifier.weight.equal(new.classifier.weight)
+    assert found.classifier.weight.std() > 0
+    assert found.bert.embeddings.word_embeddings.weight.equal(new.bert.embeddings.word_embeddings.weight)
 
 
 def test_an_encoder_gives_no_text(bert):
@@ -185,7 +196,17 @@ def too_long(folder, bert):
     return f"record long-0: expected at most {BERT_POSITIONS} tokens, as many as models/student has positions for"
 
 
-@pytest.mark.parametrize("break_it", [no_tokens, no_head, too_long])
+def student_over_nf4(folder, bert):
+    change(folder, "train", method="qlora")
+    return "train.method: expected lora, because models/student is an encoder, of which no part is quantized"
+
+
+def quantized_to_evaluate(folder, bert):
+    change(folder, "evaluate", precision="int8")
+    return "evaluate.precision: expected auto, because models/student is an encoder, of which no part"
+
+
+@pytest.mark.parametrize("break_it", [no_tokens, no_head, too_long, student_over_nf4, quantized_to_evaluate])
 def test_an_encoder_that_does_not_fit_is_one_line_before_anything_is_trained(
     settings, processor, tmp_path, bert, break_it
 ):
@@ -195,6 +216,71 @@ def test_an_encoder_that_does_not_fit_is_one_line_before_anything_is_trained(
         run_stage(folder, "check_inputs")
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        (("targets", "precision"), "nf4", "targets.precision: expected auto, because models/teacher is an encoder"),
+        (
+            ("evaluate", "teacher_methods"),
+            ["int8"],
+            "evaluate.teacher_methods: expected [], because models/teacher",
+        ),
+        (
+            ("finetune_teacher", "method"),
+            "qlora",
+            "finetune_teacher.method: expected lora, because models/teacher",
+        ),
+    ],
+)
+def test_a_teacher_that_is_an_encoder_is_not_quantized(settings, processor, tmp_path, bert, key, value, line):
+    folder = run_workspace(tmp_path / "run", settings, processor, bert, "bert")
+    change(folder, key[0], **{key[1]: value})
+    with pytest.raises(UserError) as error:
+        run_stage(folder, "check_inputs")
+    assert line in str(error.value)
+
+
+def test_the_card_of_an_encoder_says_what_it_is_and_how_to_load_it(settings, processor, tmp_path, bert, monkeypatch):
+    folder = run_workspace(tmp_path / "run", settings, processor, bert)
+    (folder / "models/student-distilled").mkdir()
+    with_head(bert, folder / "models/student-distilled")
+    share = {"exact_match": 0.9, "exact_match_low": 0.8, "exact_match_high": 1.0, "macro_f1": 0.85, "f1": 0.9}
+    share |= {"calibration_error": 0.1, "rouge_l": 0.9, "questions": 24, "by_class": {name: {} for name in CLASSES}}
+    fast = {"parameters": 1000, "disk_bytes": 1, "weights_bytes": 1, "peak_bytes": 1, "latency_ms_p50": 1.0}
+    (folder / "metrics").mkdir(exist_ok=True)
+    models = {
+        role: {"source": "a/b", "commit": None, "licence": "mit", "architecture": "BertModel"}
+        for role in ("teacher", "student")
+    }
+    for name, value in (
+        ("quality", {"student-distilled": share, "teacher": share}),
+        ("performance", {"student-distilled": fast, "teacher": fast}),
+        ("models", models),
+    ):
+        (folder / f"metrics/{name}.json").write_text(json.dumps(value))
+    for variant in ("student-distilled", "teacher"):
+        (folder / f"evaluations/{variant}").mkdir(parents=True)
+        (folder / f"evaluations/{variant}/performance.json").write_text(
+            json.dumps({"engine": "PyTorch", "device": "x"})
+        )
+    splits = {split: {"records": 24, "samples": 24} for split in ("train", "validation", "test")}
+    (folder / "data/egoqa/card.json").write_text(json.dumps({"source": "csv", "commit": None, "splits": splits}))
+    monkeypatch.chdir(folder)
+    card = model_card("student-distilled", "models/student-distilled")
+    assert "pipeline_tag: text-classification" in card
+    assert "egocentric" not in card
+    assert "A text classifier of 1 k parameters." in card
+    assert f"It tells 3 classes apart: {', '.join(CLASSES)}." in card
+    assert "\n{text}\n" in card
+    assert "| accuracy | 0.900 (0.80 to 1.00) |" in card
+    assert "| macro-F1 | 0.850 |" in card
+    assert "exact match" not in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    printed = []
+    exec(code, {"print": printed.append})  # the example of the card, on the folder that it names
+    assert printed[0] in CLASSES
 
 
 def test_a_teacher_with_a_head_for_the_classes_needs_no_training(settings, processor, tmp_path, bert):

@@ -69,7 +69,7 @@ def classes_apart(names: list[str]) -> list[str]:
     wordings: dict[str, str] = {}
     for name in names:
         words = re.findall(r"(?<!\w)-?\d+|\w+", unicodedata.normalize("NFKC", name).casefold())
-        other = wordings.setdefault("".join(word for word in words if word not in _ARTICLES), name)
+        other = wordings.setdefault("".join([word for word in words if word not in _ARTICLES] or words), name)
         if other is not name:
             raise ValueError(f"expected a wording of its own for each class, found {other!r} and {name!r}; rename one")
     if "" in wordings:

@@ -1,4 +1,4 @@
-"""Plot benchmarks/*.csv as benchmarks/distillation.png: time and memory of the loss, a training step and a sweep.
+"""Plot time and memory of the loss, a training step and a sweep on the CPU as benchmarks/distillation.png.
 
 python -m benchmarks.picture
 """
@@ -31,9 +31,8 @@ def bars(axes, labels: Sequence[str], values: Sequence[float], ours: set[str], t
 
 
 def run() -> None:
-    device = "cuda" if (FOLDER / "loss-cuda.csv").exists() else "cpu"
-    names = (f"loss-{device}", f"distill-step-{device}", "sweep")
-    loss, step, sweep = (pd.read_csv(FOLDER / f"{name}.csv") for name in names)
+    # Of one machine: the sweep was measured on the CPU.
+    loss, step, sweep = (pd.read_csv(FOLDER / f"{name}.csv") for name in ("loss-cpu", "distill-step-cpu", "sweep"))
     most = loss["answer_tokens"].max()
     loss = loss[loss["answer_tokens"] == most]
     minutes = sweep.groupby("targets")["seconds"].sum() / 60

@@ -29,7 +29,7 @@ from firstsight.records.sample import SPLITS, Text
 if TYPE_CHECKING:
     from firstsight.records.parquet import Split
 
-OUTPUT = Path("data/checked.json")
+OUTPUT, CARD = Path("data/checked.json"), Path("data/egoqa/card.json")
 # The splits that models are trained on.
 TAUGHT = ("train", "validation")
 
@@ -64,8 +64,9 @@ def splits() -> dict[str, "Split"]:
 
 
 def reads_texts() -> bool:
-    """Return whether the records are texts; all are of one kind."""
-    return isinstance(splits()["train"][0].records[0], Text)
+    """Return whether the records are texts: all are of one kind, and rendered scenes are always asked about."""
+    source = read_json(CARD, "build-egoqa-dataset")["source"] if CARD.exists() else None
+    return source != "synthetic" and isinstance(splits()["train"][0].records[0], Text)
 
 
 def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str, int]]:

@@ -296,6 +296,17 @@ def model(settings, processor):
     return build_model(settings.models.teacher.init, processor.tokenizer).eval()
 
 
+@pytest.fixture(scope="session")
+def language_models(settings, processor, tmp_path_factory) -> dict[str, Path]:
+    """A folder for each family of text_families.py, by its name: to be read, and not changed."""
+    from text_families import TEXT_SAVE  # it imports this file
+
+    made = {name: tmp_path_factory.mktemp(name) for name in TEXT_SAVE}
+    for name, folder in made.items():
+        TEXT_SAVE[name](folder, settings, processor)
+    return made
+
+
 def picture(seed: int, width: int = 84, height: int = 84) -> bytes:
     """A JPEG of coloured noise."""
     noise = random.Random(seed).randbytes(3 * (width // 4) * (height // 4))

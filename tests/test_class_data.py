@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, YAML_SAFE, change, make_sample, run_stage, write_params
 
 from firstsight.core import params
+from firstsight.core.classes import classes_apart
 from firstsight.core.errors import UserError
 from firstsight.records.parquet import Split, SplitWriter
 
@@ -165,7 +166,7 @@ def test_a_key_that_a_line_lacks_is_named(tmp_path):
 
 def test_numbers_of_either_sign_and_letters_are_classes():
     for names in (["-1", "0", "1"], ["A", "B", "The"]):
-        assert params.classes_apart(names) == names
+        assert classes_apart(names) == names
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,6 @@ def write_classes(path, questions=QUESTIONS, classes=CLASSES):
     return Split(path)
 
 
-@pytest.fixture(scope="module")
-def folders(settings, processor, tmp_path_factory):
-    made = {name: tmp_path_factory.mktemp(name) for name in TEXT_SAVE}
-    for name, folder in made.items():
-        TEXT_SAVE[name](folder, settings, processor)
-    return made
-
-
 def alone(model, processor, question: str, wording: str) -> torch.Tensor:
     """The log-probability of a wording and its end after the prompt, by the model's own logits, of one sequence."""
     turn = [{"role": "user", "content": [{"type": "text", "text": question}]}]
@@ -61,11 +53,11 @@ def scores_of(folder, split):
 
 @pytest.mark.parametrize("name", TEXT_SAVE)
 @torch.inference_mode()
-def test_packed_classes_are_scored_as_each_alone(folders, tmp_path, monkeypatch, name):
+def test_packed_classes_are_scored_as_each_alone(language_models, tmp_path, monkeypatch, name):
     monkeypatch.setitem(scoring._CHUNK, "cpu", 7)  # several chunks
     split = write_classes(tmp_path / "train.parquet")
-    found = scores_of(folders[name], split)
-    model, processor = load_model(folders[name], "float32", "cpu"), load_processor(folders[name])
+    found = scores_of(language_models[name], split)
+    model, processor = load_model(language_models[name], "float32", "cpu"), load_processor(language_models[name])
     expected = [
         [alone(model, processor, question, wording) for wording in CLASSES]
         for asked in QUESTIONS.values()
@@ -75,10 +67,10 @@ def test_packed_classes_are_scored_as_each_alone(folders, tmp_path, monkeypatch,
     assert found.dtype == torch.float32
 
 
-def test_the_gradient_of_scores_is_that_of_each_alone(folders, tmp_path, monkeypatch):
+def test_the_gradient_of_scores_is_that_of_each_alone(language_models, tmp_path, monkeypatch):
     monkeypatch.setitem(scoring._CHUNK, "cpu", 7)
     split = write_classes(tmp_path / "train.parquet")
-    model, processor = load_model(folders["gpt2"], "float32", "cpu"), load_processor(folders["gpt2"])
+    model, processor = load_model(language_models["gpt2"], "float32", "cpu"), load_processor(language_models["gpt2"])
     weights = torch.randn(4, len(CLASSES), generator=torch.Generator().manual_seed(0))
     dataset = ClassDataset(split, processor)
     packed = class_scores(model, dataset.collate([dataset[0], dataset[1]]), len(CLASSES))
@@ -90,13 +82,13 @@ def test_the_gradient_of_scores_is_that_of_each_alone(folders, tmp_path, monkeyp
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_padding_samples_have_no_scores(folders, tmp_path):
+def test_padding_samples_have_no_scores(language_models, tmp_path):
     split = write_classes(tmp_path / "train.parquet")
-    dataset = ClassDataset(split, load_processor(folders["gpt2"])).padded_to_multiple(4)
+    dataset = ClassDataset(split, load_processor(language_models["gpt2"])).padded_to_multiple(4)
     assert len(dataset) == 4
     batch = dataset.collate([dataset[number] for number in range(4)])
     assert batch["labels"].tolist() == [[1, IGNORE, IGNORE], [0, IGNORE, 1], [IGNORE] * 3, [IGNORE] * 3]
-    model = load_model(folders["gpt2"], "float32", "cpu")
+    model = load_model(language_models["gpt2"], "float32", "cpu")
     assert class_scores(model, batch, len(CLASSES)).shape == (4, 3)
     nothing = class_scores(model, dataset.collate([dataset[2]]), len(CLASSES))
     assert nothing.shape == (0, 3)
@@ -104,18 +96,18 @@ def test_padding_samples_have_no_scores(folders, tmp_path):
 
 
 @torch.inference_mode()
-def test_two_tokenizers_give_the_same_scores(folders, tmp_path):
+def test_two_tokenizers_give_the_same_scores(language_models, tmp_path):
     """The same weights under other numbers: no token is compared, so that the numbers do not matter."""
     split = write_classes(tmp_path / "train.parquet")
     other = tmp_path / "other"
     other.mkdir()
-    for path in folders["gpt2"].iterdir():
+    for path in language_models["gpt2"].iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     exchange_tokens(other)
     weights = load_file(other / "model.safetensors")
     weights["wte.weight"][[300, 301]] = weights["wte.weight"][[301, 300]].clone()
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    torch.testing.assert_close(scores_of(other, split), scores_of(folders["gpt2"], split), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores_of(other, split), scores_of(language_models["gpt2"], split), atol=1e-5, rtol=1e-5)
 
 
 def loss_over(scores, teacher, answers, temperature, alpha):

@@ -23,17 +23,9 @@ END = {"gpt2": "<|endoftext|>", "qwen2-base": "<|endoftext|>", "qwen2-instruct":
 END["deepseek"] = DEEPSEEK_TOKENS[0]
 
 
-@pytest.fixture(scope="module")
-def folders(settings, processor, tmp_path_factory):
-    made = {name: tmp_path_factory.mktemp(name) for name in TEXT_SAVE}
-    for name, folder in made.items():
-        TEXT_SAVE[name](folder, settings, processor)
-    return made
-
-
 @pytest.fixture(scope="module", params=TEXT_SAVE)
-def family(request, folders):
-    return request.param, folders[request.param]
+def family(request, language_models):
+    return request.param, language_models[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +123,20 @@ def test_adapters_of_all_linear_layers_are_merged_into_what_was_trained(family, 
     assert (trained - before).norm() > 0.05 * before.norm()
 
 
-def test_a_model_without_a_template_takes_its_plain_one_along(folders, tmp_path):
-    processor = load_processor(folders["gpt2"])
+def test_a_model_without_a_template_takes_its_plain_one_along(language_models, tmp_path):
+    processor = load_processor(language_models["gpt2"])
     assert processor.tokenizer.pad_token == "<|endoftext|>"
     processor.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text((folders["gpt2"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text((language_models["gpt2"] / "config.json").read_text())
     again = load_processor(tmp_path)
     turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
     assert again.apply_chat_template(turns, tokenize=False) == "user\nassistant<|endoftext|>"
     assert again.positions == 96
 
 
-def test_a_plain_template_begins_as_the_tokenizer_does(folders, tmp_path):
+def test_a_plain_template_begins_as_the_tokenizer_does(language_models, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        (tmp_path / name).write_text((folders["deepseek"] / name).read_text())
+        (tmp_path / name).write_text((language_models["deepseek"] / name).read_text())
     values = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del values["chat_template"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
@@ -154,9 +146,9 @@ def test_a_plain_template_begins_as_the_tokenizer_does(folders, tmp_path):
     assert rendered == DEEPSEEK_TOKENS[3] + "Why?\n"
 
 
-def test_a_model_that_stops_at_another_token_than_its_tokenizers_is_refused(folders, tmp_path):
+def test_a_model_that_stops_at_another_token_than_its_tokenizers_is_refused(language_models, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
-        (tmp_path / name).write_text((folders["qwen2-instruct"] / name).read_text())
+        (tmp_path / name).write_text((language_models["qwen2-instruct"] / name).read_text())
     values = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": "<|endoftext|>"}))
     found = r"a chat template that ends a turn as generation_config.json says, and not with the eos_token '<\|endoft"
@@ -167,6 +159,9 @@ def test_a_model_that_stops_at_another_token_than_its_tokenizers_is_refused(fold
         load_processor(tmp_path)
 
 
-def test_masks_stored_with_weights_are_no_parameters(folders):
-    assert any(name.endswith(".attn.bias") for name in load_file(folders["gpt2"] / "model.safetensors"))
-    assert facts(folders["gpt2"])["parameters"] == load_model(folders["gpt2"], "float32", "cpu").num_parameters()
+def test_masks_stored_with_weights_are_no_parameters(language_models):
+    assert any(name.endswith(".attn.bias") for name in load_file(language_models["gpt2"] / "model.safetensors"))
+    assert (
+        facts(language_models["gpt2"])["parameters"]
+        == load_model(language_models["gpt2"], "float32", "cpu").num_parameters()
+    )

@@ -60,7 +60,9 @@ def project(tmp_path):
     return tmp_path
 
 
-def bind_to_all_cores() -> None:
+def as_from_a_terminal() -> None:
+    """Undo what the child would inherit from the tests: few cores of a worker, and interrupts that are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
@@ -68,8 +70,7 @@ def bind_to_all_cores() -> None:
 def started(project, *options: str) -> subprocess.Popen:
     words = [sys.executable, "-m", "firstsight", "repro", *options]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    # Workers of parallel tests are bound to few cores.
-    options = {"env": env, "text": True, "start_new_session": True, "preexec_fn": bind_to_all_cores}
+    options = {"env": env, "text": True, "start_new_session": True, "preexec_fn": as_from_a_terminal}
     return subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 

@@ -27,7 +27,7 @@ from firstsight.core.params import Optimisation
 from firstsight.planning.shapes import KNOWN
 from firstsight.starting import settings as written
 from firstsight.starting import sources
-from firstsight.starting.choices import DEMOS, METHODS, PAIRS, TEMPERATURE, Choices
+from firstsight.starting.choices import ALPHA, DEMOS, METHODS, PAIRS, TEMPERATURE, Choices
 from firstsight.starting.records import Found
 
 DOWN, ENTER, CTRL_C, CTRL_D, ERASE = "\x1b[B", "\r", "\x03", "\x04", "\x7f"
@@ -140,9 +140,9 @@ def test_arrow_keys_choose_and_what_cannot_be_used_is_asked_again(folder):
     terminal.answer(FILE, f"bad.csv{ENTER}")
     terminal.wait("error: bad.csv: line 2: expected 2 cells, found 3; quote cells that hold commas")
     terminal.answer(DATA, DOWN + ENTER)
-    terminal.answer("Temperature", f"x{ENTER}")
+    terminal.answer("Temperature T?", f"x{ENTER}")
     terminal.answer("temperature: expected a number, found", 2 * ERASE + "2.5" + ENTER)
-    terminal.answer("Alpha", ENTER)
+    terminal.answer("Alpha?", ENTER)
     terminal.answer(SIZE, f"{3 * ERASE}50{ENTER}")
     terminal.answer(WRITE, ENTER)
     terminal.answer(RUN, "n")
@@ -153,6 +153,7 @@ def test_arrow_keys_choose_and_what_cannot_be_used_is_asked_again(folder):
     assert (loaded.data.source, loaded.data.train_samples) == ("synthetic", 50)
     assert not loaded.finetune_teacher.enabled
     assert TEMPERATURE in terminal.text
+    assert ALPHA in terminal.text
     assert "image, 84 x 84" in terminal.text
 
 

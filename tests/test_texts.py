@@ -281,18 +281,17 @@ def test_records_of_texts_are_stored_like_questions_without_one(tmp_path):
     assert metadata == [{b"firstsight.max_tokens": b"7"}, None, None]
 
 
+def build_with_a_long_one(folder, count: int, max_tokens: int) -> None:
+    """Build a data set of so many texts, and one that is longer than `max_tokens`."""
+    fractions = {"test_fraction": 0.2, "validation_fraction": 0.2}
+    build(folder, [*texts(count), "red " * 200], unanswered="refuse", max_tokens=max_tokens, **fractions)
+
+
 @pytest.fixture
 def checked(settings, processor, tmp_path):
     """A workspace of texts and a pair of GPT-2, up to what check_inputs reads."""
     folder = text_workspace(tmp_path / "texts", settings, processor, "gpt2", "gpt2")
-    build(
-        folder,
-        [*texts(60), "red " * 200],
-        unanswered="refuse",
-        test_fraction=0.2,
-        validation_fraction=0.2,
-        max_tokens=24,
-    )
+    build_with_a_long_one(folder, 60, max_tokens=24)
     return folder
 
 
@@ -359,14 +358,7 @@ def test_a_vision_language_model_reads_no_texts(tmp_path):
 def distilled(settings, processor, tmp_path_factory):
     """A workspace after all stages: GPT-2 of two layers, fine-tuned on texts, teaches another."""
     folder = text_workspace(tmp_path_factory.mktemp("e2e") / "w", settings, processor, "gpt2", "gpt2")
-    build(
-        folder,
-        [*texts(80), "red " * 200],
-        unanswered="refuse",
-        test_fraction=0.2,
-        validation_fraction=0.2,
-        max_tokens=64,
-    )
+    build_with_a_long_one(folder, 80, max_tokens=64)
     change(folder, "train", alpha=0.5, temperature=2.0, epochs=3)
     change(folder, "control", enabled=True)
     change(folder, "evaluate", max_new_tokens=8, continuations=4, latency_new_tokens=2, latency_runs=2)

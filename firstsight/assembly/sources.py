@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
+from firstsight.core.classes import classes_apart
 from firstsight.core.errors import UserError
-from firstsight.core.params import Data, classes_apart
+from firstsight.core.params import Data
 from firstsight.readers import csv_file, egoschema, egotempo, hub_dataset, jsonl, llava, openeqa, plain_text
 from firstsight.readers.problems import Problems
 from firstsight.readers.source_record import Asked

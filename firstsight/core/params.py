@@ -4,15 +4,13 @@ No parameter has a default: a run does what its params.yaml says, and two runs d
 checks the whole file at once, so that a mistake under `evaluate` is reported before a teacher is trained.
 """
 
-import re
-import string
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from firstsight.core import yaml12
+from firstsight.core.classes import classes_apart, template_columns
 from firstsight.core.errors import UserError
 from firstsight.core.validation import mistakes
 
@@ -51,47 +49,6 @@ def _distinct(values: list) -> list:
 
 
 Methods = Annotated[list[Method], AfterValidator(_distinct)]
-
-
-# Words that metrics leave out of an answer.
-_ARTICLES = ("a", "an", "the")
-
-
-def classes_apart(names: list[str]) -> list[str]:
-    """Return the names of classes in Unicode's composed form, as records are stored.
-
-    Raises:
-        ValueError: there are fewer than two, or two that metrics take for one: their letters and numbers are the same,
-            articles left out.
-    """
-    if len(names) < 2:
-        raise ValueError(f"expected at least two classes, found {names}; name all that the data have")
-    wordings: dict[str, str] = {}
-    for name in names:
-        words = re.findall(r"(?<!\w)-?\d+|\w+", unicodedata.normalize("NFKC", name).casefold())
-        other = wordings.setdefault("".join([word for word in words if word not in _ARTICLES] or words), name)
-        if other is not name:
-            raise ValueError(f"expected a wording of its own for each class, found {other!r} and {name!r}; rename one")
-    if "" in wordings:
-        raise ValueError(f"expected a word for each class, found {wordings['']!r}; name it by letters or digits")
-    return [unicodedata.normalize("NFC", name.strip()) for name in names]
-
-
-def template_columns(template: str) -> list[str]:
-    """Return the names in braces of a prompt template such as "{title}\\n{text}", each once, in their order.
-
-    Raises:
-        ValueError: there is none, a brace has no partner, or there is more than a name between two braces.
-    """
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise ValueError(
-            f"expected columns in braces, found {template!r} ({error}); double a brace of the text"
-        ) from None
-    if not parts or not all(name and not form and not conversion for name, form, conversion in parts):
-        raise ValueError(f"expected names of columns in braces, such as {{text}}, found {template!r}; correct it")
-    return list(dict.fromkeys(str(name) for name, *_ in parts))
 
 
 def _template(template: str) -> str:

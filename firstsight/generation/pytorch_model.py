@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,14 +80,8 @@ class PyTorchModel:
                 f"evaluate.latency_new_tokens: expected room for {tokens} tokens after a question of {length}, found "
                 f"{most} positions in {self._model.name_or_path}; lower it, or shorten the questions"
             )
-        try:
-            produced = answering.generate(self._model, inputs, max_new_tokens=tokens, min_new_tokens=tokens)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error)) from None
-        if produced.is_cuda:
-            torch.cuda.synchronize()
-        return produced
+        with _to_its_end(self._model.device):
+            return answering.generate(self._model, inputs, max_new_tokens=tokens, min_new_tokens=tokens)
 
     def copying(self, size: int) -> Callable[[], None]:
         """Return a function that copies `size` bytes within the device's memory, and returns when they are copied."""
@@ -157,14 +152,20 @@ class ClassModel(PyTorchModel):
         Raises:
             MemoryError: the questions do not fit the GPU together.
         """
-        try:
-            scores = class_scores(self._model, inputs, len(self._classes))
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error)) from None
-        if scores.is_cuda:
+        with _to_its_end(self._model.device):
+            return class_scores(self._model, inputs, len(self._classes))
+
+
+@contextmanager
+def _to_its_end(device: torch.device) -> Iterator[None]:
+    """Wait, at the end of the block, for what it computes on a GPU. Raises MemoryError where that does not fit."""
+    try:
+        yield
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        return scores
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise MemoryError(str(error)) from None
 
 
 @torch.inference_mode()

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-from firstsight.core.params import Data, template_columns
+from firstsight.core.classes import template_columns
+from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import SourceRecord
 

@@ -62,6 +62,8 @@ class Terminal:
 
     def __init__(self, folder: Path, *arguments: str):
         environment = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "PROMPT_TOOLKIT_NO_CPR": "1"}
+        # pytest's parallel workers have another width in theirs, which rich prefers to the terminal's.
+        environment |= {"COLUMNS": str(COLUMNS), "LINES": str(LINES)}
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             # Here, because the command may look before this process gets to it.

@@ -1,11 +1,19 @@
-"""The benchmark of language models with published weights, at its smallest scale, with a tiny random model."""
+"""The benchmark of language models with published weights, at its smallest scale, with tiny random models."""
+
+import csv
+from collections import Counter
 
 import pytest
 import torch
-from text_families import TEXT_SAVE
+from conftest import run_module
+from text_families import TEXT_SAVE, save_bert
 from transformers import AutoModelForCausalLM
 
 from benchmarks import text
+from benchmarks.text_dbpedia import Row, Scale, dbpedia, dealt, labelled, mean_gain, worded
+from benchmarks.text_models import halved
+from benchmarks.text_wikitext import Scale as WikitextScale
+from benchmarks.text_wikitext import wikitext
 
 
 @pytest.fixture
@@ -17,7 +25,7 @@ def teacher(settings, processor, tmp_path):
 
 
 def test_a_student_of_half_the_layers_has_every_second_one(teacher, tmp_path):
-    text.halved(teacher, tmp_path / "half")
+    halved(teacher, tmp_path / "half")
     whole, half = (AutoModelForCausalLM.from_pretrained(one) for one in (teacher, tmp_path / "half"))
     assert len(half.model.layers) == half.config.num_hidden_layers == -(-len(whole.model.layers) // 2)
     for number, layer in enumerate(half.model.layers):
@@ -35,10 +43,10 @@ def test_students_are_compared_in_equal_steps_on_the_same_texts(teacher, tmp_pat
             f" = {name} {n} = \n\n The cup number {n} is red , and the {name} is to its left . \n" for n in range(count)
         ]
         (tmp_path / f"{name}.txt").write_text("".join(lines))
-    scale = text.Scale(
+    scale = WikitextScale(
         train=8, validation=2, test=4, max_tokens=24, batch_size=2, learning_rate=1e-3, temperatures=(2.0,)
     )
-    rows = list(text.wikitext(tmp_path, teacher, scale))
+    rows = list(wikitext(tmp_path, teacher, scale))
     assert [row["model"] for row in rows] == ["teacher", "student", "student, fine-tuned", "student, distilled"]
     assert [row["steps"] for row in rows] == [0, 0, 4, 4]
     assert {row["texts"] for row in rows} == {4}
@@ -50,7 +58,83 @@ def test_students_are_compared_in_equal_steps_on_the_same_texts(teacher, tmp_pat
     assert (rows[3]["temperature"], rows[3]["alpha"]) == (2.0, 0.5)
 
 
-def test_an_unknown_part_is_named(monkeypatch):
+def test_rows_are_dealt_by_class_and_labels_drawn_from_them():
+    rows = [Row(f"text {number}", "AB"[number % 2]) for number in range(12)]
+    first, second = dealt(rows, (2, 3))
+    assert [row.text for row in first] == ["text 0", "text 1", "text 2", "text 3"]
+    assert Counter(row.label for row in second) == {"A": 3, "B": 3}
+    assert not {row.text for row in first} & {row.text for row in second}
+    drawn = [labelled(second, 1, seed) for seed in range(4)]
+    for one in drawn:
+        assert [row.text for row in one] == [row.text for row in second]
+        assert Counter(row.label for row in one) == {"A": 1, "B": 1, "": 4}
+        assert all(row.label in {"", other.label} for row, other in zip(one, second, strict=True))
+    assert len({tuple(one) for one in drawn}) > 1
+    assert worded("MeanOfTransportation") == "Mean of transportation"
+
+
+def test_the_mean_of_three_gains_has_students_interval():
+    row = mean_gain("student", 10, [0.01, 0.02, 0.03])
+    assert (row["gain"], row["low"], row["high"]) == (0.02, -0.0048, 0.0448)
+
+
+def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teacher, tmp_path):
+    words = {"Animal": "dog cat hen", "WrittenWork": "book poem play"}
+    for name, count in (("train", 8), ("test", 4)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "class"])
+            for number in range(count):
+                for label, some in words.items():
+                    writer.writerow([f"The {name} {number} has a {some.split()[number % 3]} .", label])
+    encoder = tmp_path / "bert"
+    encoder.mkdir()
+    save_bert(encoder)
+    scale = Scale(teacher_labels=2, pool=4, test=8, labels=(2, 1), draws=1, batch_size=4, epochs=1, decoder_epochs=1)
+    rows = list(dbpedia(tmp_path, teacher, encoder, scale))
+    assert [(row["model"], row["labels"]) for row in rows] == [
+        ("teacher, fine-tuned", 2),
+        ("MiniLM, fine-tuned", 2),
+        ("MiniLM, distilled", 2),
+        ("MiniLM, fine-tuned", 1),
+        ("MiniLM, distilled", 1),
+        ("half of the teacher, fine-tuned", 2),
+        ("half of the teacher, distilled", 2),
+    ]
+    assert [row["steps"] for row in rows] == [None, 2, 2, 2, 2, 2, 2]
+    assert {row["texts"] for row in rows} == {8}
+    assert rows[0]["agreement"] == 1
+    for alone, taught in zip(rows[1::2], rows[2::2], strict=True):
+        assert taught["gain"] == pytest.approx(taught["accuracy"] - alone["accuracy"], abs=1e-4)
+        assert (alone["temperature"], taught["temperature"], taught["alpha"]) == (None, 3.0, 0.7)
+
+
+def test_the_command_names_its_parts_and_their_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["text", "imagenet"])
-    with pytest.raises(text.UserError, match="expected one of wikitext, found 'imagenet'"):
+    with pytest.raises(text.UserError, match="expected one of dbpedia, wikitext, found 'imagenet'"):
         text.run()
+    (tmp_path / "test.csv").touch()
+    done = run_module(tmp_path, "benchmarks.text", "dbpedia", str(tmp_path))
+    line = f"error: benchmarks.text: expected a folder with train.csv and test.csv, found {tmp_path}; name one\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_rows_are_kept_as_they_come_and_those_of_the_other_part_stay(tmp_path, monkeypatch):
+    results = tmp_path / "text.csv"
+    results.write_text("part,model,accuracy\nwikitext,teacher,\ndbpedia,old,0.5\n")
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).touch()
+    seen = []
+
+    def rows(folder):
+        for number in range(2):
+            seen.append(text.read())
+            yield {"model": f"{folder.name} {number}", "gain": number}
+
+    monkeypatch.setattr(text, "RESULTS", results)
+    monkeypatch.setattr("benchmarks.measuring.__file__", str(tmp_path / "measuring.py"))
+    monkeypatch.setitem(text.PARTS, "dbpedia", text.Part(("train.csv", "test.csv"), rows))
+    monkeypatch.setattr("sys.argv", ["text", "dbpedia", str(tmp_path)])
+    text.run()
+    assert [row["model"] for row in seen[1]] == ["teacher", f"{tmp_path.name} 0"]
+    assert [(row["part"], row["gain"]) for row in text.read()] == [("wikitext", ""), ("dbpedia", "0"), ("dbpedia", "1")]

@@ -1,0 +1,299 @@
+"""Measure what a fine-tuned language model's scores of classes teach a student that has few labels.
+
+The part `dbpedia` of benchmarks.text, which says what the models are. The teacher is fine-tuned by LoRA on labels of
+its own. The students have 10 labels a class or 1, and the teacher's scores of all their texts (distilled), or the
+labels alone (fine-tuned), in equally many steps. One student is MiniLM, with labels drawn and training seeded three
+times; the other has every second layer of the teacher. Weights are those of the last step: no validation labels choose
+an epoch.
+"""
+
+import csv
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.measuring import environment
+from benchmarks.text_models import halved
+from firstsight.core import yaml12
+from firstsight.core.files import fingerprint_files
+from firstsight.core.stage import log
+from firstsight.distillation.targets import read_head, read_index, write_index
+from firstsight.evaluation.class_quality import confusion, macro_f1
+from firstsight.evaluation.metrics import proportion_interval
+from firstsight.generation.order import by_length
+from firstsight.generation.pytorch_model import ClassModel
+from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.records.parquet import Split
+from firstsight.records.sample import as_asked
+from firstsight.training.adapters import FINAL
+from stages import (
+    build_egoqa_dataset,
+    cache_teacher_targets,
+    check_inputs,
+    distill,
+    download_models,
+    finetune_student,
+    finetune_teacher,
+)
+
+ROOT, TARGETS = Path.cwd(), Path("data/teacher-targets")
+# An encoder of 512 positions reads no more than this; 3 of DBpedia's 9,000 abstracts here are longer.
+MOST_WORDS = 300
+# Student's t for a 95% interval of the mean of three draws (2 degrees of freedom).
+T_95, T_95_DRAWS = 4.303, 3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Say how much is trained and measured: records a class, records tested, and the numbers of a step."""
+
+    teacher_labels: int = 20
+    pool: int = 40
+    test: int = 500
+    labels: tuple[int, ...] = (10, 1)
+    draws: int = 3
+    teacher_learning_rate: float = 5e-4
+    teacher_epochs: float = 1.0
+    learning_rate: float = 2e-4
+    batch_size: int = 16
+    epochs: float = 2.0
+    decoder_epochs: float = 0.5
+
+
+class Row(NamedTuple):
+    """A text and its class; an empty class is no label."""
+
+    text: str
+    label: str
+
+
+class Answers(NamedTuple):
+    """The classes that a model finds for the test records, and the true ones."""
+
+    predicted: list[str]
+    truth: list[str]
+
+    @property
+    def right(self) -> np.ndarray:
+        return np.array([one == other for one, other in zip(*self, strict=True)], dtype=float)
+
+
+def dbpedia(files: Path, teacher: Path, encoder: Path, scale: Scale) -> Iterator[dict[str, Any]]:
+    """Yield a row for the teacher, each student of each draw, and what teaching added over the draws.
+
+    The folder `files` has train.csv and test.csv, with the columns text and class.
+    """
+    train, test = read(files / "train.csv"), read(files / "test.csv")[: scale.test]
+    classes = sorted({row.label for row in train})
+    own, pool, validation = dealt(train, (scale.teacher_labels, scale.pool, 1))
+    with tempfile.TemporaryDirectory() as temporary, chdir(temporary):
+        halved(teacher, Path("halved"))
+        bench = Bench(settings(teacher, classes, scale), validation, test)
+        yield bench.teacher(own)
+        bench.score(pool)
+        students = [
+            ("MiniLM", encoder, scale.epochs, scale.labels, scale.draws),
+            ("half of the teacher", Path("halved"), scale.decoder_epochs, scale.labels[:1], 1),
+        ]
+        for name, source, epochs, counts, draws in students:
+            for labels in counts:
+                gains = []
+                for draw in range(draws):
+                    rows = bench.student(name, source, epochs, labelled(pool, labels, draw), labels, draw)
+                    yield from rows
+                    gains.append(rows[1]["gain"])
+                if draws == T_95_DRAWS:
+                    yield mean_gain(name, labels, gains)
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a file whose texts are not too long, with the classes' names as words."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = [Row(row["text"], worded(row["class"])) for row in csv.DictReader(lines)]
+    kept = [row for row in rows if len(row.text.split()) <= MOST_WORDS]
+    left = len(rows) - len(kept)
+    log.info("%s: %d of %d texts have more than %d words and are left out", file, left, len(rows), MOST_WORDS)
+    return kept
+
+
+def worded(name: str) -> str:
+    """Return the name of a class as words, MeanOfTransportation as "Mean of transportation"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).capitalize()
+
+
+def dealt(rows: list[Row], counts: tuple[int, ...]) -> list[list[Row]]:
+    """Return lists without a row in common that have so many rows of every class each, the first ones of the file."""
+    given: dict[str, int] = defaultdict(int)
+    ends = np.cumsum(counts)
+    lists: list[list[Row]] = [[] for _ in counts]
+    for row in rows:
+        place = int(np.searchsorted(ends, given[row.label], side="right"))
+        given[row.label] += 1
+        if place < len(lists):
+            lists[place].append(row)
+    return lists
+
+
+def labelled(pool: list[Row], count: int, seed: int) -> list[Row]:
+    """Return the pool with the labels of so many rows of each class, drawn at random, and without the others."""
+    places = np.random.default_rng(seed).permutation(len(pool))
+    kept, given = set(), defaultdict(int)
+    for place in map(int, places):
+        if given[pool[place].label] < count:
+            given[pool[place].label] += 1
+            kept.add(place)
+    return [row if place in kept else row._replace(label="") for place, row in enumerate(pool)]
+
+
+def settings(teacher: Path, classes: list[str], scale: Scale) -> dict[str, Any]:
+    """Return the parameters: the preset's for DBpedia, with the numbers of `scale`."""
+    values = yaml12.load(ROOT / "presets/dbpedia-bert-tiny.yaml")
+    values["models"]["teacher"] = {"source": str(teacher.resolve()), "revision": None, "init": None}
+    values["data"] |= {
+        "source": "csv",
+        "hub": None,
+        "path": "rows.csv",
+        "classes": classes,
+        "unanswered": "teacher",
+        "prompt": "{text}\n\nWhich class?",
+        "train_samples": None,
+        "validation_samples": None,
+        "test_samples": None,
+    }
+    values["finetune_teacher"] |= {
+        "epochs": scale.teacher_epochs,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": scale.teacher_learning_rate,
+    }
+    values["train"] |= {"batch_size": scale.batch_size, "learning_rate": scale.learning_rate}
+    values["runtime"] = {"device": "auto", "data_workers": 0}
+    return values
+
+
+class Bench:
+    """Run the pipeline's stages in the current folder on rows that it writes as the data set."""
+
+    def __init__(self, values: dict[str, Any], validation: list[Row], test: list[Row]):
+        self.values, self.validation, self.test = values, validation, test
+        self.device, self.taught = pick_device("auto"), Answers([], [])
+
+    def teacher(self, rows: list[Row]) -> dict[str, Any]:
+        """Fine-tune the teacher on rows with labels, and return its row."""
+        self.save()
+        download_models.run("teacher")
+        self.build(rows)
+        started = time.perf_counter()
+        finetune_teacher.run()
+        seconds = time.perf_counter() - started
+        self.taught = self.answers(finetune_teacher.OUTPUT)
+        labels = len(rows) // len(self.values["data"]["classes"])
+        return self.row("teacher, fine-tuned", labels, self.taught) | {"seconds": round(seconds)}
+
+    def score(self, pool: list[Row]) -> None:
+        """Cache the teacher's scores of the pool, none of whose labels it sees."""
+        self.build([row._replace(label="") for row in pool])
+        cache_teacher_targets.run()
+
+    def student(
+        self, name: str, source: Path, epochs: float, rows: list[Row], labels: int, draw: int
+    ) -> list[dict[str, Any]]:
+        """Train a student on the labels of the rows alone, and with the teacher; return a row for each."""
+        self.values["models"]["student"] = {"source": str(source.resolve()), "revision": None, "init": None}
+        self.values["train"] |= {"epochs": epochs, "seed": draw, "keep_final": True}
+        self.save()
+        download_models.run("student")
+        self.build(rows)
+        self.reuse_scores()
+        check_inputs.run()
+        trained, alone = [], None
+        for approach, stage in (("fine-tuned", finetune_student), ("distilled", distill)):
+            started = time.perf_counter()
+            stage.run()
+            seconds = time.perf_counter() - started
+            found = self.answers(stage.OUTPUT / FINAL)
+            row = self.row(f"{name}, {approach}", labels, found) | {"draw": draw, "seconds": round(seconds)}
+            history = json.loads((stage.OUTPUT / "history.json").read_text(encoding="utf-8"))
+            row["steps"] = history[-1]["step"]
+            if alone is not None:
+                row["gain"] = round(float((found.right - alone.right).mean()), 4)
+            trained.append(row)
+            alone = found
+        return trained
+
+    def build(self, rows: list[Row]) -> None:
+        """Write the rows, and those of validation and test, as a file, and build the data set from it."""
+        splits = {"train": rows, "validation": self.validation, "test": self.test}
+        with Path("rows.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "class", "split"])
+            writer.writerows([*row, split] for split, some in splits.items() for row in some)
+        build_egoqa_dataset.run()
+
+    def reuse_scores(self) -> None:
+        """Make the teacher's scores those of the data set that was built last: the same texts with other labels.
+
+        The teacher reads no label, so that its scores are the same, and scoring takes longer than training.
+        """
+        index, head = read_index(TARGETS), read_head(TARGETS, "cpu")
+        (TARGETS / "index.json").unlink()  # else it would be among the files that the new one describes
+        data = {split: fingerprint_files([Path(f"data/egoqa/{split}.parquet")]) for split in index.data}
+        write_index(TARGETS, replace(index, data=data), head)
+
+    def answers(self, model: Path) -> Answers:
+        """Return the classes that a model finds for the test records."""
+        split = Split(Path("data/egoqa/test.parquet"))
+        questions = [(sample, as_asked(record)) for sample in split for record in sample.records]
+        loaded = load_model(model, "float32", self.device, classes=split.classes)
+        scorer = ClassModel(loaded, load_processor(model), "float32", split.classes)
+        predicted, size = [""] * len(questions), 16
+        order = by_length(questions)
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            for place, (found, _) in zip(places, scorer.classify([questions[one] for one in places]), strict=True):
+                predicted[place] = found
+        return Answers(predicted, [record.answer for _, record in questions])
+
+    def row(self, name: str, labels: int, answers: Answers) -> dict[str, Any]:
+        """Return a row of the CSV file: accuracy with its 95% interval, macro-F1, agreement with the teacher."""
+        right, train = answers.right, self.values["train"]
+        low, high = proportion_interval(right, list(map(str, range(len(right)))))
+        agreed = [one == other for one, other in zip(answers.predicted, self.taught.predicted, strict=False)]
+        log.info("%s, %d labels a class: accuracy %.4f", name, labels, right.mean())
+        return {
+            "model": name,
+            "labels": labels,
+            "draw": None,
+            "accuracy": round(float(right.mean()), 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "macro_f1": round(macro_f1(confusion(self.values["data"]["classes"], answers.truth, answers.predicted)), 4),
+            "agreement": round(float(np.mean(agreed)), 4) if agreed else None,
+            "gain": None,
+            "temperature": train["temperature"] if "distilled" in name else None,
+            "alpha": train["alpha"] if "distilled" in name else None,
+            "steps": None,
+            "texts": len(right),
+            "seconds": None,
+            **environment(self.device),
+        }
+
+    def save(self) -> None:
+        Path("params.yaml").write_text(yaml12.dump(self.values), encoding="utf-8")
+
+
+def mean_gain(name: str, labels: int, gains: list[float]) -> dict[str, Any]:
+    """Return the row of the mean over three draws of what the teacher added, with its 95% interval."""
+    mean, half = statistics.mean(gains), T_95 * statistics.stdev(gains) / len(gains) ** 0.5
+    row = {"model": f"{name}, distilled - fine-tuned", "labels": labels, "gain": round(mean, 4)}
+    return row | {"low": round(mean - half, 4), "high": round(mean + half, 4)}

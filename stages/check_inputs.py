@@ -95,6 +95,11 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
             role = "student" if one is student else "teacher"
             check_encoder(folder, over_classes=over_classes, needs_head=role == "teacher" and not finetuned)
             check_not_quantized(folder, quantizing(role, loaded))
+            if role == "teacher" and settings.class_scores != "sum":
+                raise UserError(
+                    f"targets.class_scores: expected sum, because {folder} is an encoder, whose scores are the logits "
+                    f"of its head, found {settings.class_scores}; set it so"
+                )
     for one in () if over_classes else teacher:
         common_tokens(one.tokenizer, student.tokenizer)
     for name, split in splits().items():

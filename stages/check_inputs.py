@@ -16,6 +16,7 @@ writes data/checked.json: of texts, what was counted of the train and validation
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,8 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
             generated = name in TAUGHT and bool(split.unanswered()) and not over_classes
             for one in processors:
                 wordings = classes_tokens(one, split.classes)
-                for sample in split:
+                calibrates = settings.class_scores == "calibrated" and one is not student
+                for sample in chain(split.content_free if calibrates else (), split):
                     check_positions(one, sample, settings.max_answer_tokens if generated else wordings)
     return {name: counted(split, student) for name, split in splits().items() if name in TAUGHT} if texts else {}
 

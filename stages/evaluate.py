@@ -218,7 +218,7 @@ def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple
     # As above.
     from firstsight.generation.pytorch_model import ClassModel, PyTorchModel
     from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
-    from firstsight.packing.normalisation import normalisation
+    from firstsight.packing.forward import normalisation
 
     device, processor = pick_device(loaded.runtime.device), load_processor(variant.model)
     stored = stored_method(variant.model)

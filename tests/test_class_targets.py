@@ -15,8 +15,7 @@ from firstsight.loss.teachers import HiddenTeacher
 from firstsight.models.loading import load_model, load_processor
 from firstsight.packing import forward as scoring
 from firstsight.packing.dataset import ClassDataset
-from firstsight.packing.forward import class_scores
-from firstsight.packing.normalisation import normalisation
+from firstsight.packing.forward import class_scores, normalisation
 from firstsight.packing.pack import IGNORE
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.reporting.summary import training_summary
@@ -197,6 +196,10 @@ def test_vocabularies_are_not_compared_over_classes(over_classes):
 def test_a_wording_for_which_a_model_has_no_position_is_named(over_classes):
     write_classes(over_classes / "data/egoqa/test.parquet", {"long": [("Why? " * 43, "two")]}, (*CLASSES, "so " * 30))
     with pytest.raises(UserError, match="record long-0: expected at most 96 tokens, as many as models/teacher has pos"):
+        run_stage(over_classes, "check_inputs")
+    change(over_classes, "targets", class_scores="calibrated")
+    write_classes(over_classes / "data/egoqa/train.parquet", content_free=("Why? " * 43,))
+    with pytest.raises(UserError, match="record content-free question 'Why.*: expected at most 96 tokens, as many as"):
         run_stage(over_classes, "check_inputs")
 
 

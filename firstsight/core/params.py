@@ -323,7 +323,7 @@ class Targets(Section):
     `over` says what the student's distribution is compared over: the vocabulary at each answer token (tokens), or, for
     records of a class, the classes (classes), of which a score each is cached, whatever `k` and `max_answer_tokens`.
     `class_scores` says how a teacher that is a language model scores them, here and where it is evaluated: by the sum
-    of log-probabilities, by their mean over tokens, or calibrated (`firstsight.packing.normalisation`).
+    of log-probabilities, by their mean over tokens, or calibrated (`firstsight.packing.forward`).
     """
 
     over: Literal["tokens", "classes"]

@@ -21,8 +21,7 @@ from firstsight.loss.products import CHUNK
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.packing.dataset import ClassDataset
-from firstsight.packing.forward import answer_states, class_scores
-from firstsight.packing.normalisation import normalisation
+from firstsight.packing.forward import answer_states, class_scores, normalisation
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
 

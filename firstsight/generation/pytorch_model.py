@@ -16,8 +16,7 @@ from firstsight.generation import answering
 from firstsight.generation.answering import Question
 from firstsight.models.footprint import token_bytes, weights_bytes
 from firstsight.packing.dataset import class_batch
-from firstsight.packing.forward import answer_states, class_scores
-from firstsight.packing.normalisation import Normalisation
+from firstsight.packing.forward import Normalisation, answer_states, class_scores
 from firstsight.packing.pack import IGNORE, collate, encode, pack
 from firstsight.packing.positions import check_positions, classes_tokens
 from firstsight.records.text_loss import TextLoss

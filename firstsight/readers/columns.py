@@ -13,6 +13,7 @@ from firstsight.core.classes import template_columns
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import SourceRecord
+from firstsight.records.sample import composed
 
 MEDIA_KEYS = ("media", "start", "end")
 # What Zhao et al. (2021, arXiv:2102.09690) put in the place of a record's text, to measure the prior of a wording.
@@ -68,9 +69,9 @@ def filled(template: str, values: Mapping[str, Any]) -> str:
 
 
 def content_free(template: str) -> tuple[str, ...]:
-    """Return the template filled with each of the content-free inputs, stripped as questions are."""
+    """Return the template filled with each of the content-free inputs, in the form of questions."""
     names = template_columns(template)
-    return tuple(_replaced(template, dict.fromkeys(names, text)).strip() for text in CONTENT_FREE)
+    return tuple(composed(_replaced(template, dict.fromkeys(names, text)).strip()) for text in CONTENT_FREE)
 
 
 def _replaced(template: str, texts: Mapping[str, Any]) -> str:

@@ -99,7 +99,7 @@ class SplitWriter:
 class Split(Sequence[Sample]):
     """Read a split's samples, as a sequence, from its parquet file on access; a few row groups are cached in memory.
 
-    `classes` are the names that `SplitWriter` was given, and `content_free` the questions.
+    `classes` are the names that `SplitWriter` was given, and `content_free` a sample for each of its questions.
 
     Raises:
         UserError: the file is missing, is not a parquet file, or has other columns.
@@ -120,7 +120,7 @@ class Split(Sequence[Sample]):
             )
         stored = self._file.schema_arrow.metadata or {}
         self.classes: tuple[str, ...] = tuple(json.loads(stored.get(_CLASSES, b"[]")))
-        self.content_free: tuple[str, ...] = tuple(json.loads(stored.get(_CONTENT_FREE, b"[]")))
+        self.content_free = tuple(map(_content_free, json.loads(stored.get(_CONTENT_FREE, b"[]"))))
         self._max_tokens = int(stored[_MAX_TOKENS]) if _MAX_TOKENS in stored else None
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
@@ -221,6 +221,11 @@ class AnsweredSplit(Sequence[Sample]):
             if (given := one.answer or self._given.get(one.id, ""))
         )
         return replace(sample, records=tuple(filled))
+
+
+def _content_free(question: str) -> Sample:
+    record = Record(f"content-free question {question!r}", question, "", (), "open")
+    return Sample(record.id, record.id, "", "none", (), 0, (record,))
 
 
 def _sample(row: dict[str, Any], max_tokens: int | None) -> Sample:

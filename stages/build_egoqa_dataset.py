@@ -21,6 +21,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.readers import hub_dataset
+from firstsight.readers.columns import content_free
 from firstsight.readers.problems import Problems
 from firstsight.readers.source_record import Asked, SourceRecord, SourceText
 from firstsight.records.parquet import SplitWriter
@@ -78,9 +79,10 @@ def write(folder: Path, decoder: Decoder, written: list[tuple[Unit, Decoded]], d
     units = {unit.key: unit for unit, _ in written}
     texts = isinstance(written[0][0].questions[0], SourceText)
     most = data.max_tokens if texts else None
+    neutral = content_free(data.prompt) if data.classes and data.prompt else ()
     with ExitStack() as files:
         writers = {
-            split: files.enter_context(SplitWriter(folder / f"{split}.parquet", data.classes or (), most))
+            split: files.enter_context(SplitWriter(folder / f"{split}.parquet", data.classes or (), most, neutral))
             for split in SPLITS
         }
         for key, decoded in decoder.media():

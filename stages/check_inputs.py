@@ -16,6 +16,7 @@ writes data/checked.json: of texts, what was counted of the train and validation
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,11 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
             role = "student" if one is student else "teacher"
             check_encoder(folder, over_classes=over_classes, needs_head=role == "teacher" and not finetuned)
             check_not_quantized(folder, quantizing(role, loaded))
+            if role == "teacher" and settings.class_scores != "sum":
+                raise UserError(
+                    f"targets.class_scores: expected sum, because {folder} is an encoder, whose scores are the logits "
+                    f"of its head, found {settings.class_scores}; set it so"
+                )
     for one in () if over_classes else teacher:
         common_tokens(one.tokenizer, student.tokenizer)
     for name, split in splits().items():
@@ -105,7 +111,8 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
             generated = name in TAUGHT and bool(split.unanswered()) and not over_classes
             for one in processors:
                 wordings = classes_tokens(one, split.classes)
-                for sample in split:
+                calibrates = settings.class_scores == "calibrated" and one is not student
+                for sample in chain(split.content_free if calibrates else (), split):
                     check_positions(one, sample, settings.max_answer_tokens if generated else wordings)
     return {name: counted(split, student) for name, split in splits().items() if name in TAUGHT} if texts else {}
 

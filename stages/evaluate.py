@@ -6,7 +6,8 @@ Of texts, it is measured how improbable the model finds them, and how it continu
 
 Where answers are classes, the model scores all of them, and its answer is the best; nothing is generated.
 
-reads  the variant's model folder and data/egoqa/test.parquet, by `evaluate` in params.yaml
+reads  the variant's model folder and data/egoqa/test.parquet, by `evaluate` in params.yaml, and a teacher's
+       `targets.class_scores`
 writes evaluations/{variant}/{predictions,quality,performance}.json; for a variant that params.yaml does not ask for,
        left-out.json with the reason
 """
@@ -35,10 +36,11 @@ from firstsight.core.processes import (
 )
 from firstsight.core.progress import progress
 from firstsight.core.stage import log, main
-from firstsight.core.variants import VARIANTS, Variant, leave_out, reason_left_out
+from firstsight.core.variants import TEACHER, VARIANTS, Variant, leave_out, reason_left_out
 
 if TYPE_CHECKING:
     from firstsight.profiling.cost import Question
+    from firstsight.records.parquet import Split
     from firstsight.records.text_loss import TextLoss
 
 TEST = Path("data/egoqa/test.parquet")
@@ -74,7 +76,7 @@ def evaluate(name: str, loaded: params.Params) -> None:
     texts = records if records and isinstance(records[0][1], Text) else []
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-    device, load = exported(variant) if onnx else in_pytorch(variant, loaded, split.classes)
+    device, load = exported(variant) if onnx else in_pytorch(variant, loaded, split)
     model, performance = measure(variant, load, device, questions, settings) if is_main_process() else (None, {})
     if is_main_process() and split.classes:  # scored by one pass, whatever the number of tokens
         answer_ms = performance["latency_ms_p50"]
@@ -211,11 +213,12 @@ def exported(variant: Variant) -> tuple[str, Callable[[], Any]]:
     return "cpu", lambda: ExportedModel(variant.model)
 
 
-def in_pytorch(variant: Variant, loaded: params.Params, classes: Sequence[str]) -> tuple[str, Callable[[], Any]]:
-    """Return the device of a model in PyTorch, and a function that loads the model, to score the classes if any."""
+def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple[str, Callable[[], Any]]:
+    """Return the device of a model in PyTorch, and a function that loads it, to score the split's classes if any."""
     # As above.
     from firstsight.generation.pytorch_model import ClassModel, PyTorchModel
     from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
+    from firstsight.packing.forward import normalisation
 
     device, processor = pick_device(loaded.runtime.device), load_processor(variant.model)
     stored = stored_method(variant.model)
@@ -226,10 +229,12 @@ def in_pytorch(variant: Variant, loaded: params.Params, classes: Sequence[str]) 
     def load() -> PyTorchModel:
         # A checkpoint that is stored quantized keeps its precision.
         wanted = method or ("auto" if stored else loaded.evaluate.precision)
-        model = load_model(variant.model, wanted, device, classes=classes)
+        model = load_model(variant.model, wanted, device, classes=split.classes)
         precision = method or stored or str(model.dtype).removeprefix("torch.")
-        if classes:
-            return ClassModel(model, processor, precision, classes)
+        if split.classes:
+            # A student is trained to score by sums.
+            kind = loaded.targets.class_scores if variant.model == VARIANTS[TEACHER].model else "sum"
+            return ClassModel(model, processor, precision, split.classes, normalisation(kind, model, processor, split))
         return PyTorchModel(model, processor, precision)
 
     return device, load

@@ -58,7 +58,11 @@ def test_a_template_asks_and_the_class_answers(tmp_path, name):
     assert record.question == "Thing 0\nIt is 0.\n\nWhich class?"
     assert (record.answer, record.answers, record.options) == ("Film", ("Film",), ())
     assert record.question_type == "open"
-    assert all(Split(tmp_path / f"data/egoqa/{split}.parquet").classes == tuple(CLASSES) for split in found)
+    splits = [Split(tmp_path / f"data/egoqa/{split}.parquet") for split in found]
+    assert all(split.classes == tuple(CLASSES) for split in splits)
+    neutral = ("N/A\nN/A\n\nWhich class?", "[MASK]\n[MASK]\n\nWhich class?", "Which class?")
+    for split in splits:
+        assert tuple(one.records[0].question for one in split.content_free) == neutral
     card = json.loads((tmp_path / "data/egoqa/card.json").read_text())
     assert card["classes"] == CLASSES
     assert card["splits"]["test"]["classes"] == {"Animal": 4, "Film": 2, "Plant": 6}

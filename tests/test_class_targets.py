@@ -15,7 +15,7 @@ from firstsight.loss.teachers import HiddenTeacher
 from firstsight.models.loading import load_model, load_processor
 from firstsight.packing import forward as scoring
 from firstsight.packing.dataset import ClassDataset
-from firstsight.packing.forward import class_scores
+from firstsight.packing.forward import class_scores, normalisation
 from firstsight.packing.pack import IGNORE
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.reporting.summary import training_summary
@@ -27,8 +27,8 @@ QUESTIONS = {
 }
 
 
-def write_classes(path, questions=QUESTIONS, classes=CLASSES):
-    with SplitWriter(path, classes) as writer:
+def write_classes(path, questions=QUESTIONS, classes=CLASSES, content_free=()):
+    with SplitWriter(path, classes, content_free=content_free) as writer:
         for name, asked in questions.items():
             writer.write(make_sample(name, "none", 0, asked))
     return Split(path)
@@ -46,8 +46,8 @@ def alone(model, processor, question: str, wording: str) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, answer[0][:, None]).sum()
 
 
-def scores_of(folder, split):
-    model, dataset = load_model(folder, "float32", "cpu"), ClassDataset(split, load_processor(folder))
+def scores_of(folder, split, precision="float32"):
+    model, dataset = load_model(folder, precision, "cpu"), ClassDataset(split, load_processor(folder))
     return class_scores(model, dataset.collate([dataset[number] for number in range(len(dataset))]), len(CLASSES))
 
 
@@ -110,6 +110,37 @@ def test_two_tokenizers_give_the_same_scores(language_models, tmp_path):
     torch.testing.assert_close(scores_of(other, split), scores_of(language_models["gpt2"], split), atol=1e-5, rtol=1e-5)
 
 
+CONTENT_FREE = ("N/A?", "What is [MASK]?")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "deepseek"])
+@torch.inference_mode()
+def test_scores_are_normalised_by_length_and_by_the_prior_of_a_wording(language_models, tmp_path, name):
+    split = write_classes(tmp_path / "train.parquet", content_free=CONTENT_FREE)
+    model, processor = load_model(language_models[name], "float32", "cpu"), load_processor(language_models[name])
+    sums = scores_of(language_models[name], split)
+    ended = [wording + processor.tokenizer.eos_token for wording in CLASSES]
+    lengths = [len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ended]
+    assert len(set(lengths)) > 1
+    behind = [[alone(model, processor, question, wording) for wording in CLASSES] for question in CONTENT_FREE]
+    prior = torch.tensor(behind).softmax(-1).mean(0).log()
+    expected = {"sum": sums, "mean": sums / torch.tensor(lengths), "calibrated": sums - prior}
+    assert not expected["calibrated"].argmax(-1).equal(sums.argmax(-1))
+    for kind, scores in expected.items():
+        found = normalisation(kind, model, processor, split)(sums)
+        torch.testing.assert_close(found, scores, atol=1e-5, rtol=1e-5)
+
+
+def test_data_without_content_free_questions_do_not_calibrate(language_models, tmp_path):
+    split = write_classes(tmp_path / "train.parquet")
+    model, processor = load_model(language_models["gpt2"], "float32", "cpu"), load_processor(language_models["gpt2"])
+    with pytest.raises(
+        UserError, match=r"expected questions without content, .*run build-egoqa-dataset again"
+    ) as error:
+        normalisation("calibrated", model, processor, split)
+    assert "\n" not in str(error.value)
+
+
 def loss_over(scores, teacher, answers, temperature, alpha):
     identity = torch.eye(scores.shape[1], dtype=scores.dtype)
     return distillation_loss(
@@ -151,7 +182,7 @@ def over_classes(settings, processor, tmp_path):
             f"{split}-{n}": [(f"What is at place {n % 4}?", wordings[n % (3 if split == "test" else 4)])]
             for n in range(12)
         }
-        write_classes(folder / f"data/egoqa/{split}.parquet", asked)
+        write_classes(folder / f"data/egoqa/{split}.parquet", asked, content_free=CONTENT_FREE)
     return folder
 
 
@@ -165,6 +196,10 @@ def test_vocabularies_are_not_compared_over_classes(over_classes):
 def test_a_wording_for_which_a_model_has_no_position_is_named(over_classes):
     write_classes(over_classes / "data/egoqa/test.parquet", {"long": [("Why? " * 43, "two")]}, (*CLASSES, "so " * 30))
     with pytest.raises(UserError, match="record long-0: expected at most 96 tokens, as many as models/teacher has pos"):
+        run_stage(over_classes, "check_inputs")
+    change(over_classes, "targets", class_scores="calibrated")
+    write_classes(over_classes / "data/egoqa/train.parquet", content_free=("Why? " * 43,))
+    with pytest.raises(UserError, match="record content-free question 'Why.*: expected at most 96 tokens, as many as"):
         run_stage(over_classes, "check_inputs")
 
 
@@ -196,6 +231,34 @@ def test_a_student_of_another_tokenizer_learns_the_teachers_classes(over_classes
     assert parts["eval_objective"] == pytest.approx(expected, rel=1e-4)
     control = json.loads((over_classes / "models/student-finetuned/history.json").read_text())
     assert "eval_divergence" not in str(control)
+
+
+@pytest.mark.system
+def test_the_teacher_alone_is_calibrated_where_it_is_cached_and_where_it_is_evaluated(over_classes):
+    change(over_classes, "targets", class_scores="calibrated")
+    change(over_classes, "evaluate", teacher_methods=["int8"], latency_runs=1, throughput_batch_sizes=[1])
+    for stage in ("finetune_teacher", "cache_teacher_targets"):
+        run_stage(over_classes, stage)
+    folders = {name: over_classes / f"models/{name}" for name in ("teacher", "student")}
+    train, test = (Split(over_classes / f"data/egoqa/{name}.parquet") for name in ("train", "test"))
+
+    @torch.inference_mode()
+    def normalised(kind, name, split, precision="float32"):
+        model, processor = load_model(folders[name], precision, "cpu"), load_processor(folders[name])
+        return normalisation(kind, model, processor, split)(scores_of(folders[name], split, precision))
+
+    stored = load_file(over_classes / "data/teacher-targets/train-00000.safetensors")["hidden"]
+    torch.testing.assert_close(stored, normalised("calibrated", "teacher", train), atol=1e-4, rtol=1e-5)
+    for variant, kind, precision in (
+        ("teacher", "calibrated", "float32"),
+        ("teacher-int8", "calibrated", "int8"),
+        ("student", "sum", "float32"),
+    ):
+        run_stage(over_classes, "evaluate", variant)
+        rows = json.loads((over_classes / f"evaluations/{variant}/predictions.json").read_text())
+        best = normalised(kind, variant.partition("-")[0], test, precision).softmax(-1).max(-1)
+        assert [row["answer"] for row in rows] == [CLASSES[number] for number in best.indices]
+        assert [row["confidence"] for row in rows] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 @pytest.mark.system
@@ -233,7 +296,16 @@ def test_only_named_classes_are_compared_and_only_their_scores_are_cached(over_c
     with pytest.raises(UserError, match=r"train.best: expected objective, because targets.over is tokens, found accur"):
         params.load(over_classes / "params.yaml")
     change(over_classes, "train", best="objective")
-    change(over_classes, "targets", over="classes")
-    change(over_classes, "data", classes=None, prompt=None)
+    change(over_classes, "targets", class_scores="mean")
+    with pytest.raises(UserError, match="targets: expected class_scores sum, because over is tokens, found mean"):
+        params.load(over_classes / "params.yaml")
+    change(over_classes, "targets", over="classes", class_scores="calibrated")
+    change(over_classes, "data", prompt=None)
+    with pytest.raises(
+        UserError, match=r"targets.class_scores: expected sum or mean, because data.prompt is null, and"
+    ):
+        params.load(over_classes / "params.yaml")
+    change(over_classes, "targets", class_scores="sum")
+    change(over_classes, "data", classes=None)
     with pytest.raises(UserError, match=r"targets.over: expected tokens, because data.classes is null, found classes"):
         params.load(over_classes / "params.yaml")

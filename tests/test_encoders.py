@@ -108,7 +108,7 @@ def test_logits_in_a_batch_are_those_of_each_prompt_alone(bert, tmp_path):
     alone = [reference(**processor.tokenizer(one, return_tensors="pt")).logits[0] for one in prompts]
     torch.testing.assert_close(found, torch.stack(alone), atol=1e-6, rtol=1e-5)
     questions = [(sample, record) for sample in split for record in sample.records]
-    classified = ClassModel(model, processor, "float32", CLASSES).classify(questions)
+    classified = ClassModel(model, processor, "float32", CLASSES, lambda scores: scores).classify(questions)
     assert [CLASSES.index(name) for name, _ in classified] == found.argmax(-1).tolist()
     assert class_scores(model, encoder_batch(processor, prompts), 3).equal(found)
 
@@ -222,6 +222,11 @@ def test_an_encoder_that_does_not_fit_is_one_line_before_anything_is_trained(
     ("key", "value", "line"),
     [
         (("targets", "precision"), "nf4", "targets.precision: expected auto, because models/teacher is an encoder"),
+        (
+            ("targets", "class_scores"),
+            "mean",
+            "targets.class_scores: expected sum, because models/teacher is an encoder",
+        ),
         (
             ("evaluate", "teacher_methods"),
             ["int8"],

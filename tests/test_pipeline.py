@@ -23,7 +23,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "download-models": ["models.${item}"],
         "build-egoqa-dataset": ["data"],
         "check-inputs": [
-            *("targets.max_answer_tokens", "targets.over", "targets.precision", "train.method"),
+            *("targets.max_answer_tokens", "targets.over", "targets.class_scores", "targets.precision", "train.method"),
             *("finetune_teacher.enabled", "finetune_teacher.method"),
             *("evaluate.precision", "evaluate.teacher_methods", "export.formats", "export.teacher"),
         ],
@@ -44,7 +44,7 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "quantize-student": ["quantize"],
         "export-student": ["export.formats", "export.calibration_samples"],
         "export-teacher": ["export.teacher"],
-        "evaluate": ["evaluate"],
+        "evaluate": ["evaluate", "targets.class_scores"],
         "report": [
             "report",
             "control",

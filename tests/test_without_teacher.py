@@ -126,6 +126,11 @@ def test_the_adapter_is_kept_beside_the_merged_model(alone):
         ("train", {"alpha": 0.5}, "train.alpha: expected 0, because models.teacher is null, found 0.5"),
         ("finetune_teacher", {"enabled": True}, "finetune_teacher.enabled: expected False, because models.teacher is"),
         ("data", {"unanswered": "teacher"}, "data.unanswered: expected 'refuse', because models.teacher is null"),
+        (
+            "targets",
+            {"over": "classes", "class_scores": "mean"},
+            "targets.class_scores: expected 'sum', because models.teacher is null, found 'mean'",
+        ),
         ("evaluate", {"teacher_methods": ["int8"]}, "evaluate.teacher_methods: expected [], because models.teacher"),
     ],
 )

@@ -34,6 +34,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["int8", "nf4"]
 Precision = Literal[Dtype, Method]
 Format = Literal["onnx", "onnx-int8", "onnx-w4a8"]
+ClassScores = Literal["sum", "mean", "calibrated"]
 
 # Folders of models/ that stages write, and therefore replace or remove.
 MODEL_OUTPUTS = (
@@ -321,9 +322,12 @@ class Targets(Section):
 
     `over` says what the student's distribution is compared over: the vocabulary at each answer token (tokens), or, for
     records of a class, the classes (classes), of which a score each is cached, whatever `k` and `max_answer_tokens`.
+    `class_scores` says how a teacher that is a language model scores them, here and where it is evaluated: by the sum
+    of log-probabilities, by their mean over tokens, or calibrated (`firstsight.packing.forward`).
     """
 
     over: Literal["tokens", "classes"]
+    class_scores: ClassScores
     kind: Literal["hidden", "topk", "online"]
     k: Count
     precision: Precision
@@ -334,6 +338,8 @@ class Targets(Section):
     def _classes_are_cached(self) -> "Targets":
         if self.over == "classes" and self.kind != "hidden":
             raise ValueError(f"expected kind hidden, because over is classes, found {self.kind}")
+        if self.over == "tokens" and self.class_scores != "sum":
+            raise ValueError(f"expected class_scores sum, because over is tokens, found {self.class_scores}")
         return self
 
 
@@ -491,6 +497,11 @@ class Params(Section):
             raise ValueError(
                 "targets.over: expected tokens, because data.classes is null, found classes; name the classes"
             )
+        if self.targets.class_scores == "calibrated" and self.data.prompt is None:
+            raise ValueError(
+                "targets.class_scores: expected sum or mean, because data.prompt is null, and calibrating asks the "
+                "template without a record's text, found calibrated; set it so, or make the questions by data.prompt"
+            )
         if self.train.best == "accuracy" and self.targets.over != "classes":
             raise ValueError("train.best: expected objective, because targets.over is tokens, found accuracy")
         if named and (self.export.formats or self.export.teacher):
@@ -508,6 +519,7 @@ class Params(Section):
             "train.alpha": (self.train.alpha, 0),
             "finetune_teacher.enabled": (self.finetune_teacher.enabled, False),
             "data.unanswered": (self.data.unanswered, "refuse"),
+            "targets.class_scores": (self.targets.class_scores, "sum"),
             "export.formats": (self.export.formats, []),
             "export.teacher": (self.export.teacher, False),
             "evaluate.teacher_methods": (self.evaluate.teacher_methods, []),

@@ -1,8 +1,8 @@
 """Compute a teacher's targets from its forward pass: for every answer token, or its scores of the classes.
 
-The score of a class is the log-probability of its wording. Softmax over the C scores at temperature T softens the
-classes, where softmax over the vocabulary would give probability to words that are no class. No token is compared, so
-that teacher and student may have different tokenizers.
+The score of a class is the log-probability of its wording, normalised as `targets.class_scores` says. Softmax over the
+C scores at temperature T softens the classes, where softmax over the vocabulary would give probability to words that
+are no class. No token is compared, so that teacher and student may have different tokenizers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from firstsight.loss.products import CHUNK
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.packing.dataset import ClassDataset
-from firstsight.packing.forward import answer_states, class_scores
+from firstsight.packing.forward import answer_states, class_scores, normalisation
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
 
@@ -98,12 +98,13 @@ def write_class_targets(
     Returns the teacher's answers to the records without one, by id: the class of the highest score.
     """
     classes = dataset.split.classes
+    normalised = normalisation(settings.class_scores, model, dataset.processor, dataset.split)
 
     def compute(batches: Sequence[Sequence[int]]) -> Iterator[tuple[dict[str, Tensor], list[int], dict[str, float]]]:
         loader = DataLoader(dataset, batch_sampler=list(batches), collate_fn=dataset.collate, num_workers=workers)
         for numbers, batch in zip(batches, loader, strict=True):
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            scores = class_scores(model, on_device, len(classes)).cpu()
+            scores = normalised(class_scores(model, on_device, len(classes))).cpu()
             given = torch.tensor([answer for one in numbers for (answer,) in dataset.answers(one)])
             answers = torch.where(given == IGNORE, scores.argmax(-1), given)
             yield {"answers": answers, "hidden": scores}, [1] * len(answers), {}

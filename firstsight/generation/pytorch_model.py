@@ -16,7 +16,7 @@ from firstsight.generation import answering
 from firstsight.generation.answering import Question
 from firstsight.models.footprint import token_bytes, weights_bytes
 from firstsight.packing.dataset import class_batch
-from firstsight.packing.forward import answer_states, class_scores
+from firstsight.packing.forward import Normalisation, answer_states, class_scores
 from firstsight.packing.pack import IGNORE, collate, encode, pack
 from firstsight.packing.positions import check_positions, classes_tokens
 from firstsight.records.text_loss import TextLoss
@@ -112,12 +112,19 @@ class ClassModel(PyTorchModel):
     """Hold a loaded model with its processor and the names of the classes, see `PyTorchModel`.
 
     Nothing is generated, and no answer is cut. An answer is one pass over the question with all classes: `generate`
-    takes as long for any number of tokens.
+    takes as long for any number of tokens. `normalised` is applied to the scores of a language model.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, precision: str, classes: Sequence[str]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        precision: str,
+        classes: Sequence[str],
+        normalised: Normalisation,
+    ):
         super().__init__(model, processor, precision)
-        self._classes = classes
+        self._classes, self._normalised = classes, normalised
 
     def _token_bytes(self) -> int:
         # One pass reads all weights, and an encoder has no decoder.
@@ -133,7 +140,7 @@ class ClassModel(PyTorchModel):
         for sample in {sample.id: sample for sample, _ in questions}.values():
             check_positions(self._processor, sample, wordings)
         with torch.inference_mode():
-            scores = class_scores(self._model, self.inputs(questions), len(self._classes))
+            scores = self._scores(self.inputs(questions))
         best = scores.softmax(-1).max(-1)
         return [
             (self._classes[number], share)
@@ -153,7 +160,10 @@ class ClassModel(PyTorchModel):
             MemoryError: the questions do not fit the GPU together.
         """
         with _to_its_end(self._model.device):
-            return class_scores(self._model, inputs, len(self._classes))
+            return self._scores(inputs)
+
+    def _scores(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._normalised(class_scores(self._model, inputs, len(self._classes)))
 
 
 @contextmanager

@@ -1,20 +1,29 @@
 """Run a model over packed samples (`firstsight.packing.pack`), as if each record were asked alone; score classes."""
 
+from collections.abc import Callable
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
+from firstsight.core.errors import UserError
+from firstsight.core.params import ClassScores
 from firstsight.models.egogpt import EgoGptModel
+from firstsight.packing.dataset import class_batch
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
+from firstsight.packing.positions import wording_tokens
 from firstsight.packing.vision_tower import placeholders
+from firstsight.records.parquet import Split
 
 # Keys of a packed batch that the model itself does not take.
 PACKING_KEYS = ("segment_ids", "branch_offsets", "labels", "token_labels", "visual_tokens")
+# What turns scores [n, C] of classes into others.
+Normalisation = Callable[[Tensor], Tensor]
 # Tokens whose logits are in memory at once: 156 MB in float32 at a vocabulary of 152,000 on the CPU, 311 MB on CUDA.
 _CHUNK = {"cpu": 256, "cuda": 512}
 
@@ -123,6 +132,42 @@ def class_scores(model: nn.Module, batch: dict[str, Tensor], classes: int) -> Te
     _, lengths = branches.unique_consecutive(return_counts=True)
     # Not index_add, which on CUDA adds in another order each time.
     return torch.segment_reduce(found, "sum", lengths=lengths).view(-1, classes)
+
+
+def normalisation(kind: ClassScores, model: PreTrainedModel, processor: Any, split: Split) -> Normalisation:
+    """Return the function that normalises a language model's scores [n, C] of the split's C classes.
+
+    sum: the scores as they are. mean: the score of a class over the number of its tokens, end token included.
+    calibrated: the score minus the log of the class's probability behind a question without content (contextual
+    calibration, Zhao et al., 2021, arXiv:2102.09690; its log is the domain-conditional PMI of Holtzman et al., 2021,
+    arXiv:2104.08315). That probability is among the classes, and the mean over the split's content-free questions.
+
+    Raises:
+        UserError: the split has no content-free questions to calibrate by.
+    """
+    if kind == "mean":
+        tokens = torch.tensor(wording_tokens(processor, split.classes), device=model.device)
+        return lambda scores: scores / tokens
+    if kind == "calibrated":
+        prior = _log_prior(model, processor, split)
+        return lambda scores: scores - prior
+    return lambda scores: scores
+
+
+@torch.inference_mode()
+def _log_prior(model: PreTrainedModel, processor: Any, split: Split) -> Tensor:
+    """Return the log of the mean probability [C] of each class behind the split's content-free questions."""
+    if not split.content_free:
+        raise UserError(
+            f"{split.path}: expected questions without content, by which targets.class_scores calibrates, found none; "
+            "run build-egoqa-dataset again with data.prompt"
+        )
+    found = []
+    for sample in split.content_free:
+        batch = class_batch(processor, [(sample, sample.records[0])], split.classes)
+        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        found.append(class_scores(model, on_device, len(split.classes)).log_softmax(-1))
+    return torch.cat(found).logsumexp(0) - log(len(found))
 
 
 def _log_probabilities(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:

@@ -45,5 +45,10 @@ def classes_tokens(processor: Any, classes: Sequence[str]) -> int:
     """Return the tokens of the longest wording of a class with its end token; 0 without classes, and of an encoder."""
     if isinstance(processor, EncoderProcessor):
         return 0
+    return max(wording_tokens(processor, classes), default=0)
+
+
+def wording_tokens(processor: Any, classes: Sequence[str]) -> list[int]:
+    """Return the number of tokens of the wording of each class with its end token, by a language model's tokenizer."""
     texts = [name + processor.tokenizer.eos_token for name in classes]
-    return max(map(len, processor.tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
+    return [len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []

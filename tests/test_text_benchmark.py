@@ -9,8 +9,8 @@ from conftest import run_module
 from text_families import TEXT_SAVE, save_bert
 from transformers import AutoModelForCausalLM
 
-from benchmarks import text
-from benchmarks.text_dbpedia import Row, Scale, dbpedia, dealt, labelled, mean_gain, worded
+from benchmarks import text, text_dbpedia
+from benchmarks.text_dbpedia import Row, Scale, dbpedia, dealt, labelled, mean_gain, worded, zero_shot
 from benchmarks.text_models import halved
 from benchmarks.text_wikitext import Scale as WikitextScale
 from benchmarks.text_wikitext import wikitext
@@ -78,17 +78,35 @@ def test_the_mean_of_three_gains_has_students_interval():
     assert (row["gain"], row["low"], row["high"]) == (0.02, -0.0048, 0.0448)
 
 
-def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teacher, tmp_path):
+def write_dbpedia(folder):
     words = {"Animal": "dog cat hen", "WrittenWork": "book poem play"}
     for name, count in (("train", 8), ("test", 4)):
-        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+        with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "class"])
             for number in range(count):
                 for label, some in words.items():
                     writer.writerow([f"The {name} {number} has a {some.split()[number % 3]} .", label])
-    encoder = tmp_path / "bert"
-    encoder.mkdir()
+
+
+def test_the_teacher_as_published_is_asked_by_each_way_of_scoring(teacher, tmp_path, monkeypatch):
+    write_dbpedia(tmp_path)
+    # Instead of normalising, make one class the best, another for each way.
+    chosen = {"sum": [9.0, 0.0], "mean": [0.0, 9.0], "calibrated": [9.0, 0.0]}
+    monkeypatch.setattr(
+        text_dbpedia, "normalisation", lambda kind, *_: lambda scores: torch.tensor([chosen[kind]] * len(scores))
+    )
+    rows = list(zero_shot(tmp_path, teacher, Scale(zero_shot=5)))
+    assert [(row["class_scores"], row["texts"], row["labels"], row["accuracy"]) for row in rows] == [
+        ("sum", 5, 0, 0.6),
+        ("mean", 5, 0, 0.4),
+        ("calibrated", 5, 0, 0.6),
+    ]
+
+
+def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teacher, tmp_path):
+    write_dbpedia(tmp_path)
+    (encoder := tmp_path / "bert").mkdir()
     save_bert(encoder)
     scale = Scale(teacher_labels=2, pool=4, test=8, labels=(2, 1), draws=1, batch_size=4, epochs=1, decoder_epochs=1)
     rows = list(dbpedia(tmp_path, teacher, encoder, scale))
@@ -111,7 +129,7 @@ def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teac
 
 def test_the_command_names_its_parts_and_their_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["text", "imagenet"])
-    with pytest.raises(text.UserError, match="expected one of dbpedia, wikitext, found 'imagenet'"):
+    with pytest.raises(text.UserError, match="expected one of dbpedia, dbpedia-zero-shot, wikitext, found 'imagenet'"):
         text.run()
     (tmp_path / "test.csv").touch()
     done = run_module(tmp_path, "benchmarks.text", "dbpedia", str(tmp_path))

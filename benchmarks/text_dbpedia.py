@@ -63,15 +63,16 @@ class Scale:
     `zero_shot` is the number of records tested where nothing is trained.
     """
 
-    teacher_labels: int = 20
+    teacher_labels: int = 40
     pool: int = 40
-    test: int = 500
+    test: int = 400
     zero_shot: int = 200
     labels: tuple[int, ...] = (10, 1)
     draws: int = 3
-    teacher_learning_rate: float = 5e-4
+    teacher_batch_size: int = 4
+    teacher_learning_rate: float = 1e-3
     teacher_epochs: float = 1.0
-    learning_rate: float = 2e-4
+    learning_rate: float = 4e-4
     batch_size: int = 16
     epochs: float = 2.0
     decoder_epochs: float = 0.5
@@ -192,6 +193,7 @@ def settings(teacher: Path, classes: list[str], scale: Scale) -> dict[str, Any]:
     }
     values["finetune_teacher"] |= {
         "epochs": scale.teacher_epochs,
+        "batch_size": scale.teacher_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "learning_rate": scale.teacher_learning_rate,

@@ -199,7 +199,7 @@ def test_a_wording_for_which_a_model_has_no_position_is_named(over_classes):
         run_stage(over_classes, "check_inputs")
     change(over_classes, "targets", class_scores="calibrated")
     write_classes(over_classes / "data/egoqa/train.parquet", content_free=("Why? " * 43,))
-    with pytest.raises(UserError, match="record content-free question 'Why.*: expected at most 96 tokens, as many as"):
+    with pytest.raises(UserError, match=r"record content-free question 'Why.*: expected at most 96 tokens, as many as"):
         run_stage(over_classes, "check_inputs")
 
 

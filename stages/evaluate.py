@@ -77,10 +77,9 @@ def evaluate(name: str, loaded: params.Params) -> None:
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
     device, load = exported(variant) if onnx else in_pytorch(variant, loaded, split)
-    model, performance = measure(variant, load, device, questions, settings) if is_main_process() else (None, {})
-    if is_main_process() and split.classes:  # scored by one pass, whatever the number of tokens
-        answer_ms = performance["latency_ms_p50"]
-        performance |= {"token_ms": answer_ms, "decode_tokens_per_second": 1000 / answer_ms}
+    model, performance = None, {}
+    if is_main_process():
+        model, performance = measure(variant, load, device, questions, settings, one_pass=bool(split.classes))
     wait_for_all()
     if model is None:
         model = load()
@@ -114,9 +113,18 @@ def evaluate(name: str, loaded: params.Params) -> None:
 
 
 def measure(
-    variant: Variant, load: Callable[[], Any], device: str, questions: list["Question"], settings: params.Evaluate
+    variant: Variant,
+    load: Callable[[], Any],
+    device: str,
+    questions: list["Question"],
+    settings: params.Evaluate,
+    *,
+    one_pass: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a variant, and measure its size, latency, throughput and memory. Returns the model and the figures."""
+    """Load a variant, and measure its size, latency, throughput and memory. Returns the model and the figures.
+
+    `one_pass` says whether the model answers by one pass, as `measure_latency` takes it.
+    """
     from firstsight.profiling import cost  # as in `evaluate`
     from firstsight.profiling.peak_memory import PeakMemory
 
@@ -127,7 +135,7 @@ def measure(
         load_seconds = time.perf_counter() - started
         # Batch 1 first: memory that larger batches leave in the process would otherwise count.
         memory.reset()
-        latency = cost.measure_latency(model, questions, settings)
+        latency = cost.measure_latency(model, questions, settings, one_pass=one_pass)
         return model, {
             "parameters": model.parameters,
             "disk_bytes": cost.folder_bytes(variant.model),

@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, YAML_SAFE, change, make_sample, run_stage, write_params
@@ -11,6 +12,7 @@ from conftest import ROOT, YAML_SAFE, change, make_sample, run_stage, write_para
 from firstsight.core import params
 from firstsight.core.classes import classes_apart
 from firstsight.core.errors import UserError
+from firstsight.evaluation.metrics import exact_match
 from firstsight.records.parquet import Split, SplitWriter
 
 CLASSES = ["Film", "Animal", "Plant"]
@@ -168,9 +170,31 @@ def test_a_key_that_a_line_lacks_is_named(tmp_path):
         built(workspace(tmp_path, given, "records.jsonl"))
 
 
-def test_numbers_of_either_sign_and_letters_are_classes():
-    for names in (["-1", "0", "1"], ["A", "B", "The"]):
-        assert classes_apart(names) == names
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["-1", "0", "1"],
+        ["A", "B", "The"],
+        ["C", "C++", "C#"],
+        ["A", "A-", "A+"],
+        ["Sci Fi", "Sci-Fi"],
+        ["-", "+", "10", "10²", "1.0"],
+        ["रस", "रसा"],
+    ],
+)
+def test_names_that_evaluation_tells_apart_are_classes(names):
+    assert classes_apart(names) == names
+    right = [[exact_match(name, [truth]) for truth in names] for name in names]
+    assert right == np.eye(len(names)).tolist()
+
+
+@pytest.mark.parametrize(
+    "names", [["Sci-Fi", "SciFi"], ["U.S.", "us"], ["Caf\u00e9", "cafe\u0301"], ["the Film", "Film!"]]
+)
+def test_names_that_evaluation_takes_for_one_answer_are_not(names):
+    assert exact_match(names[0], names[1:])
+    with pytest.raises(ValueError, match="expected a wording of its own for each class, found"):
+        classes_apart(names)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +209,7 @@ def test_numbers_of_either_sign_and_letters_are_classes():
             {"classes": ["The Film", "film"]},
             "data.classes: expected a wording of its own for each class, found 'The Film' and 'film'",
         ),
-        ({"classes": ["Film", "-"]}, "data.classes: expected a word for each class, found '-'"),
+        ({"classes": ["Film", " "]}, "data.classes: expected a name for each class, found ' '"),
         ({"prompt": "Which class?"}, "data.prompt: expected names of columns in braces, such as {text}, found 'Which"),
         ({"prompt": "{text"}, "data.prompt: expected columns in braces, found '{text' "),
         ({"prompt": "{text.__class__!r}"}, "data.prompt: expected names of columns in braces"),

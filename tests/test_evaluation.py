@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,16 @@ def test_speed_is_measured_on_the_answers_asked_for(model, processor, settings, 
     together = cost.measure_throughput(measured, questions, wanted, PeakMemory("cpu"))
     assert made == [(2, 5)] * rounds + [(7, 5)] * rounds
     assert list(together) == ["2", "7"]
+
+
+@pytest.mark.parametrize(("one_pass", "token_ms"), [(False, 2.0), (True, 16.0)])
+def test_a_token_takes_as_long_as_the_answer_where_that_is_one_pass(settings, monkeypatch, one_pass, token_ms):
+    monkeypatch.setattr(cost, "_timed", lambda model, inputs, tokens: 6.0 + 2 * tokens)
+    wanted = settings.evaluate.model_copy(update={"latency_runs": 2, "latency_new_tokens": 5})
+    questions = [(sample, sample.records[0]) for sample in SAMPLES[:2]]
+    found = cost.measure_latency(SimpleNamespace(inputs=len), questions, wanted, one_pass=one_pass)
+    assert (found["prefill_ms_p50"], found["latency_ms_p50"], found["token_ms"]) == (8.0, 16.0, token_ms)
+    assert found["decode_tokens_per_second"] == 1000 / token_ms
 
 
 def test_a_token_reads_language_model_and_head_once(model, settings, processor):

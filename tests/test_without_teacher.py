@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, YAML_SAFE, change, command, new_project, write_params
+from conftest import ROOT, STAGES, YAML_SAFE, change, command, new_project, run_stage, workspace, write_params
 from peft import PeftModel
 from safetensors.torch import load_file
-from text_families import ANSWERS, TEXT_SAVE
+from text_families import ANSWERS, TEXT_SAVE, save_bert
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
@@ -118,6 +118,48 @@ def test_the_adapter_is_kept_beside_the_merged_model(alone):
     assert all(value.allclose(expected[name], atol=1e-5) for name, value in again.state_dict().items())
     before = load_file(alone / "models/student/model.safetensors")
     assert not expected["transformer.h.0.attn.c_attn.weight"].equal(before["h.0.attn.c_attn.weight"])
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("student", ["bert", "gpt2"])
+def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp_path, monkeypatch, capsys, student):
+    folder, names = workspace(tmp_path / "run", "text-smoke"), ["animal", "plant", "cup"]
+    (folder / "hub").mkdir()
+    if student == "bert":
+        save_bert(folder / "hub")
+    else:
+        TEXT_SAVE[student](folder / "hub", settings, processor)
+    rows = [{"text": f"At place {n}, the {names[n % 3]} is left", "class": names[n % 3]} for n in range(60)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(folder, "models", teacher=None, student={"source": "hub", "revision": None, "init": None})
+    change(folder, "data", source="jsonl", path="records.jsonl", classes=names, prompt="{text}\nWhich?")
+    change(folder, "data", unanswered="refuse", labelled_fraction=1.0, validation_fraction=0.2, test_fraction=0.2)
+    change(folder, "finetune_teacher", enabled=False)
+    change(folder, "train", alpha=0.0, epochs=6, early_stopping_epochs=6, learning_rate=5e-3, batch_size=4)
+    change(folder, "evaluate", teacher_methods=[], bootstrap_samples=100, latency_runs=1, throughput_batch_sizes=[1])
+    for stage in STAGES:
+        run_stage(folder, *stage)
+    quality = json.loads((folder / "metrics/quality.json").read_text())
+    quantized = {"gpt2": {"student-nf4"}, "bert": set()}[student]
+    assert set(quality) == {"question-only", "majority-answer", "student", CONTROL} | quantized
+    before, after = quality["student"], quality[CONTROL]
+    assert after["exact_match"] > 0.8 > before["exact_match"]
+    assert set(after["by_class"]) == set(names)
+    assert after["gain"] == after["exact_match"] - before["exact_match"]
+    assert {"retention", "teacher_agreement"} & set(after) == set()
+    speed = json.loads((folder / "metrics/performance.json").read_text())[CONTROL]
+    assert speed["token_ms"] == speed["latency_ms_p50"]
+    assert (folder / "metrics/plots/confusion.png").exists()
+    monkeypatch.chdir(folder)
+    show()
+    assert "Fine-tuned, the student answers " in (printed := capsys.readouterr().out)
+    assert "eacher" not in printed
+    card = model_card(CONTROL, f"models/{CONTROL}")
+    check_folder(Path("models") / CONTROL)
+    assert "teacher |" not in card
+    assert f"| accuracy | {after['exact_match']:.3f} (" in card
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize(

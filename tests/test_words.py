@@ -5,8 +5,8 @@ import unicodedata
 import numpy as np
 import pytest
 
+from firstsight.core.words import words
 from firstsight.evaluation.metrics import bleu, bleu_order, bleu_statistics, exact_match, score, squad_exact_match
-from firstsight.evaluation.words import words
 from firstsight.records.sample import Record
 
 

@@ -1,30 +1,28 @@
 """Check the names of classes, and the template that asks for one."""
 
-import re
 import string
 import unicodedata
-
-# Words that metrics leave out of an answer.
-_ARTICLES = ("a", "an", "the")
 
 
 def classes_apart(names: list[str]) -> list[str]:
     """Return the names of classes in Unicode's composed form, as records are stored.
 
     Raises:
-        ValueError: there are fewer than two, or two that metrics take for one: their letters and numbers are the same,
-            articles left out.
+        ValueError: there are fewer than two, one is blank, or evaluation takes two for the same answer, as by case or
+            by articles (`firstsight.core.words.normalise`).
     """
+    # Imported here, because every stage reads the parameters, and few runs have classes.
+    from firstsight.core.words import normalise
+
     if len(names) < 2:
         raise ValueError(f"expected at least two classes, found {names}; name all that the data have")
     wordings: dict[str, str] = {}
     for name in names:
-        words = re.findall(r"(?<!\w)-?\d+|\w+", unicodedata.normalize("NFKC", name).casefold())
-        other = wordings.setdefault("".join([word for word in words if word not in _ARTICLES] or words), name)
+        other = wordings.setdefault(normalise(name), name)
         if other is not name:
             raise ValueError(f"expected a wording of its own for each class, found {other!r} and {name!r}; rename one")
     if "" in wordings:
-        raise ValueError(f"expected a word for each class, found {wordings['']!r}; name it by letters or digits")
+        raise ValueError(f"expected a name for each class, found {wordings['']!r}; name it")
     return [unicodedata.normalize("NFC", name.strip()) for name in names]
 
 

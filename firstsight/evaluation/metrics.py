@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from firstsight.evaluation.words import fold, normalise, spaced, words
+from firstsight.core.words import fold, normalise, spaced, words
 from firstsight.records.sample import LETTERS, Record, composed
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -62,13 +62,16 @@ def representative(questions: Sequence[Question], count: int) -> list[Question]:
     return [*spread[:-1], max(questions, key=lambda question: len(question[0].frames))]
 
 
-def measure_latency(model: Measured, questions: Sequence[Question], settings: Evaluate) -> dict[str, float]:
+def measure_latency(
+    model: Measured, questions: Sequence[Question], settings: Evaluate, *, one_pass: bool = False
+) -> dict[str, float]:
     """Time `settings.latency_runs` questions at batch 1, answered with exactly `settings.latency_new_tokens` tokens.
 
     Returns percentiles over the questions, each represented by the median of its repeats, in milliseconds:
     `latency_ms_p50` and `latency_ms_p90` of the whole answer, `prefill_ms_p50` up to the first token; further
     `token_ms` and its inverse `decode_tokens_per_second` after the first token, and `latency_spread`, the median over
-    questions of the interquartile range of the repeats divided by their median.
+    questions of the interquartile range of the repeats divided by their median. Where an answer is `one_pass`, whatever
+    the number of tokens, the time of a token is that of the answer.
     """
     asked = representative(questions, settings.latency_runs)
     batches = [model.inputs([question]) for question in asked]
@@ -79,7 +82,8 @@ def measure_latency(model: Measured, questions: Sequence[Question], settings: Ev
     repeats = np.array(rounds[1:])
     prefill, whole = np.median(repeats, axis=0)
     low, high = np.quantile(repeats[:, 1], (0.25, 0.75), axis=0)
-    token = max(np.median(whole - prefill), 1e-3) / (settings.latency_new_tokens - 1)
+    after_first = max(np.median(whole - prefill), 1e-3) / (settings.latency_new_tokens - 1)
+    token = np.median(whole) if one_pass else after_first
     return {
         "prefill_ms_p50": float(np.median(prefill)),
         "latency_ms_p50": float(np.median(whole)),

@@ -26,7 +26,7 @@ _PROVIDERS = {
 }
 # Of onnxruntime: whether threads wait actively for more work.
 _SPINNING = "session.intra_op.allow_spinning"
-_ON_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]" in place of onnxruntime'
+_ON_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]" in place of onnxruntime, or take the engine onnxruntime'
 
 
 class Graph(ABC):
@@ -44,6 +44,8 @@ class Runtime(ABC):
 
     name: str
     device: str
+    # What may help where a graph cannot be opened.
+    remedy = "export it again (dvc repro)"
 
     def __init__(self) -> None:
         self.threads = cores()
@@ -53,12 +55,10 @@ class Runtime(ABC):
         """Open a graph with its weights. Raises UserError where the engine cannot, or does not run it as asked."""
         try:
             return self._opened(path)
-        except UserError:
-            raise
         except Exception as error:  # the engines raise nothing more specific over a damaged file
             raise UserError(
                 f"{path}: expected a graph that {self.name.split()[0]} runs, found "
-                f"{' '.join(str(error).split())[:200]}; export it again (dvc repro)"
+                f"{' '.join(str(error).split())[:200]}; {self.remedy}"
             ) from None
 
     @abstractmethod
@@ -83,10 +83,8 @@ class _OnnxRuntime(Runtime):
         self.name += f", {providers[0]}"
         self.device = "GPU"
         if providers[0] not in (available := onnxruntime.get_available_providers()):
-            raise UserError(
-                f"onnxruntime: expected one with {providers[0]}, found {', '.join(available)}; {_ON_CUDA}, or take the "
-                "engine onnxruntime"
-            )
+            raise UserError(f"onnxruntime: expected one with {providers[0]}, found {', '.join(available)}; {_ON_CUDA}")
+        self.remedy = f"see that there is a GPU (nvidia-smi), and {_ON_CUDA}"
         # CUDA's libraries come from packages of pip as well.
         onnxruntime.preload_dlls()
 
@@ -104,13 +102,12 @@ class _OnnxRuntime(Runtime):
                 file = opened.enter_context(weights.open("rb"))
                 content = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 options.add_external_initializers_from_files_in_memory([weights.name], [content], [len(content)])
-            session = self._module.InferenceSession(str(path), options, providers=self._providers)
-        # onnxruntime goes on with the next provider, and says so in its log at most.
-        if (found := session.get_providers()[0]) != self._providers[0]:
-            raise UserError(
-                f"onnxruntime: expected {self._providers[0]} to start, found it failing, and {found} in its place; see "
-                f"that there is a GPU (nvidia-smi), and {_ON_CUDA}"
+            # By itself it goes on with the next provider where one fails, and says so in its log at most.
+            session = self._module.InferenceSession(
+                str(path), options, providers=self._providers, enable_fallback=False
             )
+        if (found := session.get_providers()[0]) != self._providers[0]:
+            raise RuntimeError(f"that {self._providers[0]} did not start, and {found} would in its place")
         return _Session(session)
 
 
@@ -163,8 +160,8 @@ class _Compiled(Graph):
 def _repeat_heads(model: Any) -> None:
     """Give each query's head the key's and value's head of its group, in all attention of an OpenVINO model.
 
-    OpenVINO repeats heads of keys only where the number of queries' heads is written in the graph, and then not in
-    ONNX's order: it would take heads 0 1 0 1 for the queries' heads 0 1 2 3, in place of 0 0 1 1.
+    OpenVINO does so itself only where the number of queries' heads is written in the graph; here it follows from the
+    width of a matrix, and OpenVINO takes it for the number of keys' heads.
     """
     from openvino import opset13 as ops
 

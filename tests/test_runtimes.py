@@ -148,9 +148,13 @@ def test_onnxruntime_does_not_go_on_with_another_provider_as_it_answers(folders,
     graph = runtime("onnxruntime").open(folders["float32"] / DECODER)
 
     class Failing:
+        def __getattr__(self, name):
+            return getattr(opened, name)
+
         def run(self, *_):
             raise EPFail("out of memory")
 
+    opened = graph.session._sess
     monkeypatch.setattr(graph.session, "_sess", Failing())
     monkeypatch.setattr(graph.session, "set_providers", lambda *_: pytest.fail("went on"))
     with pytest.raises(EPFail):

@@ -2,8 +2,9 @@
 
     python -m benchmarks.exported [SHARE]      default: all test questions; 0.1 takes a tenth
 
-Run it after `dvc repro`, on an otherwise idle machine. Writes benchmarks/exported.csv. All models are in one process
-with the same number of threads and are timed in turns, so that what disturbs the machine disturbs each of them. A timed
+Run it after `dvc repro`, on an otherwise idle machine. Writes benchmarks/exported.csv. Exports run in onnxruntime, in
+OpenVINO where it is installed, and with the providers for GPUs that onnxruntime has. All models are in one process with
+the same number of threads and are timed in turns, so that what disturbs the machine disturbs each of them. A timed
 answer has `evaluate.latency_new_tokens` tokens; images and videos are prepared before. `ask_mb` is the memory of
 `firstsight ask` at its peak.
 """
@@ -13,12 +14,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from benchmarks.measuring import environment, process_tree, write
 from firstsight.core import params
+from firstsight.core.errors import UserError
 from firstsight.core.stage import log, main
 from firstsight.core.variants import DISTILLED, EXPORTED, EXPORTED_TEACHER, LEFT_OUT, TEACHER, VARIANTS
 from firstsight.engine.exported_model import ExportedModel
@@ -49,28 +51,40 @@ def run() -> None:
     write("exported", rows)
 
 
+def in_engines(folder: Path) -> dict[str, ExportedModel]:
+    """Return the exported model in each engine that runs here; say why others do not."""
+    found = {}
+    for engine in get_args(params.Engine):
+        try:
+            found[engine] = ExportedModel(folder, engine)
+        except UserError as error:
+            log.warning("%s: left out: %s", engine, error)
+    return found
+
+
 def compared(original: str, asked: Sequence[Question], settings: params.Evaluate) -> list[dict[str, Any]]:
-    """Return a row for a model in PyTorch, and one for each of its exports."""
+    """Return a row for a model in PyTorch, and one for each of its exports in each engine."""
     processor = load_processor(VARIANTS[original].model)
     torch_model = load_model(VARIANTS[original].model, "float32", "cpu")
     exports = [name for name, of in ORIGINALS.items() if of == original]
-    models: dict[str, Any] = {original: PyTorchModel(torch_model, processor, "float32")}
+    reference = original, None
+    models: dict[tuple[str, str | None], Any] = {reference: PyTorchModel(torch_model, processor, "float32")}
     for name in exports:
         if not (VARIANTS[name].model / LEFT_OUT).exists():
-            models[name] = ExportedModel(VARIANTS[name].model)
+            models |= {(name, engine): model for engine, model in in_engines(VARIANTS[name].model).items()}
     timings = timed(models, representative(asked, TIMED), settings.latency_new_tokens)
     limit = settings.asked_tokens()
-    expected = list(models[original].answers(asked, settings.batch_size, limit))
+    expected = list(models[reference].answers(asked, settings.batch_size, limit))
     logits = [
         torch_model(**model_inputs(processor, [one], "cpu"), logits_to_keep=1).logits[:, -1].detach().numpy()
         for one in representative(asked, LOGITS)
     ]
     rows = []
-    for name, model in models.items():
+    for (name, engine), model in models.items():
         differences = [0.0]
         answered = expected
         found = {}
-        if name != original:
+        if engine is not None:
             found = {size: list(model.answers(asked, size, limit)) for size in BATCHES}
             answered = found[BATCHES[0]]
             pairs = zip(logits, representative(asked, LOGITS), strict=True)
@@ -83,11 +97,11 @@ def compared(original: str, asked: Sequence[Question], settings: params.Evaluate
             "exact_match": round(float(np.mean(right)), 4),
             **{f"same_batch_{size}": same(found.get(size, expected), expected) for size in BATCHES},
             "logit_difference": f"{max(differences):.1e}",
-            "latency_ms": round(float(np.median(timings[name])), 2),
-            "speed_up": round(float(np.median(timings[original]) / np.median(timings[name])), 2),
+            "latency_ms": round(float(np.median(timings[name, engine])), 2),
+            "speed_up": round(float(np.median(timings[reference]) / np.median(timings[name, engine])), 2),
             "disk_mb": round(folder_bytes(VARIANTS[name].model) / 1e6, 3),
-            "ask_mb": round(ask_bytes(VARIANTS[name].model, asked[0]) / 1e6),
-            **environment("cpu"),
+            "ask_mb": round(ask_bytes(VARIANTS[name].model, asked[0], engine) / 1e6),
+            **environment("cpu" if engine in (None, *get_args(params.CpuEngine)) else "cuda"),
         }
         log.info("%s", row)
         rows.append(row)
@@ -98,8 +112,8 @@ def same(answers: Sequence[str], expected: Sequence[str]) -> int:
     return sum(one == other for one, other in zip(answers, expected, strict=True))
 
 
-def timed(models: dict[str, Any], asked: Sequence[Question], tokens: int) -> dict[str, list[float]]:
-    """Return, by model, the milliseconds of each question: the median of its repeats."""
+def timed(models: dict[Any, Any], asked: Sequence[Question], tokens: int) -> dict[Any, list[float]]:
+    """Return, by the models' keys, the milliseconds of each question: the median of its repeats."""
     inputs = {name: [model.inputs([question]) for question in asked] for name, model in models.items()}
     taken = {name: np.zeros((REPEATS, len(asked))) for name in models}
     for repeat in range(-1, REPEATS):  # the first warms up
@@ -112,11 +126,12 @@ def timed(models: dict[str, Any], asked: Sequence[Question], tokens: int) -> dic
     return {name: np.median(those, axis=0).tolist() for name, those in taken.items()}
 
 
-def ask_bytes(folder: Path, question: Question) -> int:
+def ask_bytes(folder: Path, question: Question, engine: str | None) -> int:
     """Return the memory of `firstsight ask` at its peak, in bytes, as a question about an image is answered."""
     with tempfile.TemporaryDirectory() as temporary:
         (path := Path(temporary) / "picture.jpg").write_bytes(question[0].frames[0])
         words = [sys.executable, "-m", "firstsight", "ask", str(folder), str(path), question[1].question]
+        words += ["--engine", engine] if engine else []
         return process_tree(words, Path.cwd(), {})[1]
 
 

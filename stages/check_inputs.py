@@ -6,7 +6,7 @@ The vocabularies of teacher and student must agree, and so must the tokens of ev
 compared over classes; a text-only model must have positions for every question with its answer, and is not asked about
 images. An encoder can be compared over classes alone; a teacher that is one and is not fine-tuned must have a head for
 them. Texts are read by language models in PyTorch alone; it is counted here how many are longer than `data.max_tokens`,
-by the student's tokenizer.
+by the student's tokenizer. OpenVINO must be installed where exports are measured in it.
 
 reads  models/teacher and models/student without their weights, the splits, and in params.yaml the exports and what is
        asked of teacher and student
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstsight.core import params
+from firstsight.core.engines import check_installed
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json, write_json
 from firstsight.core.stage import log, main
@@ -37,6 +38,9 @@ TAUGHT = ("train", "validation")
 
 def run() -> None:
     loaded = params.load()
+    # The exports' own stages look for onnxruntime, which is part of the environment.
+    if loaded.evaluate.engine != "onnxruntime" and (loaded.export.formats or loaded.export.teacher):
+        check_installed(loaded.evaluate.engine)
     folders = [folder for role in ("teacher", "student") if not reason_left_out(folder := Path("models") / role)]
     counts = {}
     if not fit_by_their_files(folders) or reads_texts():

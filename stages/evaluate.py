@@ -76,7 +76,7 @@ def evaluate(name: str, loaded: params.Params) -> None:
     texts = records if records and isinstance(records[0][1], Text) else []
     if not questions:
         raise UserError(f"{TEST}: expected questions, found none; raise data.test_fraction or data.test_samples")
-    device, load = exported(variant) if onnx else in_pytorch(variant, loaded, split)
+    device, load = exported(variant, settings.engine) if onnx else in_pytorch(variant, loaded, split)
     model, performance = None, {}
     if is_main_process():
         model, performance = measure(variant, load, device, questions, settings, one_pass=bool(split.classes))
@@ -212,13 +212,14 @@ def write(name: str, quality: dict[str, Any], predictions: list[dict[str, Any]],
     log.info("%s: %s, %.1f ms an answer", name, found, performance["latency_ms_p50"])
 
 
-def exported(variant: Variant) -> tuple[str, Callable[[], Any]]:
-    """Return the device of an exported model, and a function that loads the model, both without torch."""
+def exported(variant: Variant, engine: str) -> tuple[str, Callable[[], Any]]:
+    """Return the device of an exported model, and a function that loads the model in an engine, both without torch."""
     # Imported first, because that takes time which is not part of a model's load time.
-    from firstsight.engine.exported_model import ExportedModel, runtime
+    from firstsight.engine.exported_model import ExportedModel
+    from firstsight.engine.runtimes import runtime
 
-    runtime()
-    return "cpu", lambda: ExportedModel(variant.model)
+    runtime(engine)
+    return "cpu", lambda: ExportedModel(variant.model, engine)
 
 
 def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple[str, Callable[[], Any]]:

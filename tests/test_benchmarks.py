@@ -170,7 +170,7 @@ SMALL = {
     ),
     "build": ([], "PICTURES = (4, 16)", 2),
     "device": (["8"], "QWEN2_VL_2B = QWEN2_VL_2B | {'num_hidden_layers': 2}", 5),
-    "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 3),
+    "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 4),
     # Of graphs that have few bits already: the smoke preset asks for no others.
     "export_weights": (["0.2"], "FLOAT, BLOCKS = VARIANTS['student-onnx-w4a8'].model, ()", 3),
     "export_rounding": (
@@ -371,12 +371,13 @@ def test_the_picture_is_drawn_from_the_committed_figures(tmp_path, monkeypatch):
 
 @pytest.mark.system
 def test_exports_are_compared_with_what_they_were_made_from(rows_of):
-    teacher, student, exported = rows_of("exported")
+    teacher, student, exported, by_openvino = rows_of("exported")
     assert (teacher["variant"], student["variant"]) == ("teacher", "student-distilled")
     assert (exported["variant"], exported["precision"]) == ("student-onnx-w4a8", "w4a8")
     assert exported["engine"].startswith("onnxruntime")
+    assert by_openvino["engine"].startswith("OpenVINO")
     assert exported["same_batch_1"] <= student["same_batch_1"] == student["questions"]
-    assert all(row["latency_ms"] > 0 for row in (teacher, student, exported))
+    assert all(row["latency_ms"] > 0 for row in (teacher, student, exported, by_openvino))
 
 
 @pytest.mark.system

@@ -213,10 +213,10 @@ def test_only_the_decoders_threads_wait_actively(folder):
     """With three graphs whose threads do, an answer of small graphs takes twice as long on two cores."""
     model = ExportedModel(folder)
     key = "session.intra_op.allow_spinning"
-    for session in (model._vision, model._embeddings):
-        assert session.get_session_options().get_session_config_entry(key) == "0"
+    for graph in (model._vision, model._embeddings):
+        assert graph.session.get_session_options().get_session_config_entry(key) == "0"
     with pytest.raises(RuntimeError, match=key):  # not set: it does
-        model._decoder.get_session_options().get_session_config_entry(key)
+        model._decoder.session.get_session_options().get_session_config_entry(key)
 
 
 def version_of_another(folder):

@@ -61,6 +61,11 @@ def test_every_parameter_file_is_valid(path):
         ("models.student.init.hidden_size", 10**12, "models.student.init.hidden_size: expected at most 1e+09, found"),
         ("models.teacher.source", "", "models.teacher.source: expected text that is not empty, found ''"),
         ("train.adapter.target_modules", [], "train.adapter.target_modules: expected a list of at least 1, found []"),
+        (
+            "evaluate.engine",
+            "onnxruntime-cuda",
+            "evaluate.engine: expected one of 'onnxruntime' or 'openvino', found 'onnxruntime-cuda'",
+        ),
         ("evaluate.seed", -1, "evaluate.seed: expected at least 0, found -1"),
     ],
 )

@@ -27,17 +27,21 @@ class Answer:
 class AskedModel:
     """Load a model, exported or not, to answer questions; `load_seconds` is the time that loading took.
 
-    An exported model needs neither torch nor transformers, which are not imported for it, and runs on the CPU.
+    An exported model needs neither torch nor transformers, which are not imported for it, and runs in `engine`, one of
+    `params.Engine`; None: in that of the settings.
 
     Raises:
         UserError: the folder holds no model, or as for `ExportedModel`, or `load_processor` and `load_model`.
     """
 
-    def __init__(self, folder: Path, settings: Evaluate, device: str):
+    def __init__(self, folder: Path, settings: Evaluate, device: str, engine: str | None = None):
         check_there(folder)
         self.folder, self._settings = folder, settings
         started = time.perf_counter()
-        self._model = ExportedModel(folder) if is_exported(folder) else _in_pytorch(folder, settings.precision, device)
+        if is_exported(folder):
+            self._model = ExportedModel(folder, engine or settings.engine)
+        else:
+            self._model = _in_pytorch(folder, settings.precision, device)
         self.load_seconds = time.perf_counter() - started
 
     def answer(self, sample: Sample) -> Answer:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from firstsight.cli.arguments import EngineOption, check_engine
+
 if TYPE_CHECKING:
     from firstsight.asking.asked_model import Answer
     from firstsight.core.params import Evaluate
@@ -20,6 +22,7 @@ def ask(
     compare: Annotated[
         list[Path] | None, typer.Option(metavar="MODEL", help="Another model folder to ask; repeat it for more.")
     ] = None,
+    engine: EngineOption = None,
 ) -> None:
     """Ask models about an image or a video.
 
@@ -37,6 +40,7 @@ def ask(
     folders = [model, *(compare or [])]
     for folder in folders:
         check_there(folder)
+    check_engine(engine, folders)
     device = device_of(folders, loaded.runtime.device)
 
     width = max(len("model"), *(len(str(folder)) for folder in folders))
@@ -44,15 +48,17 @@ def ask(
     print(f"media     {media}, {seen(sample)}\nquestion  {sample.records[0].question}\n")
     print(f"{header}\n{'-' * max(80, len(header))}", flush=True)
     for folder in folders:
-        answer, loading = second_answer(folder, sample, loaded.evaluate, device)
+        answer, loading = second_answer(folder, sample, loaded.evaluate, device, engine)
         times = f"{1000 * answer.seconds:.0f} ms", f"{loading:.1f} s"
         print(ROW.format(str(folder), *times, answer.line(), width=width), flush=True)
 
 
-def second_answer(folder: Path, sample: "Sample", settings: "Evaluate", device: str) -> "tuple[Answer, float]":
+def second_answer(
+    folder: Path, sample: "Sample", settings: "Evaluate", device: str, engine: str | None
+) -> "tuple[Answer, float]":
     """Return a model's second answer, because the first warms up, and the seconds of loading. Free the model."""
     from firstsight.asking.asked_model import AskedModel
 
-    model = AskedModel(folder, settings, device)
+    model = AskedModel(folder, settings, device, engine)
     model.answer(sample)
     return model.answer(sample), model.load_seconds

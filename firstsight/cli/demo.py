@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from firstsight.cli.arguments import EngineOption, check_engine
+
 HOST = "127.0.0.1"
 
 
 def demo(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="One or more model folders.")],
     port: Annotated[int, typer.Option(min=1, max=65_535, help="The port that the page listens on.")] = 7860,
+    engine: EngineOption = None,
 ) -> None:
     """Serve a local web page to ask models on.
 
@@ -41,8 +44,9 @@ def demo(
         loaded = params.load()
         for folder in models:
             check_there(folder)
+        check_engine(engine, models)
         device = device_of(models, loaded.runtime.device)
-        blocks = page([AskedModel(folder, loaded.evaluate, device) for folder in models], loaded.data)
+        blocks = page([AskedModel(folder, loaded.evaluate, device, engine) for folder in models], loaded.data)
         try:
             _, address, _ = blocks.launch(
                 server_name=HOST,

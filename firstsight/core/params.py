@@ -35,6 +35,9 @@ Method = Literal["int8", "nf4"]
 Precision = Literal[Dtype, Method]
 Format = Literal["onnx", "onnx-int8", "onnx-w4a8"]
 ClassScores = Literal["sum", "mean", "calibrated"]
+# What runs exports: first on the CPU, where they can be measured, then what only commands take.
+CpuEngine = Literal["onnxruntime", "openvino"]
+Engine = Literal[CpuEngine, "onnxruntime-cuda", "onnxruntime-tensorrt"]
 
 # Folders of models/ that stages write, and therefore replace or remove.
 MODEL_OUTPUTS = (
@@ -416,6 +419,8 @@ class Evaluate(Section):
     Answers have at most `max_new_tokens` tokens; null: as many as the longest true answer needs, and `ASKED_TOKENS`
     where a question has no true answer.
 
+    Exports are run by `engine`, on the CPU.
+
     Of texts, which nothing is asked about, so many `continuations` are compared with how the texts go on, by ROUGE.
 
     95% intervals come from `bootstrap_samples` resamplings. The teacher is measured quantized, too, by each of
@@ -424,6 +429,7 @@ class Evaluate(Section):
     """
 
     precision: Precision
+    engine: CpuEngine
     teacher_methods: Methods
     batch_size: Batch
     max_new_tokens: Count | None

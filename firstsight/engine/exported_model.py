@@ -1,50 +1,43 @@
-"""Answer questions from an exported folder with onnxruntime: greedy decoding with a key-value cache, in batches.
+"""Answer questions from an exported folder: greedy decoding with a key-value cache, in batches.
 
 Nothing here imports torch or transformers: `firstsight ask` runs where neither is installed.
 """
 
-import mmap
-import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from firstsight.core.cores import cores
 from firstsight.core.errors import UserError
 from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, missing_file, read_layout
 from firstsight.engine.prompts import Batch, Prompts, Question
-
-# Of onnxruntime: whether threads wait actively for more work.
-_SPINNING = "session.intra_op.allow_spinning"
+from firstsight.engine.runtimes import runtime
 
 
 class ExportedModel:
-    """Load an exported folder; `layout` says what it holds.
+    """Load an exported folder in `engine`, one of `params.Engine`; `layout` says what the folder holds.
 
     `weights_bytes` are the bytes of the weights, `token_bytes` of those that a token reads, the decoder's, and
     `parameters` the number of those of the model that was exported.
 
     Raises:
-        UserError: onnxruntime is not installed, the folder lacks a file, is of another version, or a graph is broken.
+        UserError: the engine is not installed, or not for this device; the folder lacks a file, is of another version,
+            or a graph is broken.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, engine: str = "onnxruntime"):
         self.folder, self.layout = folder, read_layout(folder)
         if (missing := missing_file(folder, self.layout)) is not None:
             raise UserError(f"{folder}: expected an exported model, found no {missing}; export it again (dvc repro)")
-        self._runtime = runtime()
+        self._runtime = runtime(engine)
         self._prompts = Prompts(folder, self.layout)
-        self._threads = cores()
-        self._embeddings, self._decoder = self._session(EMBEDDINGS), self._session(DECODER)
-        self._vision = self._session(VISION) if self.layout.pictures else None
+        self._embeddings, self._decoder = (self._runtime.open(folder / name) for name in (EMBEDDINGS, DECODER))
+        self._vision = self._runtime.open(folder / VISION) if self.layout.pictures else None
         self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
         self.token_bytes = sum(path.stat().st_size for path in folder.glob(f"{DECODER}*"))
-        self._past = [one.name for one in self._decoder.get_inputs() if one.name.startswith("past.")]
+        self._past = [name for name in self._decoder.inputs if name.startswith("past.")]
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
         """Yield the greedy answers as text without special tokens, in the order of the questions.
@@ -90,8 +83,8 @@ class ExportedModel:
     def environment(self) -> dict[str, str]:
         """Return what computes: the device's name with its threads, the engine with its version, the precision."""
         return {
-            "device": f"{platform.machine()} CPU, {self._threads} threads",
-            "engine": f"onnxruntime {self._runtime.__version__}",
+            "device": self._runtime.device,
+            "engine": self._runtime.name,
             "precision": self.layout.weights,
         }
 
@@ -105,7 +98,7 @@ class ExportedModel:
         and where visual tokens are, as booleans [S]."""
         batch = self.inputs([question])
         answer = np.array(self.decode(batch, tokens), np.int64)
-        states = np.concatenate([self._embedded(batch), self._embeddings.run(None, {"tokens": answer})[0]], axis=1)
+        states = np.concatenate([self._embedded(batch), self._embeddings.run({"tokens": answer})[0]], axis=1)
         further = batch.positions[..., -1:] + 1 + np.arange(answer.shape[1])
         inputs = {
             "embeddings": states,
@@ -136,7 +129,7 @@ class ExportedModel:
             chosen = logits.argmax(axis=1)
             yield chosen
             if number + 1 < most:
-                states = self._embeddings.run(None, {"tokens": chosen[:, None]})[0]
+                states = self._embeddings.run({"tokens": chosen[:, None]})[0]
                 positions = positions[..., -1:] + 1
                 mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
@@ -145,7 +138,7 @@ class ExportedModel:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Run the decoder over `states` [B, S, H] after the keys and values `past`; return logits and the new ones."""
         given = {"embeddings": states, "positions": positions, "mask": mask}
-        logits, *present = self._decoder.run(None, given | dict(zip(self._past, past, strict=True)))
+        logits, *present = self._decoder.run(given | dict(zip(self._past, past, strict=True)))
         return logits, present
 
     def _no_past(self, rows: int) -> list[np.ndarray]:
@@ -153,7 +146,7 @@ class ExportedModel:
 
     def _embedded(self, batch: Batch) -> np.ndarray:
         """Return the embeddings [B, S, H] of the tokens, with those of images and clips in their places."""
-        states = self._embeddings.run(None, {"tokens": batch.tokens})[0]
+        states = self._embeddings.run({"tokens": batch.tokens})[0]
         if batch.media:
             features = self._features(batch)
             states[self._prompts.visual(batch.tokens)] = np.concatenate([features[index] for index in batch.shown])
@@ -168,7 +161,7 @@ class ExportedModel:
         for (height, width), indices in by_size.items():
             pixels = np.concatenate([batch.media[index].pixels for index in indices])
             fed = {"pixels": pixels, "positions": self._patch_positions(height, width)}
-            steps = iter(self._vision.run(None, fed)[0])
+            steps = iter(self._vision.run(fed)[0])
             for index in indices:
                 found[index] = np.concatenate([next(steps) for _ in range(batch.media[index].grid[0])])
         return found
@@ -178,39 +171,3 @@ class ExportedModel:
         merge = self.layout.pictures.merge_size
         places = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
         return np.ascontiguousarray(places.transpose(1, 3, 2, 4, 0).reshape(-1, 2))
-
-    def _session(self, name: str) -> Any:
-        options = self._runtime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3  # errors alone
-        if name != DECODER:
-            # Threads that wait actively for their graph's next run would take the cores from the decoder's.
-            options.add_session_config_entry(_SPINNING, "0")
-        try:
-            with ExitStack() as opened:
-                if (weights := self.folder / f"{name}.data").is_symlink():
-                    # As DVC makes it where its cache is on another disk. The engine refuses to follow it out of the
-                    # folder, but takes the content.
-                    file = opened.enter_context(weights.open("rb"))
-                    content = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                    options.add_external_initializers_from_files_in_memory([weights.name], [content], [len(content)])
-                return self._runtime.InferenceSession(
-                    str(self.folder / name), options, providers=["CPUExecutionProvider"]
-                )
-        except Exception as error:  # the engine raises nothing more specific over a damaged file
-            raise UserError(
-                f"{self.folder / name}: expected a graph that onnxruntime runs, found "
-                f"{' '.join(str(error).split())[:200]}; export it again (dvc repro)"
-            ) from None
-
-
-def runtime() -> Any:
-    """Return onnxruntime. Raises UserError where it is not installed."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise UserError(
-            "onnxruntime: expected the engine that runs exported models, found it missing; pip install -r "
-            "requirements-device.txt, or ask a folder that PyTorch loads, such as models/student-distilled"
-        ) from None
-    return onnxruntime

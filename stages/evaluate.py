@@ -207,10 +207,11 @@ def write(name: str, quality: dict[str, Any], predictions: list[dict[str, Any]],
 def exported(variant: Variant) -> tuple[str, Callable[[], Any]]:
     """Return the device of an exported model, and a function that loads the model, both without torch."""
     # Imported first, because that takes time which is not part of a model's load time.
-    from firstsight.engine.exported_model import ExportedModel, runtime
+    from firstsight.engine.class_scores import open_exported
+    from firstsight.engine.exported_model import runtime
 
     runtime()
-    return "cpu", lambda: ExportedModel(variant.model)
+    return "cpu", lambda: open_exported(variant.model)
 
 
 def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple[str, Callable[[], Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from firstsight.core.cores import cores
 from firstsight.core.errors import UserError
-from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, missing_file, read_layout
+from firstsight.engine.layout import DECODER, EMBEDDINGS, ENCODER, VISION, missing_file, read_layout
 from firstsight.engine.prompts import Batch, Prompts, Question
 
 # Of onnxruntime: whether threads wait actively for more work.
@@ -38,13 +38,21 @@ class ExportedModel:
         if (missing := missing_file(folder, self.layout)) is not None:
             raise UserError(f"{folder}: expected an exported model, found no {missing}; export it again (dvc repro)")
         self._runtime = runtime()
-        self._prompts = Prompts(folder, self.layout)
         self._threads = cores()
+        self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
+        self.token_bytes = self._open()
+
+    def _open(self) -> int:
+        """Open tokenizer and graphs, and return the bytes of those weights that a token reads."""
+        self._prompts = Prompts(self.folder, self.layout)
         self._embeddings, self._decoder = self._session(EMBEDDINGS), self._session(DECODER)
         self._vision = self._session(VISION) if self.layout.pictures else None
-        self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
-        self.token_bytes = sum(path.stat().st_size for path in folder.glob(f"{DECODER}*"))
         self._past = [one.name for one in self._decoder.get_inputs() if one.name.startswith("past.")]
+        return self._bytes(DECODER)
+
+    def _bytes(self, name: str) -> int:
+        """Return the bytes of a graph with its weights."""
+        return sum(path.stat().st_size for path in self.folder.glob(f"{name}*"))
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
         """Yield the greedy answers as text without special tokens, in the order of the questions.
@@ -183,7 +191,7 @@ class ExportedModel:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors alone
-        if name != DECODER:
+        if name not in (DECODER, ENCODER):
             # Threads that wait actively for their graph's next run would take the cores from the decoder's.
             options.add_session_config_entry(_SPINNING, "0")
         try:

@@ -5,8 +5,9 @@
 The vocabularies of teacher and student must agree, and so must the tokens of every answer but its end, unless they are
 compared over classes; a text-only model must have positions for every question with its answer, and is not asked about
 images. An encoder can be compared over classes alone; a teacher that is one and is not fine-tuned must have a head for
-them. Texts are read by language models in PyTorch alone; it is counted here how many are longer than `data.max_tokens`,
-by the student's tokenizer. OpenVINO must be installed where exports are measured in it.
+them. A model that is to be exported must be of an architecture that is, and OpenVINO installed where exports are
+measured in it. Texts are read by language models in PyTorch alone; it is counted here how many are longer than
+`data.max_tokens`, by the student's tokenizer.
 
 reads  models/teacher and models/student without their weights, the splits, and in params.yaml the exports and what is
        asked of teacher and student
@@ -83,6 +84,7 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
         UserError: they do not fit.
     """
     # Imported here, because they take seconds, and most pairs need none of them.
+    from firstsight.models.exportable import check_architecture
     from firstsight.models.loading import load_processor
     from firstsight.models.text_processor import EncoderProcessor, TextProcessor
     from firstsight.models.tokens import common_tokens
@@ -105,6 +107,10 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
                     f"targets.class_scores: expected sum, because {folder} is an encoder, whose scores are the logits "
                     f"of its head, found {settings.class_scores}; set it so"
                 )
+    exported = {Path("models/student"): loaded.export.formats, Path("models/teacher"): loaded.export.teacher}
+    for folder in folders:
+        if exported[folder]:
+            check_architecture(folder)
     for one in () if over_classes else teacher:
         common_tokens(one.tokenizer, student.tokenizer)
     for name, split in splits().items():

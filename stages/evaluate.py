@@ -215,11 +215,11 @@ def write(name: str, quality: dict[str, Any], predictions: list[dict[str, Any]],
 def exported(variant: Variant, engine: str) -> tuple[str, Callable[[], Any]]:
     """Return the device of an exported model, and a function that loads the model in an engine, both without torch."""
     # Imported first, because that takes time which is not part of a model's load time.
-    from firstsight.engine.exported_model import ExportedModel
+    from firstsight.engine.class_scores import open_exported
     from firstsight.engine.runtimes import runtime
 
     runtime(engine)
-    return "cpu", lambda: ExportedModel(variant.model, engine)
+    return "cpu", lambda: open_exported(variant.model, engine)
 
 
 def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple[str, Callable[[], Any]]:

@@ -3,7 +3,7 @@
     python -m stages.export_student
 
 reads  models/student-distilled, the train split (by whose tokens weights in 4 bits are rounded), the validation split,
-       `export.formats` and `export.calibration_samples` in params.yaml
+       `export.formats`, `export.calibration_samples` and `data.prompt` in params.yaml
 writes models/student-{format} for onnx, onnx-int8 and onnx-w4a8: graphs, tokenizer and exported.json, which also holds
        how the graphs' logits and answers compared with the student's, and the error of each matrix in 4 bits; for a
        format that `export.formats` does not list, only a note that it is left out
@@ -22,8 +22,8 @@ TRAIN, VALIDATION = Path("data/egoqa/train.parquet"), Path("data/egoqa/validatio
 
 
 def run() -> None:
-    settings = params.load().export
-    formats = settings.formats
+    loaded = params.load()
+    settings, formats = loaded.export, loaded.export.formats
     with ExitStack() as outputs:
         folders = {name: outputs.enter_context(whole_folder(VARIANTS[f"student-{name}"].model)) for name in FORMATS}
         for name in FORMATS.keys() - set(formats):
@@ -33,10 +33,12 @@ def run() -> None:
             return
         # Imported here, because they take seconds, and without a format none of them is needed.
         from firstsight.export.folder import export_folders, spread_questions
+        from firstsight.records.parquet import Split
 
         targets = {FORMATS[name]: folders[name] for name in formats}
         calibration = spread_questions(TRAIN, settings.calibration_samples)
-        layouts = export_folders(SOURCE, targets, spread_questions(VALIDATION), calibration)
+        questions, classes = spread_questions(VALIDATION), Split(VALIDATION).classes
+        layouts = export_folders(SOURCE, targets, questions, calibration, classes, loaded.data.prompt)
     for name in formats:
         log.info("%s: %s", name, layouts[FORMATS[name]].summary())
 

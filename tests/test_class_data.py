@@ -156,10 +156,11 @@ def test_records_without_a_known_class_are_one_line(tmp_path, change, settings, 
     assert not (folder / "data/egoqa").exists()
 
 
-def test_exports_do_not_score_classes(tmp_path):
+def test_an_exported_teacher_scores_by_sums(tmp_path):
     workspace(tmp_path, rows())
-    change(tmp_path, "export", formats=["onnx"])
-    with pytest.raises(UserError, match=r"export: expected formats \[\] and teacher false, because classes are scored"):
+    change(tmp_path, "targets", over="classes", class_scores="mean")
+    change(tmp_path, "export", teacher=True)
+    with pytest.raises(UserError, match=r"export.teacher: expected false, because exports score classes by sums"):
         params.load(tmp_path / "params.yaml")
 
 

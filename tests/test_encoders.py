@@ -206,7 +206,14 @@ def quantized_to_evaluate(folder, bert):
     return "evaluate.precision: expected auto, because models/student is an encoder, of which no part"
 
 
-@pytest.mark.parametrize("break_it", [no_tokens, no_head, too_long, student_over_nf4, quantized_to_evaluate])
+def not_exported(folder, bert):
+    change(folder, "export", formats=["onnx"], teacher=True)
+    return "models/teacher: expected Qwen2-VL or a model of text alone such as Qwen2, which are exported to ONNX, found"
+
+
+@pytest.mark.parametrize(
+    "break_it", [no_tokens, no_head, too_long, student_over_nf4, quantized_to_evaluate, not_exported]
+)
 def test_an_encoder_that_does_not_fit_is_one_line_before_anything_is_trained(
     settings, processor, tmp_path, bert, break_it
 ):
@@ -260,15 +267,15 @@ def test_the_card_of_an_encoder_says_what_it_is_and_how_to_load_it(settings, pro
         for role in ("teacher", "student")
     }
     for name, value in (
-        ("quality", {"student-distilled": share, "teacher": share}),
-        ("performance", {"student-distilled": fast, "teacher": fast}),
+        ("quality", {"student-distilled": share, "student-onnx": share, "teacher": share}),
+        ("performance", {"student-distilled": fast, "student-onnx": fast, "teacher": fast}),
         ("models", models),
     ):
         (folder / f"metrics/{name}.json").write_text(json.dumps(value))
-    for variant in ("student-distilled", "teacher"):
+    for variant in ("student-distilled", "student-onnx", "teacher"):
         (folder / f"evaluations/{variant}").mkdir(parents=True)
         (folder / f"evaluations/{variant}/performance.json").write_text(
-            json.dumps({"engine": "PyTorch", "device": "x"})
+            json.dumps({"engine": "PyTorch", "device": "x", "precision": "float32"})
         )
     splits = {split: {"records": 24, "samples": 24} for split in ("train", "validation", "test")}
     (folder / "data/egoqa/card.json").write_text(json.dumps({"source": "csv", "commit": None, "splits": splits}))
@@ -286,6 +293,19 @@ def test_the_card_of_an_encoder_says_what_it_is_and_how_to_load_it(settings, pro
     printed = []
     exec(code, {"print": printed.append})  # the example of the card, on the folder that it names
     assert printed[0] in CLASSES
+    (folder / "models/student-onnx").mkdir()
+    (folder / "models/student-onnx/config.json").write_bytes(
+        (folder / "models/student-distilled/config.json").read_bytes()
+    )
+    for prompt, asked in (
+        ("{text}", '"The text of a record."'),
+        ("{title}: {text}", """'{"title": "...", "text": "..."}'"""),
+    ):
+        change(folder, "data", prompt=prompt)
+        card = model_card("student-onnx", "models/student-onnx")
+        assert f"python -m firstsight ask models/student-onnx {asked}\n" in card
+        assert "max_pixels" not in card.partition("## Usage")[2].partition("## Measured")[0]
+        assert "The answer is the class with the highest score, and its probability. What is given fills the" in card
 
 
 def test_a_teacher_with_a_head_for_the_classes_needs_no_training(settings, processor, tmp_path, bert):

@@ -20,9 +20,10 @@ from firstsight.core.variants import LEFT_OUT
 from firstsight.engine.exported_model import ExportedModel
 from firstsight.engine.layout import LAYOUT, VISION
 from firstsight.export import folder as exporting
-from firstsight.export.folder import check_architecture, compare, export_folders
+from firstsight.export.folder import compare, export_folders
 from firstsight.export.graphs import write_graphs
 from firstsight.generation.answering import answers
+from firstsight.models.exportable import check_architecture
 from firstsight.models.loading import load_model, load_processor
 from firstsight.planning.model_shape import Shape
 from firstsight.records.parquet import SplitWriter

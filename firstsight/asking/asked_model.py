@@ -7,7 +7,7 @@ from typing import Any
 
 from firstsight.asking.folder import check_there
 from firstsight.core.params import Evaluate
-from firstsight.engine.exported_model import ExportedModel
+from firstsight.engine.class_scores import ClassModel, open_exported
 from firstsight.engine.layout import is_exported
 from firstsight.records.sample import Sample
 
@@ -39,15 +39,21 @@ class AskedModel:
         self.folder, self._settings = folder, settings
         started = time.perf_counter()
         if is_exported(folder):
-            self._model = ExportedModel(folder, engine or settings.engine)
+            self._model = open_exported(folder, engine or settings.engine)
         else:
             self._model = _in_pytorch(folder, settings.precision, device)
         self.load_seconds = time.perf_counter() - started
 
     def answer(self, sample: Sample) -> Answer:
-        """Answer the sample's question. Raises UserError if the model has too few positions for it."""
+        """Answer the sample's question, or name its class with the probability of that.
+
+        Raises UserError if the model has too few positions for it.
+        """
         started = time.perf_counter()
         question = (sample, sample.records[0])
+        if isinstance(self._model, ClassModel):
+            ((name, share),) = self._model.classify([question])
+            return Answer(f"{name} ({share:.2f})", time.perf_counter() - started)
         (text,) = self._model.answers([question], 1, self._settings.asked_tokens())
         return Answer(text, time.perf_counter() - started)
 

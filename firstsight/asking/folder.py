@@ -4,7 +4,9 @@ from pathlib import Path
 
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
+from firstsight.core.params import Data
 from firstsight.core.variants import LEFT_OUT
+from firstsight.engine.layout import is_exported, read_layout
 
 # As in firstsight.acquisition.checks, which imports torch.
 _CONFIG = "config.json"
@@ -23,3 +25,8 @@ def check_there(folder: Path) -> None:
             f"{folder}: expected a model folder, found {found}; name one, such as models/student-distilled, "
             "which dvc repro makes"
         )
+
+
+def template_of(folder: Path, data: Data) -> str | None:
+    """Return the prompt template by which the model in `folder` is asked: its export's own, or that of params.yaml."""
+    return read_layout(folder).prompt if is_exported(folder) else data.prompt

@@ -1,4 +1,4 @@
-"""firstsight ask: the answers of models to a question about an image or a video."""
+"""firstsight ask: the answers of models to a question, about an image or a video or of text alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,27 +17,38 @@ ROW = "{:<{width}}  {:>9}  {:>8}  {}"
 
 def ask(
     model: Annotated[Path, typer.Argument(help="A model folder, such as models/student-distilled.")],
-    media: Annotated[Path, typer.Argument(help="An image or a video.")],
-    question: Annotated[str, typer.Argument(help="The question, in quotation marks.")],
+    media: Annotated[str, typer.Argument(metavar="[MEDIA]", help="An image or a video; without it, text is asked.")],
+    question: Annotated[
+        str | None,
+        typer.Argument(metavar="QUESTION", help="The question, or the text to classify, in quotation marks."),
+    ] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(metavar="MODEL", help="Another model folder to ask; repeat it for more.")
     ] = None,
     engine: EngineOption = None,
 ) -> None:
-    """Ask models about an image or a video.
+    """Ask models about an image or a video, or a question of text alone.
 
     The data section of params.yaml says how media are sampled and resized, the evaluate section how models are
     loaded and how long answers may be. Models are loaded one after the other; each answers twice, and the second
-    answer is timed. Exported models, such as models/student-onnx, need neither torch nor transformers.
+    answer is timed. Exported models, such as models/student-onnx, need neither torch nor transformers. One that scores
+    classes answers with the best and its probability. Where questions were made by a prompt template with one column,
+    the text fills it; with several, write them as a JSON object.
     """
-    from firstsight.asking.folder import check_there
-    from firstsight.asking.question import question_about, seen
+    from firstsight.asking.folder import check_there, template_of
+    from firstsight.asking.question import question_about, question_alone, seen
     from firstsight.cli.devices import device_of
     from firstsight.core import params
 
     loaded = params.load()
-    sample = question_about(media, question, loaded.data)
     folders = [model, *(compare or [])]
+    if question is None:
+        asked = {folder: question_alone(media, template_of(folder, loaded.data)) for folder in folders}
+        about = f"question  {' '.join(media.split())}"
+    else:
+        sample = question_about(Path(media), question, loaded.data)
+        asked = dict.fromkeys(folders, sample)
+        about = f"media     {media}, {seen(sample)}\nquestion  {sample.records[0].question}"
     for folder in folders:
         check_there(folder)
     check_engine(engine, folders)
@@ -45,10 +56,9 @@ def ask(
 
     width = max(len("model"), *(len(str(folder)) for folder in folders))
     header = ROW.format("model", "time", "loading", "answer", width=width)
-    print(f"media     {media}, {seen(sample)}\nquestion  {sample.records[0].question}\n")
-    print(f"{header}\n{'-' * max(80, len(header))}", flush=True)
+    print(f"{about}\n\n{header}\n{'-' * max(80, len(header))}", flush=True)
     for folder in folders:
-        answer, loading = second_answer(folder, sample, loaded.evaluate, device, engine)
+        answer, loading = second_answer(folder, asked[folder], loaded.evaluate, device, engine)
         times = f"{1000 * answer.seconds:.0f} ms", f"{loading:.1f} s"
         print(ROW.format(str(folder), *times, answer.line(), width=width), flush=True)
 

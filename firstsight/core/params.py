@@ -508,13 +508,13 @@ class Params(Section):
                 "targets.class_scores: expected sum or mean, because data.prompt is null, and calibrating asks the "
                 "template without a record's text, found calibrated; set it so, or make the questions by data.prompt"
             )
+        if self.targets.class_scores != "sum" and self.export.teacher:
+            raise ValueError(
+                "export.teacher: expected false, because exports score classes by sums, and targets.class_scores is "
+                f"{self.targets.class_scores}, found true"
+            )
         if self.train.best == "accuracy" and self.targets.over != "classes":
             raise ValueError("train.best: expected objective, because targets.over is tokens, found accuracy")
-        if named and (self.export.formats or self.export.teacher):
-            raise ValueError(
-                "export: expected formats [] and teacher false, because classes are scored, which exports cannot do, "
-                f"found {self.export.formats} and {self.export.teacher}"
-            )
         return self
 
     @model_validator(mode="after")

@@ -37,10 +37,12 @@ _RAISED = _pattern(r"[⁺⁻]? [⁰¹²³⁴-⁹ⁿⁱ]+")
 _NUMERAL = _pattern(r"(?<=\p{N}) (?<![⁰¹²³⁴-⁹₀-₉]) (?=\p{No})")
 _DIGIT = _pattern(r"[\p{Nd}--[0-9]]")
 _SIGNS = str.maketrans(
-    dict.fromkeys("‘’‛ʹʻʼ՚׳", "'")
-    | dict.fromkeys("‐‑‒–־", "-")
-    | dict.fromkeys("—―", " - ")
-    | {"״": '"', "⁄": "/", "∕": "/", "٪": "%", "٫": ".", "٬": ",", "〜": "~"}
+    {
+        **dict.fromkeys("‘’‛ʹʻʼ՚׳", "'"),
+        **dict.fromkeys("‐‑‒–־", "-"),
+        **dict.fromkeys("—―", " - "),
+        **{"״": '"', "⁄": "/", "∕": "/", "٪": "%", "٫": ".", "٬": ",", "〜": "~"},
+    }
 )
 # 10 - 20 is 10-20; a minus sign of another form is one where no letter precedes; 1,000 and 1'000 are 1000; .5 is 0.5.
 _SPACED_SIGN = _pattern(r"(?<=[0-9]) [ ] ([-−/:~]) [ ] (?=[0-9])")

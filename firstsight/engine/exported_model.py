@@ -13,7 +13,7 @@ import numpy as np
 from firstsight.core.errors import UserError
 from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, missing_file, read_layout
 from firstsight.engine.prompts import Batch, Prompts, Question
-from firstsight.engine.runtimes import runtime
+from firstsight.engine.runtimes import Graph, runtime
 
 
 class ExportedModel:
@@ -32,12 +32,23 @@ class ExportedModel:
         if (missing := missing_file(folder, self.layout)) is not None:
             raise UserError(f"{folder}: expected an exported model, found no {missing}; export it again (dvc repro)")
         self._runtime = runtime(engine)
-        self._prompts = Prompts(folder, self.layout)
-        self._embeddings, self._decoder = (self._runtime.open(folder / name) for name in (EMBEDDINGS, DECODER))
-        self._vision = self._runtime.open(folder / VISION) if self.layout.pictures else None
         self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
-        self.token_bytes = sum(path.stat().st_size for path in folder.glob(f"{DECODER}*"))
+        self.token_bytes = self._open()
+
+    def _open(self) -> int:
+        """Open tokenizer and graphs, and return the bytes of those weights that a token reads."""
+        self._prompts = Prompts(self.folder, self.layout)
+        self._embeddings, self._decoder = (self._graph(name) for name in (EMBEDDINGS, DECODER))
+        self._vision = self._graph(VISION) if self.layout.pictures else None
         self._past = [name for name in self._decoder.inputs if name.startswith("past.")]
+        return self._bytes(DECODER)
+
+    def _graph(self, name: str) -> Graph:
+        return self._runtime.open(self.folder / name)
+
+    def _bytes(self, name: str) -> int:
+        """Return the bytes of a graph with its weights."""
+        return sum(path.stat().st_size for path in self.folder.glob(f"{name}*"))
 
     def answers(self, questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> Iterator[str]:
         """Yield the greedy answers as text without special tokens, in the order of the questions.

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from firstsight.core.errors import UserError
-from firstsight.core.files import read_json
+from firstsight.core.files import read_json, write_json
 from firstsight.core.validation import describe
 
 # Raised when a folder written before can no longer be run as it is.
@@ -14,7 +14,7 @@ VERSION = 2
 LAYOUT, CHAT_TEMPLATE, TOKENIZER = "exported.json", "chat_template.jinja", "tokenizer.json"
 # Files of graphs: the operators, and the weights beside them.
 GRAPH_FILES = ("*.onnx", "*.onnx.data")
-VISION, EMBEDDINGS, DECODER = "vision.onnx", "embeddings.onnx", "decoder.onnx"
+VISION, EMBEDDINGS, DECODER, ENCODER = "vision.onnx", "embeddings.onnx", "decoder.onnx", "encoder.onnx"
 
 _REMEDY = "export the model again (dvc repro)"
 
@@ -47,7 +47,7 @@ class Check(Part):
     """Hold how the exported model compared with the original on `questions` questions when it was made.
 
     `same_answers` of its greedy answers had the same tokens; `logit_difference` is the largest of the first token's
-    logits.
+    logits. Of a model that scores classes, these are its best classes, and the scores.
     """
 
     questions: int
@@ -71,9 +71,14 @@ class LayerError(Part):
 class Layout(Part):
     """Hold the contents of exported.json.
 
-    `weights` is the precision of the decoder's weights. `context` is the most tokens of a question with its answer.
-    `special_tokens` are the variables that the chat template may use. `pictures` is None for a model of text alone.
-    `errors` are those of 4-bit matrices, by name, where they were rounded by their inputs.
+    `weights` is the precision of the decoder's weights, or of an encoder's. `layers`, `kv_heads` and `head_dim` are the
+    shape of the key-value cache: 0 of an encoder, which has none, and no `end_tokens`.
+    `context` is the most tokens of a question with its answer. `special_tokens` are the variables that the chat
+    template may use. `pictures` is None for a model of text alone. `errors` are those of 4-bit matrices, by name, where
+    they were rounded by their inputs.
+
+    `classes` are the names of those that the model scores; without any, it answers freely. `prompt` is the template of
+    columns from which its questions were made, if they were.
     """
 
     version: Literal[2]
@@ -91,6 +96,17 @@ class Layout(Part):
     pictures: Pictures | None
     check: Check | None
     errors: dict[str, LayerError]
+    classes: tuple[str, ...] = ()
+    prompt: str | None = None
+
+    @property
+    def encoder(self) -> bool:
+        """Return whether the model is an encoder, which has one graph."""
+        return self.layers == 0
+
+    def write(self, folder: Path) -> None:
+        """Write the folder's exported.json, without keys of classes where there are none."""
+        write_json(folder / LAYOUT, self.model_dump(exclude_defaults=True))
 
     def summary(self) -> str:
         """Return in words how large the weights are, and how the exported model compared with the original."""
@@ -140,5 +156,7 @@ def read_layout(folder: Path) -> Layout:
 
 def missing_file(folder: Path, layout: Layout) -> str | None:
     """Return the name of a file that the folder lacks, or None."""
-    graphs = [EMBEDDINGS, DECODER, *([VISION] if layout.pictures else [])]
-    return next((name for name in (*graphs, TOKENIZER, CHAT_TEMPLATE) if not (folder / name).is_file()), None)
+    needed = [EMBEDDINGS, DECODER, *([VISION] if layout.pictures else []), TOKENIZER, CHAT_TEMPLATE]
+    if layout.encoder:
+        needed = [ENCODER, TOKENIZER]
+    return next((name for name in needed if not (folder / name).is_file()), None)

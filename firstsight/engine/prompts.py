@@ -95,6 +95,10 @@ class Prompts:
         """Return the text of an answer's tokens, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
+    def tokens_of(self, text: str) -> list[int]:
+        """Return the tokens of a text, without special tokens around it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, without special tokens around it."""
         return [len(one.ids) for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -126,7 +130,7 @@ class Prompts:
         rest = iter(media)
         tokens: list[int] = []
         # A template has the begin token itself, if the model wants one.
-        for token in self._tokenizer.encode(text, add_special_tokens=False).ids:
+        for token in self.tokens_of(text):
             stands = settings is not None and token in (settings.image_token, settings.video_token)
             tokens += [token] * (next(rest).tokens(settings) if stands else 1)
         return tokens

@@ -15,7 +15,7 @@ import numpy as np
 from firstsight.core.cores import cores
 from firstsight.core.engines import check_installed
 from firstsight.core.errors import UserError
-from firstsight.engine.layout import DECODER
+from firstsight.engine.layout import DECODER, ENCODER
 
 # onnxruntime's execution providers by engine: the first is what is asked for, the others compute what it does not know.
 _CPU, _CUDA, _TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
@@ -92,7 +92,7 @@ class _OnnxRuntime(Runtime):
         options = self._module.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # errors alone
-        if path.name != DECODER:
+        if path.name not in (DECODER, ENCODER):
             # Threads that wait actively for their graph's next run would take the cores from the decoder's.
             options.add_session_config_entry(_SPINNING, "0")
         with ExitStack() as opened:

@@ -15,8 +15,8 @@ import onnxruntime
 from onnx import NodeProto, helper
 
 from firstsight.core.progress import progress
-from firstsight.engine.exported_model import ExportedModel
-from firstsight.engine.layout import DECODER, VISION
+from firstsight.engine.class_scores import open_exported
+from firstsight.engine.layout import DECODER, ENCODER, VISION
 from firstsight.engine.prompts import Question
 
 # Of the moments that are held at once.
@@ -64,11 +64,12 @@ def moments(folder: Path, questions: Sequence[Question], tokens: int) -> dict[st
     """Return what the inputs of float32 matrices are, by graph of the exported model in `folder`.
 
     The vision tower, if there is one, looks at the questions' media, and the decoder reads the questions with the
-    model's answers of at most `tokens` tokens.
+    model's answers of at most `tokens` tokens. An encoder reads the questions alone.
     """
-    model = ExportedModel(folder)
+    model = open_exported(folder)
     read = [model.read(question, tokens) for question in questions]
-    found = {DECODER: _moments(folder / DECODER, read)}
+    name = ENCODER if model.layout.encoder else DECODER
+    found = {name: _moments(folder / name, read)}
     if model.layout.pictures:
         looked = [(inputs, None) for question in questions for inputs in model.look(question)]
         found[VISION] = _moments(folder / VISION, looked)

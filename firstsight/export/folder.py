@@ -12,23 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
-from firstsight.core.files import write_json
+from firstsight.engine.class_scores import open_exported
 from firstsight.engine.exported_model import ExportedModel
-from firstsight.engine.layout import CHAT_TEMPLATE, LAYOUT, VERSION, Check, Layout, Pictures
-from firstsight.export.graphs import cache_shape, write_graphs
+from firstsight.engine.layout import CHAT_TEMPLATE, TOKENIZER, VERSION, Check, Layout, Pictures
+from firstsight.export.graphs import cache_shape, write_encoder, write_graphs
 from firstsight.generation.answering import Question, answers, end_tokens, model_inputs
-from firstsight.models.architecture import auto_class
+from firstsight.models.exportable import VISION_MODEL, check_architecture
 from firstsight.models.loading import load_model, load_processor
+from firstsight.models.text_processor import EncoderProcessor
+from firstsight.packing.dataset import class_batch
+from firstsight.packing.forward import class_scores
 from firstsight.records.parquet import Split
 
 # What torch.onnx, the quantizer and the comparison need.
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# The one vision-language model whose vision tower and processor are known here.
-_VISION = "qwen2_vl"
 # What the processor must do with pictures, because `firstsight.engine.pictures` does it.
 _PROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 # The largest difference of float32 logits, as a share of the largest logit: more is no rounding.
@@ -42,7 +43,10 @@ _QUANTIZED_BYTES = 1.2
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what the original model computes of `questions`: the first token's logits [B, V] by batch, and answers."""
+    """Hold what the original model computes of `questions`: the first token's logits [B, V] by batch, and answers.
+
+    Where the model scores C classes, it is their scores [B, C], and the names of the best.
+    """
 
     questions: Sequence[Question]
     logits: list[np.ndarray]
@@ -50,7 +54,12 @@ class Expected:
 
 
 def export_folders(
-    source: Path, targets: Mapping[str, Path], questions: Sequence[Question], calibration: Sequence[Question] = ()
+    source: Path,
+    targets: Mapping[str, Path],
+    questions: Sequence[Question],
+    calibration: Sequence[Question] = (),
+    classes: Sequence[str] = (),
+    prompt: str | None = None,
 ) -> dict[str, Layout]:
     """Export the model in `source`, compare each export with it on `questions`, and return the layouts.
 
@@ -59,6 +68,8 @@ def export_folders(
     Args:
         targets: an empty folder for each precision of the weights, "float32", "int8" and "w4a8", in any choice.
         calibration: questions by whose tokens 4-bit weights are rounded; without any, to the nearest.
+        classes: names of those that the model scores; without any, it answers freely.
+        prompt: the template of columns that its questions were made from, if they were.
 
     Raises:
         UserError: a package is missing, the architecture or its processor is not one that is exported, or the disk is
@@ -67,19 +78,20 @@ def export_folders(
     """
     check_packages()
     check_architecture(source)
-    processor, model = load_processor(source), load_model(source, "float32", "cpu")
+    processor, model = load_processor(source), load_model(source, "float32", "cpu", classes=classes)
     first = next(iter(targets.values()))
     check_disk_space(
         first, _needed_bytes(model, targets), "free some, or take formats out of export (its section in params.yaml)"
     )
-    expected, layout, config = _expected(model, processor, questions), _layout(model, processor), model.config
+    expected, config = _expected(model, processor, questions, classes), model.config
+    layout = _layout(model, processor).model_copy(update={"classes": tuple(classes), "prompt": prompt})
     with TemporaryDirectory(dir=first) as temporary:
         traced = targets.get("float32", Path(temporary))
-        write_graphs(model, traced)
+        (write_encoder if layout.encoder else write_graphs)(model, traced)
         for folder in {traced, *targets.values()}:
             processor.save_pretrained(folder)
             config.save_pretrained(folder)
-        write_json(traced / LAYOUT, layout.model_dump())
+        layout.write(traced)
         # The quantizer holds weights in float32 as well, and the memory may have no room for both. What torch.export
         # leaves behind refers to the model in cycles.
         del model
@@ -104,16 +116,21 @@ def export_folders(
 
 def _completed(target: Path, source: Path, layout: Layout, expected: Expected) -> Layout:
     """Write the layout of a folder of graphs, compare the folder with the original, and return its whole layout."""
-    if not (target / CHAT_TEMPLATE).is_file():
+    if not (target / TOKENIZER).is_file():
+        raise UserError(
+            f"{source}: expected a tokenizer that the library tokenizers runs, found one without {TOKENIZER}; take a "
+            "model with such a tokenizer"
+        )
+    if not (layout.encoder or (target / CHAT_TEMPLATE).is_file()):
         raise UserError(
             f"{source}: expected one chat template, found several or none; give the model a chat_template.jinja"
         )
     size = sum(path.stat().st_size for path in target.glob("*.onnx.data"))
     layout = layout.model_copy(update={"weights_bytes": size})
-    write_json(target / LAYOUT, layout.model_dump())
+    layout.write(target)
     if expected.questions:
-        layout = layout.model_copy(update={"check": compare(expected, ExportedModel(target))})
-        write_json(target / LAYOUT, layout.model_dump())
+        layout = layout.model_copy(update={"check": compare(expected, open_exported(target))})
+        layout.write(target)
     return layout
 
 
@@ -126,17 +143,6 @@ def check_packages() -> None:
         )
 
 
-def check_architecture(source: Path) -> None:
-    """Raise UserError unless the model in `source` is Qwen2-VL, or one of text alone with grouped keys and values."""
-    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    kind, grouped = config.model_type, hasattr(config.get_text_config(), "num_key_value_heads")
-    if (auto_class(kind) is AutoModelForImageTextToText and kind != _VISION) or not grouped:
-        raise UserError(
-            f"{source}: expected Qwen2-VL or a model of text alone such as Qwen2, which are exported to ONNX, found "
-            f"model_type {kind!r}; leave its export out (export.formats: [], or export.teacher: false, in params.yaml)"
-        )
-
-
 def spread_questions(path: Path, count: int = _COMPARED) -> list[Question]:
     """Return questions of a split: of at most `count` samples, evenly spread, the first each."""
     split = Split(path)
@@ -145,7 +151,15 @@ def spread_questions(path: Path, count: int = _COMPARED) -> list[Question]:
 
 
 @torch.inference_mode()
-def _expected(model: PreTrainedModel, processor: Any, questions: Sequence[Question]) -> Expected:
+def _expected(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], classes: Sequence[str]
+) -> Expected:
+    if classes:
+        scores = [
+            class_scores(model, class_batch(processor, some, classes), len(classes)).numpy()
+            for some in _batches(questions)
+        ]
+        return Expected(questions, scores, [classes[best] for one in scores for best in one.argmax(axis=1)])
     return Expected(
         questions,
         [
@@ -188,9 +202,9 @@ def _needed_bytes(model: PreTrainedModel, targets: Mapping[str, Path]) -> int:
 
 def _layout(model: PreTrainedModel, processor: Any) -> Layout:
     """Return the layout of a model's float32 graphs, which are not written yet."""
-    layers, heads, width = cache_shape(model)
-    tokenizer = processor.tokenizer
-    ends = end_tokens(model, processor)
+    encoder, tokenizer = isinstance(processor, EncoderProcessor), processor.tokenizer
+    layers, heads, width = (0, 0, 0) if encoder else cache_shape(model)
+    ends = set() if encoder else end_tokens(model, processor)
     pad = tokenizer.pad_token_id
     return Layout(
         version=VERSION,
@@ -201,11 +215,11 @@ def _layout(model: PreTrainedModel, processor: Any) -> Layout:
         layers=layers,
         kv_heads=heads,
         head_dim=width,
-        context=model.config.get_text_config().max_position_embeddings,
+        context=processor.positions if encoder else model.config.get_text_config().max_position_embeddings,
         end_tokens=tuple(sorted(ends)),
         pad_token=min(ends) if pad is None else pad,
         special_tokens={name: one for name, one in tokenizer.special_tokens_map.items() if isinstance(one, str)},
-        pictures=_pictures(model, processor) if model.config.model_type == _VISION else None,
+        pictures=_pictures(model, processor) if model.config.model_type == VISION_MODEL else None,
         check=None,
         errors={},
     )

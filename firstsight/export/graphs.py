@@ -1,4 +1,4 @@
-"""Trace a model as three ONNX graphs: vision tower, embeddings, and decoder with a key-value cache.
+"""Trace a model as three ONNX graphs: vision tower, embeddings, and decoder with a key-value cache; an encoder as one.
 
 transformers' own vision tower splits its attention by lengths that are data, which torch.export cannot trace; and it is
 traced on a clip here, because a graph that is traced on an image may be silently wrong on clips. The wrappers below
@@ -17,7 +17,7 @@ from torch.export import Dim
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION
+from firstsight.engine.layout import DECODER, EMBEDDINGS, ENCODER, VISION
 
 # The first in which attention, RMS norms and rotary embeddings are operators of their own, which run faster than their
 # parts.
@@ -122,6 +122,18 @@ class Decoder(nn.Module):
         return self.head(outputs.last_hidden_state[:, -1:])[:, 0], present
 
 
+class Encoder(nn.Module):
+    """Compute the classes' logits [B, C] of an encoder, for texts of one part."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return logits of tokens [B, S]; the mask [B, S] is 1 at tokens and 0 at padding, which is on the right."""
+        return self.model(input_ids=tokens, attention_mask=mask).logits
+
+
 def cache_shape(model: PreTrainedModel) -> tuple[int, int, int]:
     """Return the number of layers, of key-value heads, and the width of a head, of the model's key-value cache."""
     config = model.config.get_text_config()
@@ -169,6 +181,15 @@ def write_graphs(model: PreTrainedModel, folder: Path) -> None:
     decoder = Decoder(model)
     with _grouped(decoder.language_model):
         _write(decoder, example, shapes, taken, given, folder / DECODER)
+
+
+@torch.no_grad()
+def write_encoder(model: PreTrainedModel, folder: Path) -> None:
+    """Write the graph of a float32 encoder with a head for classes on the CPU into `folder`, its weights beside it."""
+    mask = torch.ones(_ROWS, _NEW, dtype=torch.long)
+    tokens = torch.full_like(mask, model.config.pad_token_id + 1)
+    shape = {0: _ANY, 1: _ANY}
+    _write(Encoder(model), (tokens, mask), (shape, shape), ["tokens", "mask"], ["logits"], folder / ENCODER)
 
 
 def _write(module: nn.Module, example: tuple, shapes: tuple, inputs: list[str], outputs: list[str], path: Path) -> None:

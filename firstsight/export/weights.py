@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-from firstsight.engine.layout import DECODER, EMBEDDINGS, VISION, LayerError
+from firstsight.engine.layout import DECODER, EMBEDDINGS, ENCODER, VISION, LayerError
 from firstsight.export.calibration import Moments
 from firstsight.export.rounding import gptq, nearest, packed, restored
 
@@ -24,7 +24,7 @@ from firstsight.export.rounding import gptq, nearest, packed, restored
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
 # Bits of each graph's matrices.
-BITS = {"int8": {VISION: 8, DECODER: 8}, "w4a8": {VISION: 4, DECODER: 4}}
+BITS = {"int8": {VISION: 8, DECODER: 8, ENCODER: 8}, "w4a8": {VISION: 4, DECODER: 4, ENCODER: 4}}
 # Weights that share a scale.
 BLOCK = 64
 # Of MatMulNBits: activations in int8.
@@ -40,8 +40,12 @@ def quantize_graphs(source: Path, target: Path, weights: str) -> None:
             )
             quantizer = MatMulNBitsQuantizer(onnx.load(source / name), algo_config=config)
             quantizer.process()
-            _save(quantizer.model.model, target / name)
-    _save(_embeddings(onnx.load(source / EMBEDDINGS)), target / EMBEDDINGS)
+            quantized = quantizer.model.model
+            if name == ENCODER:
+                _look_up_in_int8(quantized.graph)
+            _save(quantized, target / name)
+    if (source / EMBEDDINGS).exists():
+        _save(_embeddings(onnx.load(source / EMBEDDINGS)), target / EMBEDDINGS)
 
 
 def round_by_inputs(source: Path, target: Path, name: str, found: Iterable[Moments]) -> dict[str, LayerError]:
@@ -83,18 +87,49 @@ def round_by_inputs(source: Path, target: Path, name: str, found: Iterable[Momen
 def _embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph that looks rows up in int8, and multiplies each by its scale."""
     (table,) = (numpy_helper.to_array(one) for one in model.graph.initializer)
-    scales = np.abs(table).max(axis=1, keepdims=True).clip(np.finfo(np.float32).tiny) / np.float32(127)
-    rows = np.rint(table / scales).astype(np.int8)
     (tokens,), (embeddings,) = model.graph.input, model.graph.output
-    nodes = [
-        helper.make_node("Gather", ["table", tokens.name], ["rows"]),
-        helper.make_node("Gather", ["scales", tokens.name], ["row_scales"]),
-        helper.make_node("Cast", ["rows"], ["levels"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Mul", ["levels", "row_scales"], [embeddings.name]),
-    ]
-    weights = [numpy_helper.from_array(rows, "table"), numpy_helper.from_array(scales, "scales")]
+    nodes, weights = _rows_in_int8(table, tokens.name, embeddings.name)
     graph = helper.make_graph(nodes, "embeddings", [tokens], [embeddings], weights)
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _look_up_in_int8(graph: onnx.GraphProto) -> None:
+    """Store the embeddings of an encoder's graph, which are tables that it looks rows up in, as those of `_embeddings`.
+
+    One table of tokens and one of their positions are looked up, and often one of the parts of a text.
+    """
+    tables = {one.name: one for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+    nodes = []
+    for node in graph.node:
+        table = tables.pop(node.input[0], None) if node.op_type == "Gather" else None
+        if table is None:
+            nodes.append(node)
+            continue
+        found, weights = _rows_in_int8(numpy_helper.to_array(table), node.input[1], node.output[0], f"{table.name}.")
+        nodes += found
+        graph.initializer.remove(table)
+        graph.initializer.extend(weights)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _rows_in_int8(
+    table: np.ndarray, rows: str, found: str, prefix: str = ""
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Return nodes that look rows of a table up in int8, and multiply each by its scale; and their weights.
+
+    `rows` and `found` are the names of the rows' numbers and of the result; others begin with `prefix`.
+    """
+    scales = np.abs(table).max(axis=1, keepdims=True).clip(np.finfo(np.float32).tiny) / np.float32(127)
+    levels = np.rint(table / scales).astype(np.int8)
+    nodes = [
+        helper.make_node("Gather", [f"{prefix}table", rows], [f"{prefix}rows"]),
+        helper.make_node("Gather", [f"{prefix}scales", rows], [f"{prefix}row_scales"]),
+        helper.make_node("Cast", [f"{prefix}rows"], [f"{prefix}levels"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{prefix}levels", f"{prefix}row_scales"], [found]),
+    ]
+    weights = [numpy_helper.from_array(levels, f"{prefix}table"), numpy_helper.from_array(scales, f"{prefix}scales")]
+    return nodes, weights
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

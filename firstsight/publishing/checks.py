@@ -13,7 +13,7 @@ from firstsight.acquisition.hub_client import checked_token
 from firstsight.asking.folder import check_there
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.engine.exported_model import ExportedModel
+from firstsight.engine.class_scores import open_exported
 from firstsight.engine.layout import GRAPH_FILES, is_exported
 from firstsight.models import egogpt
 from firstsight.models.architecture import auto_class
@@ -54,7 +54,7 @@ def check_measured() -> None:
 def check_folder(folder: Path) -> None:
     """Raise UserError unless `folder` holds a complete model and nothing else.
 
-    That is one that transformers loads, as safetensors and text files, or one that is exported.
+    That is one that transformers loads, as safetensors and text files, or one that the engine of exports opens.
     """
     check_there(folder)
     exported = is_exported(folder)
@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
             f"({len(other)} other files); dvc checkout restores what the pipeline made"
         )
     if exported:
-        _check_exported(folder)
+        open_exported(folder)
         return
     checks.check_config(folder, str(folder))
     checks.check_weights(folder, str(folder))
@@ -76,15 +76,6 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"{folder}: expected a model that transformers loads by itself, found model_type {kind!r}; take such a "
             "student, Qwen2-VL or LLaVA-OneVision for one"
-        )
-
-
-def _check_exported(folder: Path) -> None:
-    """Raise UserError unless the engine opens the exported model, and the model sees."""
-    if ExportedModel(folder).layout.pictures is None:
-        raise UserError(
-            f"{folder}: expected an exported vision-language model, found one that reads text alone; take an export of "
-            "such a student, Qwen2-VL for one"
         )
 
 

@@ -3,6 +3,8 @@
 The figures come from metrics/, the rest from the data card and params.yaml.
 """
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from firstsight.core import params, yaml12
+from firstsight.core.classes import template_columns
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER
@@ -55,6 +58,7 @@ def model_card(variant: str, place: str) -> str:
         text=task != "image-text-to-text",
         encoder=task == "text-classification",
         classes=list(quality[variant].get("by_class", ())),
+        asked=_asked(loaded.data.prompt),
         variant=variant,
         place=place,
         local=place == f"models/{variant}",
@@ -94,6 +98,14 @@ def _task(student: dict[str, Any], folder: Path) -> str:
         return "text-classification"
     alone = student["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return "text-generation" if alone else "image-text-to-text"
+
+
+def _asked(template: str | None) -> str:
+    """Return the words of a shell that ask a model of text alone, whose prompt template is given, if it has one."""
+    columns = template_columns(template) if template else []
+    if len(columns) > 1:
+        return shlex.quote(json.dumps(dict.fromkeys(columns, "..."), ensure_ascii=False))
+    return '"The text of a record."' if template else '"What is in the cup?"'
 
 
 def _metadata(student: dict[str, Any], library: str, distilled: bool, task: str) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pyte
 import pytest
-from conftest import ROOT, command, new_project, workspace
+from conftest import ROOT, command, new_project, run_stage, workspace
 from PIL import Image
-from text_families import ANSWERS, TEXT_SAVE
+from text_families import ANSWERS, GPT2_POSITIONS, TEXT_SAVE
 
 from firstsight.cli import app
 from firstsight.core import params
@@ -36,6 +36,8 @@ COLUMNS, LINES = 100, 200
 # Seconds without output after which the command hangs, however busy the machine.
 HANGS = 300
 COUNTS = {"train": 4000, "validation": 500, "test": 50}
+CLASSES = ["animal", "plant", "vehicle"]
+PROMPT = "{title}\n{text}\n\nWhich class?"
 # What is asked, in order, by the beginning of the question.
 APPROACH, METHOD, MODEL, DATA, FILE = "What do you", "By which", "Which model", "Which data", "File (.jsonl"
 TEACHER, STUDENT, SIZE, WRITE, RUN = "Which teacher", "Which student", "How many", "Write this", "Run dvc"
@@ -45,6 +47,27 @@ def write_questions(path: Path, count: int = 300) -> None:
     asked = [f"After {n} minutes, what is at place {n % 4}?" for n in range(count)]
     rows = [{"question": question, "answer": ANSWERS[n % 4]} for n, question in enumerate(asked)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_texts(path: Path) -> None:
+    """Ten articles of WikiText's form, each of twelve paragraphs."""
+    lines = []
+    for article in range(10):
+        lines += ["", f" = Thing {article} = ", ""]
+        lines += [f" In place {n} of {article} there is a cup , and a ball beside it . " for n in range(12)]
+    path.write_text("\n".join(lines))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Rows of the same columns, as CSV or JSON Lines."""
+    lines = [json.dumps(row) for row in rows]
+    if path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def classified(count: int, classes: list[str], key: str = "class") -> list[dict]:
+    return [{"title": f"Thing {n}", "year": 1900 + n, key: classes[n % len(classes)]} for n in range(count)]
 
 
 @pytest.fixture
@@ -136,7 +159,7 @@ def test_arrow_keys_choose_and_what_cannot_be_used_is_asked_again(folder):
     terminal = Terminal(folder)
     terminal.answer(APPROACH, DOWN + ENTER)
     terminal.answer(METHOD, 3 * DOWN + ENTER)
-    terminal.answer(TEACHER, 3 * DOWN + ENTER)
+    terminal.answer(TEACHER, 4 * DOWN + ENTER)
     terminal.answer(STUDENT, ENTER)  # the teacher's own
     terminal.answer(DATA, ENTER)
     terminal.answer(FILE, f"bad.csv{ENTER}")
@@ -157,6 +180,52 @@ def test_arrow_keys_choose_and_what_cannot_be_used_is_asked_again(folder):
     assert TEMPERATURE in terminal.text
     assert ALPHA in terminal.text
     assert "image, 84 x 84" in terminal.text
+
+
+def test_texts_are_shown_as_they_are_read_and_cut_as_asked(folder):
+    write_texts(folder / "notes.txt")
+    terminal = Terminal(folder, *FINETUNE[:-2])
+    terminal.answer(DATA, ENTER)
+    terminal.answer(FILE, f"notes.txt{ENTER}")
+    terminal.answer("How many tokens at most?", f"{3 * ERASE}1{ENTER}")
+    terminal.answer("max-tokens: expected at least 2, found 1", f"{ERASE}128{ENTER}")
+    terminal.answer(SIZE, f"{3 * ERASE}40{ENTER}")
+    terminal.answer(WRITE, ENTER)
+    terminal.answer(RUN, "n")
+    assert terminal.end() == 0, terminal.text
+    loaded = params.load(folder / "params.yaml")
+    assert (loaded.data.source, loaded.data.path, loaded.data.hub) == ("text", "notes.txt", None)
+    assert (loaded.data.max_tokens, loaded.data.train_samples) == (128, 40)
+    assert (loaded.models.teacher, loaded.train.alpha, loaded.evaluate.continuations) == (None, 0.0, 100)
+    assert "left out: 10 heading\n" in terminal.text
+    shown = terminal.text.partition("left out")[2].partition("How many")[0]
+    assert re.search(r"split +text\n", shown)  # and no prompt
+    assert shown.count("there is a cup , and a ball beside it .") == 3
+    assert "= Thing" not in shown
+
+
+def test_classes_are_found_and_asked_for_by_a_template(folder):
+    terminal = Terminal(folder, "--approach", "distill", "--method", "full")
+    terminal.answer(TEACHER, 3 * DOWN + ENTER)
+    terminal.answer(STUDENT, ENTER)  # the encoder that is suggested with it
+    terminal.answer(DATA, 4 * DOWN + ENTER)
+    terminal.wait("Columns: title, text, class")
+    terminal.answer("Prompt?", " {kind}" + ENTER)
+    terminal.answer("prompt: expected columns of title, text, class, found 'kind'", 13 * ERASE + "kind?" + ENTER)
+    terminal.answer("Temperature T?", ENTER)
+    terminal.answer("Alpha?", ENTER)
+    terminal.answer(SIZE, ENTER)
+    terminal.answer(WRITE, ENTER)
+    terminal.answer(RUN, "n")
+    assert terminal.end() == 0, terminal.text
+    loaded, preset = (params.load(folder / name) for name in ("params.yaml", "presets/dbpedia-bert-tiny.yaml"))
+    assert (loaded.data.source, loaded.data.path, loaded.data.hub) == ("csv", "data/classes.csv", None)
+    assert (loaded.data.classes, loaded.data.prompt) == (CLASSES, "{title}\n{text}\n\nWhich kind?")
+    assert (loaded.targets, loaded.train) == (preset.targets, preset.train)
+    assert loaded.models.student.source == "google/bert_uncased_L-2_H-128_A-2"
+    assert "3 classes: animal, plant, vehicle\n" in terminal.text
+    assert "The oak grows beside the wall." in terminal.text
+    assert re.search(r"Which kind\?\n", terminal.text)  # with the template's line feeds
 
 
 @pytest.mark.parametrize(
@@ -241,8 +310,8 @@ def test_flags_that_are_missing_or_wrong_are_one_line(folder, monkeypatch, argum
     [
         ("nowhere.jsonl", "data.path: expected a JSON Lines file in UTF-8, found nowhere.jsonl"),
         (
-            "notes.txt",
-            "notes.txt: expected a demo (scenes, sciq), a hub id as owner/name, or a file that ends in ",
+            "notes.md",
+            "notes.md: expected a demo (scenes, sciq, wikitext, classes), a hub id as owner/name, or a file that ",
         ),
         ("two.jsonl", "two.jsonl: expected records in every split, found none in "),
         ("open.jsonl", "open.jsonl: expected an answer to every question, found 1 without one"),
@@ -298,7 +367,9 @@ def test_columns_of_a_data_set_are_named_by_flags_and_remembered(folder, monkeyp
         rows = "".join(f"What is {n} and {split}?,{n}\n" for n in range(count))
         (folder / f"set/{split}.csv").write_text(f"ask,say\n{rows}")
     given = [*FINETUNE[:-1], "set"]
-    with pytest.raises(UserError, match=r"set: expected a column 'question', found \['ask', 'say'\]; say which holds"):
+    with pytest.raises(
+        UserError, match=r"set: expected a column 'question', 'class' or 'text', found \['ask', 'say'\]"
+    ):
         start(folder, monkeypatch, *given)
     fields = ["--field", "question=ask", "--field", "answer=say"]
     loaded = start(folder, monkeypatch, *given, *fields)
@@ -311,12 +382,171 @@ def test_columns_of_a_data_set_are_named_by_flags_and_remembered(folder, monkeyp
     }
     assert shlex.join(fields) in (folder / "params.yaml").read_text().splitlines()[1]
     terminal = Terminal(folder, *given)
+    terminal.answer("What are the records?", ENTER)
     terminal.answer("Which column holds the question", ENTER)
     terminal.answer("Which column holds the answer", DOWN + ENTER)
     terminal.answer(SIZE, CTRL_C)
     assert terminal.end() == 130
     with pytest.raises(UserError, match="--field answers: expected OURS=THEIRS with OURS one of id, question, "):
         sources.parse_fields(["answers"])
+
+
+@pytest.mark.parametrize("name", ["texts.csv", "texts.jsonl", "notes.txt", "bodies"])
+def test_texts_are_told_by_their_column_and_written_from_their_preset(folder, monkeypatch, name):
+    rows = [{"text": f"In place {n} there is a cup.", "group": str(n)} for n in range(120)]
+    if name == "bodies":
+        (folder / "bodies").mkdir()
+        write_rows(folder / "bodies/train.csv", [{"topic": "x", "body": row["text"]} for row in rows])
+    elif name == "notes.txt":
+        write_texts(folder / name)
+    else:
+        write_rows(folder / name, rows)
+    pair = ["--teacher", PAIRS[0].teacher, "--student", PAIRS[0].student]
+    fields = ["--field", "text=body"] if name == "bodies" else []
+    loaded = start(folder, monkeypatch, "--approach", "distill", *pair, "--data", name, *fields, "--max-tokens", "64")
+    preset = params.load(folder / "presets/wikitext-gpt2.yaml")
+    assert loaded.data.max_tokens == 64
+    assert loaded.evaluate == preset.evaluate
+    assert loaded.train == preset.train.model_copy(update={"method": "lora", "learning_rate": written.ADAPTER_RATE})
+    assert not loaded.finetune_teacher.enabled
+    if name == "bodies":
+        assert loaded.data.hub.fields == {"text": "body"}
+    again = shlex.split((folder / "params.yaml").read_text().splitlines()[1].removeprefix("# "))[2:]
+    before = (folder / "params.yaml").read_text()
+    assert start(folder, monkeypatch, *again) == loaded
+    assert (folder / "params.yaml").read_text() == before
+    assert (
+        start(folder, monkeypatch, *again, "--method", "full").train == preset.train
+    )  # adapters alone take larger steps
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "topics", "labelled"])
+def test_classes_are_told_by_their_column_and_written_from_their_preset(folder, monkeypatch, name):
+    names, fields = ["Film", "MeanOfTransportation", "Animal"], []
+    if name == "topics":
+        (folder / name).mkdir()
+        for split in ("train", "test"):
+            write_rows(folder / name / f"{split}.csv", classified(60, names, "topic"))
+        fields = ["--field", "class=topic"]
+    elif name == "labelled":
+        datasets = pytest.importorskip("datasets")
+        # Caches outside of the test's folder would outlive it.
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        (folder / name).mkdir()
+        types = {"title": datasets.Value("string"), "year": datasets.Value("int64")}
+        features = datasets.Features({**types, "topic": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_list(classified(60, names, "topic"), features=features)
+        rows.to_parquet(folder / name / "train.parquet")
+    else:
+        write_rows(folder / name, classified(60, names))
+    given = ["--approach", "distill", "--teacher", PAIRS[3].teacher, "--student", "Qwen/Qwen2.5-0.5B"]
+    loaded = start(folder, monkeypatch, *given, "--data", name, *fields, "--method", "full")
+    preset = params.load(folder / "presets/dbpedia-qwen.yaml")
+    assert loaded.data.classes == (names if name == "labelled" else sorted(names))
+    assert loaded.data.prompt == "{title}\n\nWhich class?"  # not of numbers
+    assert (loaded.targets, loaded.train, loaded.report) == (preset.targets, preset.train, preset.report)
+    assert (loaded.train.best, loaded.targets.over) == ("accuracy", "classes")
+    # The data set has a test split of its own.
+    assert (loaded.data.validation_fraction, loaded.data.test_fraction) == (0.1, 0.0 if name == "topics" else 0.1)
+    before = (folder / "params.yaml").read_text()
+    line = before.splitlines()[1].removeprefix("# ")
+    assert r"--prompt '{title}\n\nWhich class?'" in line
+    assert ("--field class=topic" in line) == (name in ("topics", "labelled"))
+    assert start(folder, monkeypatch, *shlex.split(line)[2:]) == loaded
+    assert (folder / "params.yaml").read_text() == before
+
+
+GPT2 = "--approach", "finetune", "--student", "openai-community/gpt2"
+EMBEDDED = "--approach", "finetune", "--student", "embedded/student"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "line"),
+    [
+        (GPT2, classified(60, ["Film"]), "rows.csv: expected at least two classes, found ['Film']"),
+        (
+            GPT2,
+            classified(60, ["Film", "film"]),
+            "rows.csv: expected a wording of its own for each class, found 'Film'",
+        ),
+        (
+            GPT2,
+            classified(300, [f"kind {n}" for n in range(201)]),
+            "rows.csv: expected at most 200 classes, found 201 (kind 0, kind 1, kind 10, ...); take another column",
+        ),
+        (
+            [*GPT2, "--prompt", "{name}?"],
+            classified(60, CLASSES),
+            "rows.csv: line 1: expected a column 'name', found ['title', 'year', 'class']; add it, or correct",
+        ),
+        ([*GPT2, "--prompt", "Which?"], classified(60, CLASSES), "prompt: expected names of columns in braces"),
+        (
+            GPT2,
+            [{"id": n, "class": CLASSES[n % 3]} for n in range(60)],
+            "rows.csv: expected a column of text beside the class, found ['id', 'class']; say what is asked",
+        ),
+        (
+            [*GPT2, "--field", "class=kind"],
+            classified(60, CLASSES, "kind"),
+            "rows.csv: expected a data set of the hub, or the folder of one, with --config or --field, found another",
+        ),
+        (
+            [*GPT2, "--max-tokens", "64"],
+            classified(60, CLASSES),
+            "--max-tokens: expected it with texts alone, found records of a class in rows.csv; leave it out",
+        ),
+        (
+            [*GPT2, "--prompt", "{text}"],
+            [{"text": f"Text {n}."} for n in range(60)],
+            "--prompt: expected it with records of a class alone, found texts in rows.csv; leave it out",
+        ),
+        ([*GPT2, "--max-tokens", "1"], [], "max-tokens: expected at least 2, found 1"),
+        (
+            ["--approach", "finetune", "--student", PAIRS[3].student],
+            [{"text": f"Text {n}."} for n in range(60)],
+            "rows.csv: expected records of a class, because google/bert_uncased_L-2_H-128_A-2 is an encoder",
+        ),
+        (
+            EMBEDDED,
+            [{"text": f"Text {n}."} for n in range(60)],
+            "rows.csv: expected questions, because embedded/student is a vision-language model, found texts",
+        ),
+    ],
+    ids=lambda value: value.partition(": expected ")[2][:30] if isinstance(value, str) else "",
+)
+def test_texts_and_classes_that_cannot_be_used_are_one_line(folder, monkeypatch, arguments, rows, line):
+    write_rows(folder / "rows.csv", rows or classified(60, CLASSES))
+    before = (folder / "params.yaml").read_bytes()
+    with pytest.raises(UserError) as error:
+        start(folder, monkeypatch, *arguments, "--data", "rows.csv")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (folder / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("data", ["classes", "notes.txt"])
+def test_a_tiny_model_goes_from_the_choices_to_checked_inputs(folder, monkeypatch, settings, processor, data):
+    (folder / "gpt2").mkdir()
+    TEXT_SAVE["gpt2"](folder / "gpt2", settings, processor)
+    write_texts(folder / "notes.txt")
+    with (folder / "notes.txt").open("a") as file:
+        file.write("\n" + " ".join(f"word {n}" for n in range(GPT2_POSITIONS)))  # more than it has positions for
+    loaded = start(folder, monkeypatch, "--approach", "finetune", "--student", "gpt2", "--data", data)
+    for stage in (("download_models", "teacher"), ("download_models", "student"), ("build_egoqa_dataset",)):
+        run_stage(folder, *stage)
+    run_stage(folder, "check_inputs")
+    card = json.loads((folder / "data/egoqa/card.json").read_text())
+    if data == "classes":
+        assert card["classes"] == CLASSES
+        assert {name: row["records"] for name, row in card["splits"].items()} == {
+            "train": 96,
+            "validation": 12,
+            "test": 12,
+        }
+        return
+    assert loaded.data.max_tokens == GPT2_POSITIONS
+    checked = json.loads((folder / "data/checked.json").read_text())["texts"]
+    assert checked["train"]["texts"] == card["splits"]["train"]["records"]
 
 
 @pytest.mark.parametrize(
@@ -344,14 +574,15 @@ def test_a_trial_limits_the_splits_that_are_larger():
 def test_each_preset_takes_the_choices_and_keeps_its_comments(tmp_path, monkeypatch, preset, teacher):
     if teacher and params.load(preset).models.teacher is None:
         pytest.skip("this preset is for fine-tuning alone")
-    if params.load(preset).data.classes or params.load(preset).targets.over == "classes":
-        pytest.skip("this preset is for data with classes, which are not asked for")
     monkeypatch.chdir(tmp_path)
     source = {"source": "csv", "path": "a, b.csv"}
+    kind = "class" if params.load(preset).targets.over == "classes" else "question"
+    if kind == "class":
+        source |= {"classes": CLASSES, "prompt": PROMPT}
     taught = ("distill", teacher, 2.0, 0.5) if teacher else ("finetune", None, None, None)
     approach, name, temperature, alpha = taught
-    choices = Choices(approach, "adalora", name, "someone/else", "a, b.csv", source, temperature, alpha)
-    text = written.with_choices(preset, choices, Found(COUNTS, 0, {}, False, (), ()))
+    choices = Choices(approach, "adalora", name, "someone/else", "a, b.csv", source, temperature, alpha, kind=kind)
+    text = written.with_choices(preset, choices, Found(COUNTS, 0, {}, False, (), (), ()))
     with written.beside(text) as path:
         loaded = params.load(path)
     assert (loaded.models.student.source, loaded.train.method, loaded.data.path) == (
@@ -361,7 +592,8 @@ def test_each_preset_takes_the_choices_and_keeps_its_comments(tmp_path, monkeypa
     )
     comments = [line.partition(" # ")[2] for line in text.splitlines()]
     for line in preset.read_text().partition("\ndata:")[2].splitlines():
-        assert line.partition(" # ")[2] in comments
+        # A data set of the hub has made way for the file.
+        assert line.startswith(("    id:", "    splits:", "    fields:")) or line.partition(" # ")[2] in comments
 
 
 def test_what_is_suggested_can_be_planned_and_is_there():

@@ -390,6 +390,8 @@ def test_a_student_is_distilled_on_texts_from_data_to_report(distilled, monkeypa
     printed = capsys.readouterr().out
     assert f"Distilling gives a perplexity of {own['perplexity']:.2f} on " in printed
     assert "bits/byte" in printed
+    assert re.search(r"bits/byte +ROUGE-L +parameters", printed)
+    assert f"{own['rouge_l']:.3f}" in re.search(r"^student-distilled .*", printed, re.MULTILINE)[0]
     assert "perplexity of a token with its 95% interval, lower is better" in printed
     summary, page = ((distilled / f"metrics/{name}").read_text() for name in ("summary.txt", "report.html"))
     assert "bits per byte" in summary

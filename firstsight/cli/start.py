@@ -8,7 +8,19 @@ import typer
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import FileSource
-from firstsight.starting.choices import ALPHA, DEMOS, METHODS, TEMPERATURE, TRIAL, Approach, Given, Method
+from firstsight.starting.choices import (
+    ALPHA,
+    DEMOS,
+    MAX_TOKENS,
+    METHODS,
+    PROMPT,
+    TEMPERATURE,
+    TRIAL,
+    Approach,
+    Given,
+    Method,
+    typed,
+)
 
 if TYPE_CHECKING:
     from firstsight.core.params import Params
@@ -38,6 +50,8 @@ def start(
         list[str] | None,
         typer.Option(metavar="OURS=THEIRS", help="The column of the hub's data set that holds a field of ours."),
     ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEMPLATE", help=PROMPT)] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="NUMBER", help=MAX_TOKENS)] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help=TEMPERATURE)] = None,
     alpha: Annotated[float | None, typer.Option(metavar="WEIGHT", help=ALPHA)] = None,
     samples: Annotated[
@@ -59,7 +73,10 @@ def start(
     """
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
     fields = tuple(field or ())
-    given = Given(approach, method, teacher, student, data, source, config, fields, temperature, alpha, samples)
+    given = Given(
+        *(approach, method, teacher, student, data, source, config, fields),
+        *(prompt, max_tokens, temperature, alpha, samples),
+    )
     given.check()
     if not asks and (missing := given.missing() + ([] if yes else ["--yes"])):
         why = "--yes asks nothing" if yes else "there is no terminal to ask at"
@@ -91,16 +108,24 @@ def summary(chosen: "Chosen", loaded: "Params") -> dict[str, str]:
     """Return what was chosen, and what of the preset a person should know, by name."""
     from firstsight.starting import screen
 
-    choices, train = chosen.choices, loaded.train
+    choices, train, found = chosen.choices, loaded.train, chosen.found
     learns = ", fine-tuned on the data first" if loaded.finetune_teacher.enabled else ""
+    used = taken(chosen, loaded)
     rows = {
         "teacher": choices.teacher and f"{choices.teacher}{learns}",
         "student": choices.student,
         "method": f"{choices.method}, {train.epochs:g} epochs, learning rate {train.learning_rate:g}",
         "loss": choices.teacher and f"T = {train.temperature:g}, alpha = {train.alpha:g}",
-        "data": f"{choices.given_data}: {screen.counted(taken(chosen, loaded))}",
+        "data": f"{choices.given_data}: {screen.counted(used)}",
         "the rest": f"as in {chosen.preset}",
     }
+    if choices.kind == "class":
+        rows["classes"] = f"{len(found.classes)}, asked for by {typed(loaded.data.prompt or '')}"
+    if choices.kind == "text":
+        continued = min(loaded.evaluate.continuations, used["test"])
+        rows["texts"] = (
+            f"cut to {loaded.data.max_tokens} tokens; {continued} of the test split are continued, for ROUGE"
+        )
     return {name: text for name, text in rows.items() if text}
 
 

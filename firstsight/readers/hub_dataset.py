@@ -140,8 +140,10 @@ def commit(hub: Hub) -> str | None:
     return None if Path(hub.id).is_dir() else _commit(hub.id, hub.revision)
 
 
-def layout(hub: Hub) -> tuple[list[str], list[str]]:
-    """Return the names of a data set's splits, and those of the columns of the first, which is downloaded.
+def layout(hub: Hub) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of a data set's splits, and by name the types of the columns of the first, which is downloaded.
+
+    The types are features of datasets.
 
     Raises:
         UserError: the data set cannot be loaded.
@@ -151,7 +153,7 @@ def layout(hub: Hub) -> tuple[list[str], list[str]]:
     found = commit(hub)
     with _one_line(hub.id):
         splits = datasets.get_dataset_split_names(hub.id, hub.config, revision=found)
-    return splits, _open(Source(hub.id, hub.config, splits[0], found)).column_names
+    return splits, dict(_open(Source(hub.id, hub.config, splits[0], found)).features)
 
 
 @functools.cache

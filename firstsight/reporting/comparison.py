@@ -16,8 +16,15 @@ COSTS = ("parameters", "on disk", "peak memory", "latency", "answers/s")
 def header(quality: dict) -> tuple[str, ...]:
     """Return the names of the table's columns; those of quality depend on the kind of records."""
     measure = measure_of(quality)
-    retention = () if measure is TEXTS else ("retention",)
-    return ("variant", measure.label, measure.gain_label, measure.beside_label, *retention, *COSTS)
+    last = ("retention",)
+    if measure is TEXTS:
+        last = ("ROUGE-L",) if _are_continued(quality) else ()
+    return ("variant", measure.label, measure.gain_label, measure.beside_label, *last, *COSTS)
+
+
+def _are_continued(quality: dict) -> bool:
+    """Return whether the records are texts of which some are continued."""
+    return measure_of(quality) is TEXTS and any("rouge_l" in row for row in quality.values())
 
 
 def first_header(quality: dict) -> tuple[str, ...]:
@@ -61,6 +68,9 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
     measure = measure_of(quality)
     for variant, fast in performance.items():
         good = quality[variant]
+        last = (f"{good['retention']:.1%}" if "retention" in good else "-",)
+        if measure is TEXTS:
+            last = (f"{good['rouge_l']:.3f}",) if _are_continued(quality) else ()
         together = [batch["answers_per_second"] for batch in fast["throughput"].values()]
         table.append(
             (
@@ -68,7 +78,7 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
                 measure.said(good),
                 _gain(good, measure) or "-",
                 f"{good.get('macro_f1', good[measure.beside]):.3f}",
-                *(() if measure is TEXTS else (f"{good['retention']:.1%}" if "retention" in good else "-",)),
+                *last,
                 size(fast["parameters"], ""),
                 size(fast["disk_bytes"]),
                 size(fast["peak_bytes"]),

@@ -7,12 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from firstsight.core.classes import template_columns
 from firstsight.core.errors import UserError
-from firstsight.core.params import FileSource, Model, Train
+from firstsight.core.params import Data, FileSource, Model, Train
 from firstsight.core.validation import describe
 
 Approach = Literal["finetune", "distill"]
 Method = Literal["lora", "qlora", "adalora", "full"]
+# What each record is: a question with its answer, one of a few classes, or a text that nothing is asked about.
+Kind = Literal["question", "class", "text"]
 
 APPROACHES: dict[Approach, str] = {
     "finetune": "Fine-tune a model on your data",
@@ -25,9 +28,19 @@ METHODS: dict[Method, str] = {
     "full": "all weights are trained: the most GPU memory",
 }
 
+KINDS: dict[Kind, str] = {
+    "question": "each with its answer",
+    "class": "each record is of one of a few",
+    "text": "which nothing is asked about",
+}
+
 # What the two numbers of distilling do, in one line each.
 TEMPERATURE = "T softens what the teacher says: above 1, its second choices count for more."
 ALPHA = "Alpha is the teacher's weight: 0 learns from the data's answers alone, 1 from the teacher."
+
+# What is asked of classes, and of texts, in one line each.
+PROMPT = r"The prompt asks for a record's class. {column} stands for what the record has there, \n for a new line."
+MAX_TOKENS = "Longer texts are cut to so many tokens: time and memory grow with them."
 
 # Records that a trial is trained on where Enter is pressed, and that a limited split is tested on at least.
 TRIAL, TESTED = 200, 100
@@ -37,7 +50,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Pair:
-    """Suggest a teacher and a student that share their vocabulary; `reads` says what they are asked about."""
+    """Suggest a teacher and a student; `reads` says what they are asked about.
+
+    They share their vocabulary, unless they are compared over classes.
+    """
 
     teacher: str
     student: str
@@ -49,6 +65,12 @@ PAIRS = (
     Pair("openai-community/gpt2-medium", "openai-community/gpt2", ("355 M", "124 M"), "text"),
     Pair("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", ("1.5 B", "0.5 B"), "text"),
     Pair("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-2B-Instruct", ("8.3 B", "2.2 B"), "images, video and text"),
+    Pair(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "google/bert_uncased_L-2_H-128_A-2",
+        ("1.8 B", "4.4 M"),
+        "text of a few classes, which the student, an encoder, tells apart",
+    ),
     Pair("embedded/teacher", "embedded/student", ("2.0 M", "0.5 M"), "the demo's scenes; in minutes on a CPU"),
 )
 EMBEDDED = PAIRS[-1]
@@ -77,6 +99,22 @@ DEMOS = {
             },
         },
     ),
+    "wikitext": Demo(
+        "WikiText-2: paragraphs of Wikipedia, texts that nothing is asked about, from the hub",
+        {
+            "source": "hub",
+            "hub": {
+                "id": "Salesforce/wikitext",
+                "config": "wikitext-2-raw-v1",
+                "revision": None,
+                "splits": {"train": "train", "validation": "validation", "test": "test"},
+                "fields": {"text": "text"},
+            },
+        },
+    ),
+    "classes": Demo(
+        "120 sentences of three classes: animals, plants and vehicles", {"source": "csv", "path": "data/classes.csv"}
+    ),
 }
 
 # The names under which data sets publish their annotation files, and the form that a suffix stands for otherwise.
@@ -85,14 +123,21 @@ _PUBLISHED: dict[str, FileSource] = {
     "open-eqa-v0.json": "openeqa",
     "egotempo_openQA.json": "egotempo",
 }
-_SUFFIXES: dict[str, FileSource] = {".jsonl": "jsonl", ".csv": "csv", ".json": "llava", ".parquet": "llava"}
+_SUFFIXES: dict[str, FileSource] = {
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".txt": "text",
+    ".json": "llava",
+    ".parquet": "llava",
+}
 
 
 @dataclass(frozen=True)
 class Given:
     """Hold what flags have answered; None, or nothing in `fields`, is not answered.
 
-    `source` is the form of a file; `config` and `fields` are of a data set of the hub, see `sources.data_keys`.
+    `source` is the form of a file; `config` and `fields` are of a data set of the hub, see `sources.layout`.
+    `prompt` is of records of a class, and `max_tokens` of texts.
     """
 
     approach: Approach | None = None
@@ -103,6 +148,8 @@ class Given:
     source: FileSource | None = None
     config: str | None = None
     fields: tuple[str, ...] = ()
+    prompt: str | None = None
+    max_tokens: int | None = None
     temperature: float | None = None
     alpha: float | None = None
     samples: str | None = None
@@ -121,6 +168,10 @@ class Given:
         for key, number in (("temperature", self.temperature), ("alpha", self.alpha)):
             if number is not None:
                 check_number(key, str(number))
+        if self.prompt is not None:
+            check_prompt(self.prompt)
+        if self.max_tokens is not None:
+            check_max_tokens(str(self.max_tokens))
         if self.samples is not None:
             check_samples(self.samples)
         for flag in ("teacher", "temperature", "alpha"):
@@ -132,7 +183,8 @@ class Given:
 class Choices:
     """Hold everything that a person chooses.
 
-    `data` holds the keys of the section `data` that say where the records are, `given_data` the words that named them.
+    `data` holds the keys of the section `data` that say where the records are and how they are read, `given_data` the
+    words that named them, `kind` what they are.
     `temperature` and `alpha` are None where there is no teacher. `samples` is the number of training records; None
     takes all. `options` are further words of the command line that the data need.
     """
@@ -147,6 +199,7 @@ class Choices:
     alpha: float | None = None
     samples: int | None = None
     options: tuple[str, ...] = ()
+    kind: Kind = "question"
 
     def arguments(self) -> list[str]:
         """Return the words of the command that makes the same choices without asking for any of them."""
@@ -188,6 +241,40 @@ def check_number(key: Literal["temperature", "alpha"], text: str) -> float:
         raise UserError(f"{key}: {describe(error)}") from None
     except ValueError:
         raise UserError(f"{key}: expected a number, found {text!r}; correct it") from None
+
+
+def check_prompt(text: str) -> str:
+    """Return the template that `text` gives for `data.prompt`, in which `\\n` stands for a line feed.
+
+    Raises:
+        UserError: it names no column.
+    """
+    template = text.replace("\\n", "\n")
+    try:
+        template_columns(template)
+    except ValueError as error:
+        raise UserError(f"prompt: {error}") from None
+    return template
+
+
+def typed(template: str) -> str:
+    """Return the text by which `check_prompt` gives a template, in one line."""
+    return template.replace("\n", "\\n")
+
+
+def check_max_tokens(text: str) -> int:
+    """Return the number that `text` gives for `data.max_tokens`.
+
+    Raises:
+        UserError: it is no whole number, or out of the range of params.yaml.
+    """
+    try:
+        TypeAdapter(Data.model_fields["max_tokens"].annotation).validate_python(int(text))
+    except ValidationError as error:
+        raise UserError(f"max-tokens: {describe(error)}") from None
+    except ValueError:
+        raise UserError(f"max-tokens: expected a whole number, found {text!r}; correct it") from None
+    return int(text)
 
 
 def check_samples(text: str) -> int | None:

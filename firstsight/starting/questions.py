@@ -10,21 +10,29 @@ from typing import Any, Literal
 import questionary
 from questionary import Choice, Question, Style
 
+from firstsight.core.classes import template_columns
 from firstsight.core.errors import UserError
 from firstsight.starting import screen
 from firstsight.starting.choices import (
     ALPHA,
     APPROACHES,
     DEMOS,
+    KINDS,
+    MAX_TOKENS,
     METHODS,
     PAIRS,
+    PROMPT,
     TEMPERATURE,
     TRIAL,
     Approach,
+    Kind,
     Method,
+    check_max_tokens,
     check_model,
     check_number,
+    check_prompt,
     check_samples,
+    typed,
 )
 
 _STYLE = Style([("pointer", "bold"), ("highlighted", "bold"), ("selected", "noreverse"), ("instruction", "italic")])
@@ -55,20 +63,46 @@ def model(role: Literal["teacher", "student"], teacher: str | None) -> str:
 
 def data() -> str:
     """Ask for data, and return the name of a demo, the path of a file, or the id of a data set of the hub."""
-    own = (_OTHER, "your own", "a file of questions and answers, or a data set of the hub")
+    own = (_OTHER, "your own", "a file of questions and answers, classes or texts, or a data set of the hub")
     chosen = _select("Which data?", [own, *((name, f"demo {name}", demo.title) for name, demo in DEMOS.items())])
     if chosen != _OTHER:
         return chosen
     there = "expected a path or an id, found nothing"
-    return _path("File (.jsonl, .csv, ...) or hub id (owner/name):", lambda text: bool(text.strip()) or there)
+    return _path("File (.jsonl, .csv, .txt, ...) or hub id (owner/name):", lambda text: bool(text.strip()) or there)
+
+
+def kind() -> Kind:
+    names = {"question": "questions", "class": "classes", "text": "texts"}
+    return _select("What are the records?", [(one, names[one], what) for one, what in KINDS.items()])
 
 
 def column(ours: str, columns: list[str]) -> str | None:
-    """Ask which column of a data set holds the question or the answer; None: none of them."""
+    """Ask which column of a data set holds the question, answer, class or text; None: none of them has the answer."""
     rows = [(name, name, "") for name in columns]
-    nothing = [] if ours == "question" else [(_OTHER, "none of them", "the teacher is to answer")]
+    nothing = [(_OTHER, "none of them", "the teacher is to answer")] if ours == "answer" else []
     chosen = _select(f"Which column holds the {ours}?", [*rows, *nothing])
     return None if chosen == _OTHER else chosen
+
+
+def prompt(columns: tuple[str, ...], default: str | None) -> str:
+    """Ask for the template of the question about a record's class, of some of the `columns` that there are."""
+    screen.note(PROMPT, "italic")
+    screen.note(f"Columns: {', '.join(columns)}")
+
+    def check(text: str) -> None:
+        if unknown := [name for name in template_columns(check_prompt(text)) if name not in columns]:
+            raise UserError(f"prompt: expected columns of {', '.join(columns)}, found {unknown[0]!r}; correct it")
+
+    asked = questionary.text("Prompt?", typed(default or ""), validate=_checked(check), style=_STYLE)
+    return check_prompt(_ask(asked).strip())
+
+
+def max_tokens(default: int) -> int:
+    screen.note(MAX_TOKENS, "italic")
+    asked = questionary.text(
+        "How many tokens at most?", str(default), validate=_checked(check_max_tokens), style=_STYLE
+    )
+    return check_max_tokens(_ask(asked).strip())
 
 
 def temperature(default: float) -> float:

@@ -50,14 +50,19 @@ def records(name: str, found: "Found") -> None:
     title(f"{name}: {counted(found.counts)}")
     if found.left_out:
         note("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.left_out.items())))
+    if found.classes:
+        note(f"{len(found.classes)} classes: {', '.join(found.classes)}")
     if found.unanswered:
         note(f"{found.unanswered:,} without an answer, which the teacher is to give")
     table = Table(box=box.SIMPLE, show_lines=True, show_edge=False, pad_edge=False, header_style="dim")
-    for column in ("split", *(["about"] if found.has_media else []), "prompt", "answer"):
+    asked = any(one.prompt for one in found.shown)
+    answer = "class" if found.classes else "answer" if asked else "text"
+    for column in ("split", *(["about"] if found.has_media else []), *(["prompt"] if asked else []), answer):
         table.add_column(column, overflow="fold")
     for one in found.shown:
         about = [one.media] if found.has_media else []
-        table.add_row(one.split, *about, Text(_cut(one.prompt)), Text(_cut(one.answer) or "(none)"))
+        prompt = [Text(_cut(one.prompt))] if asked else []
+        table.add_row(one.split, *about, *prompt, Text(_cut(one.answer) or "(none)"))
     console.print(Padding(table, (0, 0, 1, 2)))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from firstsight.starting.records import Found
 
 FOLDER = Path("presets")
+# As adapters have it in the presets that train them: one that trains all weights has less.
+ADAPTER_RATE = 2e-4
 _REVISION = "branch, tag or commit of the hub repository; null: its main branch"
 
 
@@ -45,12 +48,20 @@ def _yaml() -> YAML:
     return yaml
 
 
-def preset(choices: Choices, has_media: bool) -> Path:
-    """Return the preset that the choices start from: by the embedded models, images and videos in the data, or text."""
+def preset(choices: Choices, has_media: bool, encodes: bool = False) -> Path:
+    """Return the preset that the choices start from.
+
+    It follows from the embedded models, images and videos in the data, and the kind of records; for classes also from
+    whether the student is an encoder, which `encodes` says.
+    """
     if choices.student == EMBEDDED.student:
-        return FOLDER / "smoke.yaml"
+        return FOLDER / ("text-smoke.yaml" if choices.kind == "class" else "smoke.yaml")
     if has_media:
         return FOLDER / "qwen2-vl-7b-24gb.yaml"
+    if choices.kind == "class":
+        return FOLDER / ("dbpedia-bert-tiny.yaml" if encodes else "dbpedia-qwen.yaml")
+    if choices.kind == "text":
+        return FOLDER / "wikitext-gpt2.yaml"
     return FOLDER / ("distill-gpt2.yaml" if choices.approach == "distill" else "finetune-gpt2-lora.yaml")
 
 
@@ -79,7 +90,11 @@ def with_choices(path: Path, choices: Choices, found: "Found") -> str:
         if choices.teacher == EMBEDDED.teacher and data_are_scenes(choices):
             _set(document["finetune_teacher"], enabled=False)  # it was trained on such scenes
     _set_model(models["student"], choices.student)
-    _set(data, **choices.data, **limits(choices.samples, found.counts))
+    _set(data, **{"hub": None} | choices.data, **limits(choices.samples, found.counts))
+    if choices.kind == "class":
+        _score_classes(document)
+    if choices.method != "full" and train["method"] == "full":
+        _set(train, learning_rate=max(train["learning_rate"], ADAPTER_RATE))
     _set(train, method=choices.method)
     document.yaml_set_start_comment(
         f"{_title(choices)}. Made from {path.as_posix()} by\n{shlex.join(choices.arguments())}\n\n"
@@ -146,10 +161,19 @@ def _title(choices: Choices) -> str:
 
 
 def _set(section: CommentedMap, **values: Any) -> None:
-    """Set values of a section, whose comments then follow them after one space."""
-    section.update(values)
+    """Set values of a section, whose comments then follow them after one space. Lists are in one line."""
+    section.update({key: _written(value) for key, value in values.items()})
     for key in values.keys() & section.ca.items.keys():
         section.ca.items[key][2].start_mark.column = 0
+
+
+def _written(value: Any) -> Any:
+    """Return a value in the form in which presets have it."""
+    if isinstance(value, list):
+        line = CommentedSeq(value)
+        line.fa.set_flow_style()
+        return line
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and "\n" in value else value
 
 
 def _set_model(section: CommentedMap, source: str) -> None:
@@ -157,6 +181,13 @@ def _set_model(section: CommentedMap, source: str) -> None:
     if section["source"] != source:
         _set(section, source=source, revision=None, init=None)
         section.yaml_add_eol_comment(_REVISION, "revision", column=0)
+
+
+def _score_classes(document: CommentedMap) -> None:
+    """Set what comparing over classes asks for, where a preset is for other records."""
+    _set(document["targets"], over="classes", kind="hidden")
+    _set(document["train"], best="accuracy")
+    _set(document["export"], formats=[], teacher=False)
 
 
 def _leave_teacher_out(document: CommentedMap) -> None:

@@ -1,6 +1,7 @@
 """Tiny models of the real architecture, and two runs of the smoke preset, stage by stage and by DVC, for all tests."""
 
 import atexit
+import gc
 import importlib
 import io
 import json
@@ -17,6 +18,7 @@ from contextlib import chdir, contextmanager
 from functools import cache
 from pathlib import Path
 
+gc.set_threshold(50_000)  # as stages do: there are a million objects of torch and transformers to look through
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -205,6 +207,10 @@ def pytest_collection_modifyitems(items) -> None:
         if {"committed", "slurm", "browser"} & set(item.fixturenames):
             item.add_marker("system")
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now is no garbage
 
 
 def made_once(tmp_path_factory, worker_id: str, name: str, make) -> Path:

@@ -1,5 +1,7 @@
 """Tiny models of the real architecture, and two runs of the smoke preset, stage by stage and by DVC, for all tests."""
 
+import atexit
+import gc
 import importlib
 import io
 import json
@@ -9,10 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
+from functools import cache
 from pathlib import Path
 
+gc.set_threshold(50_000)  # as stages do: there are a million objects of torch and transformers to look through
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +35,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 from ruamel.yaml import YAML
+from warm import ADDRESS, PYTHON
 
 from firstsight.core import params
 from firstsight.core.processes import launcher
@@ -102,6 +109,31 @@ def run_stage(folder: Path, module: str, *arguments: str) -> None:
         importlib.import_module(f"stages.{module}").run(*arguments)
 
 
+@cache
+def warm() -> dict[str, str]:
+    """Variables with which Python, found by PATH or by torchrun, runs programs in processes of `warm.py`, begun here.
+
+    Without them where it may not fork. For tests of what programs do, not of how they start or are killed by others.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return {}
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder)
+    socket, python = folder / "server", folder / "python"
+    server = ROOT / "tests/warm.py"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SEs "{server}" "$@"\n')
+    python.chmod(0o700)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # It ends when this process does, which closes its stdin.
+    process = subprocess.Popen([sys.executable, server, "serve", socket], env=environment, stdin=subprocess.PIPE)
+    while not socket.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    return {ADDRESS: str(socket), PYTHON: str(python), "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 def run_module(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run `python -m` in a process of its own, in `folder`."""
     words, environment = [sys.executable, "-m", module, *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
@@ -113,16 +145,18 @@ def launch(folder: Path, processes: int, *program: str) -> subprocess.CompletedP
 
     By torch's own launcher: accelerate's, told to use the CPU, starts one process, however many it is asked for.
     """
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    words += program
+    python = warm().get(PYTHON, sys.executable)
+    words = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *program]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | warm() | environment
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 def launch_as_on_gpus(folder: Path, processes: int, *program: str) -> subprocess.CompletedProcess:
     """Run a program, or `-m` and a module, as a stage starts itself on a machine of so many GPUs."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | warm() | {"PYTHONPATH": str(ROOT)}
     words = [*launcher(processes), *program]
+    words[0] = warm().get(PYTHON, sys.executable)
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -173,6 +207,10 @@ def pytest_collection_modifyitems(items) -> None:
         if {"committed", "slurm", "browser"} & set(item.fixturenames):
             item.add_marker("system")
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now is no garbage
 
 
 def made_once(tmp_path_factory, worker_id: str, name: str, make) -> Path:
@@ -229,8 +267,9 @@ def command(project: Path, *words: str, **variables: str) -> str:
 
 
 def stages_run(project: Path, *words: str, **variables: str) -> set[str]:
-    """The stages that a dvc command ran."""
-    return set(re.findall(r"Running stage '([^']+)'", command(project, "dvc", *words, **variables)))
+    """The stages that a dvc command ran, each in a process of its own, and of `warm.py` unless variables are given."""
+    printed = command(project, "dvc", *words, **(variables or warm()))
+    return set(re.findall(r"Running stage '([^']+)'", printed))
 
 
 def new_project(project: Path) -> Path:

@@ -96,14 +96,15 @@ sys.stdout.write("all the same\\n")  # at once, where print would write the end 
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        # In one process, while the others wait for it.
+        # In one process that the others have not met: they wait for it until the launcher kills them.
         ("if rank == 1: raise UserError('no room')\nwait_for_all()", 1, "error: no room"),
         # In all of them, at different times.
         ("time.sleep(rank / 4)\nraise UserError('no room')", 1, "error: no room"),
-        ("if rank == 0: raise Unfinished('stopped')\nwait_for_all()", 75, "unfinished: stopped"),
-        ("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for_all()", 137, "error: process 1: expected it to "
-         "run to the end, found it killed by SIGKILL (out of memory?); run the stage again, which continues from what "
-         "it has saved"),
+        # In one that the others have met, and learn at once that it has gone.
+        ("wait_for_all()\nif rank == 0: raise Unfinished('stopped')\nwait_for_all()", 75, "unfinished: stopped"),
+        ("wait_for_all()\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for_all()", 137,
+         "error: process 1: expected it to run to the end, found it killed by SIGKILL (out of memory?); run the stage "
+         "again, which continues from what it has saved"),
     ],
     ids=["one", "all", "unfinished", "killed"],
 )  # fmt: skip

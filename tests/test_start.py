@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyte
 import pytest
-from conftest import ROOT, command, new_project, run_stage, workspace
+from conftest import ROOT, command, new_project, run_stage, warm, workspace
 from PIL import Image
 from text_families import ANSWERS, GPT2_POSITIONS, TEXT_SAVE
 
@@ -614,7 +614,7 @@ def test_scripted_to_the_table(settings, processor, tmp_path):
     write_questions(project / "qa.jsonl", 120)
     command(project, "git", "init", "--quiet")
     words = ["--approach", "finetune", "--student", "gpt2", "--data", "qa.jsonl", "--samples", "40", "--yes"]
-    printed = command(project, sys.executable, "-m", "firstsight", "start", *words)
+    printed = command(project, sys.executable, "-m", "firstsight", "start", *words, **warm())
     table = printed.partition("Before and after")[2]
     for variant in ("student", "student-finetuned", "student-int8", "student-nf4"):
         assert re.search(rf"^{variant} +[01]\.", table, re.MULTILINE), table

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES, YAML_SAFE, change, command, new_project, run_stage, workspace, write_params
+from conftest import ROOT, STAGES, YAML_SAFE, change, command, new_project, run_stage, warm, workspace, write_params
 from peft import PeftModel
 from safetensors.torch import load_file
 from text_families import ANSWERS, TEXT_SAVE, save_bert
@@ -50,7 +50,7 @@ def alone(settings, processor, commands, tmp_path_factory) -> Path:
     command(project, "git", "init", "--quiet")
     command(project, "git", "config", "user.name", "test")
     command(project, "git", "config", "user.email", "test@example.org")
-    command(project, *run)
+    command(project, *run, **warm())
     command(project, "git", "add", "--all")
     command(project, "git", "commit", "--quiet", "--message", "run")
     return project

@@ -18,7 +18,6 @@ from contextlib import chdir, contextmanager
 from functools import cache
 from pathlib import Path
 
-gc.set_threshold(50_000)  # as stages do: there are a million objects of torch and transformers to look through
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,6 +41,8 @@ from firstsight.core.processes import launcher
 from firstsight.core.variants import METHODS, VARIANTS
 from firstsight.records.sample import Record, Sample
 
+# As stages do: there are a million objects of torch and transformers to look through.
+gc.set_threshold(50_000)
 # The same cases every time, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

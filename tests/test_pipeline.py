@@ -24,8 +24,8 @@ def test_each_stage_depends_on_its_own_parameters_alone():
         "build-egoqa-dataset": ["data"],
         "check-inputs": [
             *("targets.max_answer_tokens", "targets.over", "targets.class_scores", "targets.precision", "train.method"),
-            *("finetune_teacher.enabled", "finetune_teacher.method"),
-            *("evaluate.precision", "evaluate.teacher_methods", "export.formats", "export.teacher"),
+            *("finetune_teacher.enabled", "finetune_teacher.method", "evaluate.precision", "evaluate.engine"),
+            *("evaluate.teacher_methods", "export.formats", "export.teacher"),
         ],
         "finetune-teacher": ["finetune_teacher"],
         "cache-teacher-targets": ["targets"],
@@ -42,8 +42,8 @@ def test_each_stage_depends_on_its_own_parameters_alone():
             ),
         ],
         "quantize-student": ["quantize"],
-        "export-student": ["export.formats", "export.calibration_samples"],
-        "export-teacher": ["export.teacher"],
+        "export-student": ["export.formats", "export.calibration_samples", "data.prompt"],
+        "export-teacher": ["export.teacher", "data.prompt"],
         "evaluate": ["evaluate", "targets.class_scores"],
         "report": [
             "report",

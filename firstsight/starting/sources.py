@@ -157,9 +157,8 @@ def _label(features: Mapping[str, Any]) -> str | None:
 def _fields(features: Mapping[str, Any], named: Mapping[str, str], kind: Kind) -> dict[str, str]:
     """Return which column of a data set of the hub holds which of our fields."""
     others = {"text", "class"} - {kind}
-    if (
-        kind != "question"
-    ):  # a class or a text stands in the place of a question and its answer, and a text has no media
+    # A class or a text stands in the place of a question and its answer, and a text has no media.
+    if kind != "question":
         others |= {*OF_QUESTIONS} | ({*hub_dataset.MEDIA, "start", "end"} if kind == "text" else set())
     found = {column: column for column in features if column in {*hub_dataset.FIELDS} - others}
     if kind == "class" and (label := _label(features)):

@@ -18,8 +18,8 @@ from firstsight.asking.question import question_alone
 from firstsight.core.errors import UserError
 from firstsight.engine import class_scores as engine
 from firstsight.engine.class_scores import ClassModel, open_exported
-from firstsight.engine.exported_model import runtime
 from firstsight.engine.layout import ENCODER, LAYOUT, read_layout
+from firstsight.engine.runtimes import runtime
 from firstsight.export.folder import Expected, _completed, export_folders
 from firstsight.export.graphs import write_encoder
 from firstsight.generation import pytorch_model
@@ -124,7 +124,7 @@ def test_graphs_of_other_encoders_compute_the_same_at_all_lengths(tmp_path, kind
     config = AutoConfig.for_model(kind, vocab_size=120, max_position_embeddings=64, num_labels=3, **sizes)
     model = drawn(AutoModelForSequenceClassification.from_config(config)).eval()
     write_encoder(model, tmp_path)
-    session = runtime().InferenceSession(str(tmp_path / ENCODER), providers=["CPUExecutionProvider"])
+    graph = runtime("onnxruntime").open(tmp_path / ENCODER)
     for rows, length in ((1, 1), (1, 60), (3, 9)):
         tokens = torch.randint(3, 120, (rows, length))
         mask = torch.ones_like(tokens)
@@ -132,7 +132,7 @@ def test_graphs_of_other_encoders_compute_the_same_at_all_lengths(tmp_path, kind
             mask[1, 4:], tokens[1, 4:] = 0, config.pad_token_id
         with torch.no_grad():
             expected = model(input_ids=tokens, attention_mask=mask).logits.numpy()
-        (found,) = session.run(None, {"tokens": tokens.numpy(), "mask": mask.numpy()})
+        (found,) = graph.run({"tokens": tokens.numpy(), "mask": mask.numpy()})
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

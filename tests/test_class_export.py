@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from firstsight.asking.question import question_alone
 from firstsight.core.errors import UserError
-from firstsight.engine import class_scores as engine
+from firstsight.engine import class_scores as scoring
 from firstsight.engine.class_scores import ClassModel, open_exported
 from firstsight.engine.layout import ENCODER, LAYOUT, read_layout
 from firstsight.engine.runtimes import runtime
@@ -77,9 +77,9 @@ def in_pytorch(folder, questions):
     return class_scores(model, class_batch(processor, questions, CLASSES), len(CLASSES)).numpy()
 
 
-@pytest.mark.parametrize("size", [1, len(QUESTIONS)])
-def test_an_encoders_scores_are_pytorchs_in_batches_of_any_size(encoder, exports, size):
-    expected, model = in_pytorch(encoder, QUESTIONS), open_exported(exports["float32"])
+@pytest.mark.parametrize(("size", "engine"), [(1, "onnxruntime"), (len(QUESTIONS), "onnxruntime"), (2, "openvino")])
+def test_an_encoders_scores_are_pytorchs_in_batches_of_any_size(encoder, exports, size, engine):
+    expected, model = in_pytorch(encoder, QUESTIONS), open_exported(exports["float32"], engine)
     batches = [QUESTIONS[start : start + size] for start in range(0, len(QUESTIONS), size)]
     found = np.concatenate([model.scores(model.inputs(batch)) for batch in batches])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
@@ -144,12 +144,12 @@ def decoder(tmp_path_factory, language_models) -> tuple[Path, Path]:
     return source, target
 
 
-@pytest.mark.parametrize("rows", [1, 6, 64])
-def test_a_language_models_scores_are_pytorchs(decoder, monkeypatch, rows):
+@pytest.mark.parametrize(("rows", "engine"), [(1, "onnxruntime"), (6, "onnxruntime"), (64, "openvino")])
+def test_a_language_models_scores_are_pytorchs(decoder, monkeypatch, rows, engine):
     """Whether the names are read behind one question at a time, behind two, or behind all."""
-    monkeypatch.setattr(engine, "_ROWS", rows)
+    monkeypatch.setattr(scoring, "_ROWS", rows)
     source, target = decoder
-    model = open_exported(target)
+    model = open_exported(target, engine)
     found = model.scores(model.inputs(QUESTIONS))
     expected = in_pytorch(source, QUESTIONS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

@@ -74,6 +74,8 @@ class Scale:
     teacher_epochs: float = 1.0
     learning_rate: float = 4e-4
     batch_size: int = 16
+    temperature: float = 1.0
+    alpha: float = 0.9
     epochs: float = 2.0
     decoder_epochs: float = 0.5
 
@@ -114,14 +116,13 @@ def dbpedia(files: Path, teacher: Path, encoder: Path, scale: Scale) -> Iterator
             ("half of the teacher", Path("halved"), scale.decoder_epochs, scale.labels[:1], 1),
         ]
         for name, source, epochs, counts, draws in students:
-            for labels in counts:
-                gains = []
-                for draw in range(draws):
+            gains: dict[int, list[float]] = defaultdict(list)
+            for draw in range(draws):
+                for labels in counts:
                     rows = bench.student(name, source, epochs, labelled(pool, labels, draw), labels, draw)
                     yield from rows
-                    gains.append(rows[1]["gain"])
-                if draws == T_95_DRAWS:
-                    yield mean_gain(name, labels, gains)
+                    gains[labels].append(rows[1]["gain"])
+            yield from (mean_gain(name, *case) for case in gains.items() if len(case[1]) == T_95_DRAWS)
 
 
 def zero_shot(files: Path, teacher: Path, scale: Scale) -> Iterator[dict[str, Any]]:
@@ -198,7 +199,12 @@ def settings(teacher: Path, classes: list[str], scale: Scale) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "learning_rate": scale.teacher_learning_rate,
     }
-    values["train"] |= {"batch_size": scale.batch_size, "learning_rate": scale.learning_rate}
+    values["train"] |= {
+        "temperature": scale.temperature,
+        "alpha": scale.alpha,
+        "batch_size": scale.batch_size,
+        "learning_rate": scale.learning_rate,
+    }
     values["runtime"] = {"device": "auto", "data_workers": 0}
     return values
 

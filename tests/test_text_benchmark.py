@@ -124,7 +124,7 @@ def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teac
     assert rows[0]["agreement"] == 1
     for alone, taught in zip(rows[1::2], rows[2::2], strict=True):
         assert taught["gain"] == pytest.approx(taught["accuracy"] - alone["accuracy"], abs=1e-4)
-        assert (alone["temperature"], taught["temperature"], taught["alpha"]) == (None, 3.0, 0.7)
+        assert (alone["temperature"], taught["temperature"], taught["alpha"]) == (None, 1.0, 0.9)
 
 
 def test_the_command_names_its_parts_and_their_files(tmp_path, monkeypatch):

@@ -129,13 +129,13 @@ def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp
         save_bert(folder / "hub")
     else:
         TEXT_SAVE[student](folder / "hub", settings, processor)
-    rows = [{"text": f"At place {n}, the {names[n % 3]} is left", "class": names[n % 3]} for n in range(60)]
+    rows = [{"text": f"At place {n}, the {names[n % 3]} is left", "class": names[n % 3]} for n in range(90)]
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     change(folder, "models", teacher=None, student={"source": "hub", "revision": None, "init": None})
     change(folder, "data", source="jsonl", path="records.jsonl", classes=names, prompt="{text}\nWhich?")
     change(folder, "data", unanswered="refuse", labelled_fraction=1.0, validation_fraction=0.2, test_fraction=0.2)
     change(folder, "finetune_teacher", enabled=False)
-    change(folder, "train", alpha=0.0, epochs=6, early_stopping_epochs=6, learning_rate=5e-3, batch_size=4)
+    change(folder, "train", alpha=0.0, epochs=12, early_stopping_epochs=12, learning_rate=5e-3, batch_size=4)
     change(folder, "evaluate", teacher_methods=[], bootstrap_samples=100, latency_runs=1, throughput_batch_sizes=[1])
     for stage in STAGES:
         run_stage(folder, *stage)
@@ -151,6 +151,7 @@ def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp
     assert speed["token_ms"] == speed["latency_ms_p50"]
     assert (folder / "metrics/plots/confusion.png").exists()
     monkeypatch.chdir(folder)
+    capsys.readouterr()
     show()
     assert "Fine-tuned, the student answers " in (printed := capsys.readouterr().out)
     assert "eacher" not in printed

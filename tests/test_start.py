@@ -426,7 +426,8 @@ def test_classes_are_told_by_their_column_and_written_from_their_preset(folder, 
     if name == "topics":
         (folder / name).mkdir()
         for split in ("train", "test"):
-            write_rows(folder / name / f"{split}.csv", classified(60, names, "topic"))
+            rows = [row | {"title": f"{split} {row['title']}"} for row in classified(60, names, "topic")]
+            write_rows(folder / name / f"{split}.csv", rows)
         fields = ["--field", "class=topic"]
     elif name == "labelled":
         datasets = pytest.importorskip("datasets")

@@ -151,7 +151,7 @@ def test_a_model_is_let_go_before_the_next_is_loaded(smoke, media, settings):
     before = models()
     gc.disable()
     try:
-        second_answer(smoke / STUDENT, sample, settings.evaluate, "cpu")
+        second_answer(smoke / STUDENT, sample, settings.evaluate, "cpu", None)
         assert models() == before
     finally:
         gc.enable()

@@ -79,7 +79,9 @@ def test_graphs_that_compute_something_else_are_refused(text_export):
     with torch.no_grad():
         model.model.norm.weight *= 1.01
     with pytest.raises(RuntimeError, match="expected the logits of the exported model, found them"):
-        compare(exporting._expected(model, load_processor(source), [(TEXT, TEXT.records[0])]), ExportedModel(target))
+        compare(
+            exporting._expected(model, load_processor(source), [(TEXT, TEXT.records[0])], ()), ExportedModel(target)
+        )
 
 
 @pytest.mark.parametrize("family", ["Qwen2_5_VLForConditionalGeneration", "LlavaOnevisionForConditionalGeneration"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -13,7 +13,11 @@ from firstsight.core.variants import CONTROL, STUDENTS
 TRAINED = (*STUDENTS, CONTROL)
 Student = Annotated[str, typer.Argument(metavar="VARIANT", help=f"One of {', '.join(TRAINED)}.")]
 EngineOption = Annotated[
-    Engine | None, typer.Option("--engine", help="What runs exported models; otherwise as evaluate.engine says.")
+    Engine | None,
+    typer.Option(
+        metavar="ENGINE",
+        help=f"What runs exported models: {', '.join(get_args(Engine))}; otherwise as evaluate.engine says.",
+    ),
 ]
 
 

@@ -17,17 +17,14 @@ ROW = "{:<{width}}  {:>9}  {:>8}  {}"
 
 def ask(
     model: Annotated[Path, typer.Argument(help="A model folder, such as models/student-distilled.")],
-    media: Annotated[str, typer.Argument(metavar="[MEDIA]", help="An image or a video; without it, text is asked.")],
-    question: Annotated[
-        str | None,
-        typer.Argument(metavar="QUESTION", help="The question, or the text to classify, in quotation marks."),
-    ] = None,
+    media: Annotated[str, typer.Argument(help="An image or a video; if no question follows, the text to ask.")],
+    question: Annotated[str | None, typer.Argument(help="The question, in quotation marks.")] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(metavar="MODEL", help="Another model folder to ask; repeat it for more.")
     ] = None,
     engine: EngineOption = None,
 ) -> None:
-    """Ask models about an image or a video, or a question of text alone.
+    """Ask models about an image, a video or a text.
 
     The data section of params.yaml says how media are sampled and resized, the evaluate section how models are
     loaded and how long answers may be. Models are loaded one after the other; each answers twice, and the second

@@ -164,17 +164,24 @@ def test_a_classifier_is_fine_tuned_alone_by_all_stages(settings, processor, tmp
     assert capsys.readouterr().out.strip() in names or student != "bert"
 
 
+def test_without_a_teacher_no_scores_are_normalised(tmp_path):
+    document = YAML_SAFE.load(ROOT / "presets/text-smoke.yaml")
+    document["models"]["teacher"] = None
+    document["train"]["alpha"] = 0.0
+    document["finetune_teacher"]["enabled"] = False
+    document["targets"]["class_scores"] = "mean"
+    write_params(tmp_path, document)
+    line = "targets.class_scores: expected 'sum', because models.teacher is null, found 'mean'"
+    with pytest.raises(UserError, match=line):
+        params.load(tmp_path / "params.yaml")
+
+
 @pytest.mark.parametrize(
     ("section", "values", "line"),
     [
         ("train", {"alpha": 0.5}, "train.alpha: expected 0, because models.teacher is null, found 0.5"),
         ("finetune_teacher", {"enabled": True}, "finetune_teacher.enabled: expected False, because models.teacher is"),
         ("data", {"unanswered": "teacher"}, "data.unanswered: expected 'refuse', because models.teacher is null"),
-        (
-            "targets",
-            {"over": "classes", "class_scores": "mean"},
-            "targets.class_scores: expected 'sum', because models.teacher is null, found 'mean'",
-        ),
         ("evaluate", {"teacher_methods": ["int8"]}, "evaluate.teacher_methods: expected [], because models.teacher"),
     ],
 )

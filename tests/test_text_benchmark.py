@@ -2,10 +2,12 @@
 
 import csv
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_module
+from safetensors.torch import load_file
 from text_families import TEXT_SAVE, save_bert
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +16,7 @@ from benchmarks.text_dbpedia import Row, Scale, dbpedia, dealt, labelled, mean_g
 from benchmarks.text_models import halved
 from benchmarks.text_wikitext import Scale as WikitextScale
 from benchmarks.text_wikitext import wikitext
+from firstsight.records.parquet import Split
 
 
 @pytest.fixture
@@ -104,7 +107,16 @@ def test_the_teacher_as_published_is_asked_by_each_way_of_scoring(teacher, tmp_p
     ]
 
 
-def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teacher, tmp_path):
+def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teacher, tmp_path, monkeypatch):
+    run, taught = text_dbpedia.distill.run, []
+
+    def distilled():
+        stored = load_file("data/teacher-targets/train-00000.safetensors")
+        labels = [record.answer for sample in Split(Path("data/egoqa/train.parquet")) for record in sample.records]
+        taught.append((stored["answers"].tolist(), stored["hidden"].argmax(-1).tolist(), labels))
+        run()
+
+    monkeypatch.setattr(text_dbpedia.distill, "run", distilled)
     write_dbpedia(tmp_path)
     (encoder := tmp_path / "bert").mkdir()
     save_bert(encoder)
@@ -122,6 +134,12 @@ def test_students_with_few_labels_are_compared_with_the_teacher_and_without(teac
     assert [row["steps"] for row in rows] == [None, 2, 2, 2, 2, 2, 2]
     assert {row["texts"] for row in rows} == {8}
     assert rows[0]["agreement"] == 1
+    # Labels are taught where there are any, and the teacher's best class elsewhere.
+    names = ["Animal", "Written work"]
+    for answers, best, labels in taught:
+        assert answers == [names.index(one) if one else other for one, other in zip(labels, best, strict=True)]
+    assert [sum(map(bool, labels)) for _, _, labels in taught] == [4, 2, 4]
+    assert any(answers != best for answers, best, _ in taught)
     for alone, taught in zip(rows[1::2], rows[2::2], strict=True):
         assert taught["gain"] == pytest.approx(taught["accuracy"] - alone["accuracy"], abs=1e-4)
         assert (alone["temperature"], taught["temperature"], taught["alpha"]) == (None, 1.0, 0.9)

@@ -34,7 +34,6 @@ from firstsight.core.stage import log
 from firstsight.distillation.targets import read_head, read_index, write_index
 from firstsight.evaluation.class_quality import confusion, macro_f1
 from firstsight.evaluation.metrics import proportion_interval
-from firstsight.generation.order import by_length
 from firstsight.generation.pytorch_model import ClassModel
 from firstsight.models.loading import load_model, load_processor, pick_device
 from firstsight.packing.forward import normalisation
@@ -47,6 +46,7 @@ from stages import (
     check_inputs,
     distill,
     download_models,
+    evaluate,
     finetune_student,
     finetune_teacher,
 )
@@ -54,6 +54,8 @@ from stages import (
 ROOT, TARGETS = Path.cwd(), Path("data/teacher-targets")
 # More may take more tokens than the encoder has positions, 512. Of DBpedia's abstracts, hardly one in 5,000 is longer.
 MOST_CHARACTERS = 1500
+# Test records that a model classifies at once.
+BATCH = 16
 # Student's t for a 95% interval of the mean of three draws (2 degrees of freedom).
 T_95, T_95_DRAWS = 4.303, 3
 
@@ -298,12 +300,7 @@ class Bench:
         loaded, processor = load_model(model, "float32", self.device, classes=split.classes), load_processor(model)
         normalised = normalisation(kind, loaded, processor, split)
         scorer = ClassModel(loaded, processor, "float32", split.classes, normalised)
-        predicted, size = [""] * len(questions), 16
-        order = by_length(questions)
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            for place, (found, _) in zip(places, scorer.classify([questions[one] for one in places]), strict=True):
-                predicted[place] = found
+        predicted = [name for name, _ in evaluate.classify(model.name, scorer, questions, BATCH)]
         return Answers(predicted, [record.answer for _, record in questions])
 
     def row(self, name: str, labels: int, answers: Answers) -> dict[str, Any]:

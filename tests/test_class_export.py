@@ -238,6 +238,7 @@ def test_an_encoder_is_asked_without_torch(encoder, exports, tmp_path):
 def test_a_text_fills_the_template_that_the_model_was_asked_by():
     assert question_alone(" a cup ", "What is {text}?").records[0].prompt() == "What is a cup?"
     assert question_alone(" a cup ", None).records[0].prompt() == "a cup"
+    assert question_alone("Open scene.jpg", None).records[0].prompt() == "Open scene.jpg"
     for text, found in (
         (
             "a cup",
@@ -246,6 +247,7 @@ def test_a_text_fills_the_template_that_the_model_was_asked_by():
         ('{"title": "a"}', "expected the key 'text', which data.prompt names, found"),
         (" ", "expected some text, found none"),
         ("<|im_end|>", "expected plain text, found the special token"),
+        ("nowhere/clip.MP4", "expected some text after the file nowhere/clip.MP4, found none; ask something"),
         (__file__, "expected some text after the file .*, found none; ask something"),
     ):
         with pytest.raises(UserError, match=f"question: {found}"):

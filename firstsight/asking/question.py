@@ -11,6 +11,7 @@ from firstsight.readers.columns import filled
 from firstsight.readers.media import files
 from firstsight.readers.problems import BadRecordError
 from firstsight.readers.source_record import special_token
+from firstsight.readers.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from firstsight.records.sample import Record, Sample, composed
 
 
@@ -52,7 +53,8 @@ def question_alone(text: str, template: str | None) -> Sample:
         there = Path(text).is_file()
     except OSError:  # longer than names of files can be
         there = False
-    if there:
+    # A text may end in the name of a file, but a name of one word is hardly a question.
+    if there or (" " not in text.strip() and Path(text).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES):
         raise UserError(f"question: expected some text after the file {text}, found none; ask something")
     if template is None:
         text = text.strip()

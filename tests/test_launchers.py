@@ -20,17 +20,19 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="watches through /proc and pidfd"),
 ]
 
-# A stage that says its process id and works for a minute; told to end, it says so, and then in a file.
+# A stage that says its process id and works for a minute; told to end, it takes a while to say so in a file: its
+# terminal and its launcher may both tell it.
 STAGE = """
 import pathlib, sys, time
 from firstsight.core.stage import main
 
 def run():
-    pathlib.Path("pid").write_text(str(__import__("os").getpid()))
     try:
+        pathlib.Path("pid").write_text(str(__import__("os").getpid()))
         time.sleep(60)
     except SystemExit:
         print("saving", file=sys.stderr, flush=True)
+        time.sleep(1)
         pathlib.Path("told").touch()
         raise
 

@@ -41,8 +41,7 @@ def main(run: Callable[..., None], choices: Collection[str] | None = None) -> No
     _in_utf8()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|bitsandbytes|accelerate)(\.|$)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Exit by an exception, so that unfinished outputs are removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _told_to_end)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, _hung_up)
     if not is_main_process():
@@ -95,6 +94,15 @@ def _in_utf8() -> None:
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _told_to_end(number: int, _: object) -> None:
+    """Exit by an exception, so that unfinished outputs are removed, which another signal must not interrupt.
+
+    A closed terminal and a launcher that died of it both tell a stage to end.
+    """
+    signal.signal(number, lambda *_: None)  # not SIG_IGN, which a process that is being started would inherit
+    sys.exit(128 + number)
 
 
 def _hung_up(*_: object) -> None:

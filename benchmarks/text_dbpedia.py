@@ -67,8 +67,8 @@ class Scale:
     `zero_shot` is the number of records tested where nothing is trained.
     """
 
-    teacher_labels: int = 40
-    pool: int = 40
+    teacher_labels: int = 80
+    pool: int = 80
     test: int = 400
     zero_shot: int = 200
     labels: tuple[int, ...] = (10, 1)
@@ -80,8 +80,8 @@ class Scale:
     batch_size: int = 16
     temperature: float = 1.0
     alpha: float = 0.9
-    epochs: float = 2.0
-    decoder_epochs: float = 0.5
+    epochs: float = 1.0
+    decoder_epochs: float = 0.25
 
 
 class Row(NamedTuple):
@@ -120,13 +120,14 @@ def dbpedia(files: Path, teacher: Path, encoder: Path, scale: Scale) -> Iterator
             ("half of the teacher", Path("halved"), scale.decoder_epochs, scale.labels[:1], 1),
         ]
         for name, source, epochs, counts, draws in students:
-            gains: dict[int, list[float]] = defaultdict(list)
-            for draw in range(draws):
-                for labels in counts:
+            for labels in counts:
+                gains = []
+                for draw in range(draws):
                     rows = bench.student(name, source, epochs, labelled(pool, labels, draw), labels, draw)
                     yield from rows
-                    gains[labels].append(rows[1]["gain"])
-            yield from (mean_gain(name, *case) for case in gains.items() if len(case[1]) == T_95_DRAWS)
+                    gains.append(rows[1]["gain"])
+                if len(gains) == T_95_DRAWS:
+                    yield mean_gain(name, labels, gains)
 
 
 def zero_shot(files: Path, teacher: Path, scale: Scale) -> Iterator[dict[str, Any]]:

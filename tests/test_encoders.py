@@ -1,22 +1,25 @@
 """Encoders such as bert-tiny: fetched, taught classes by a language model, evaluated, and refused for anything else."""
 
 import json
+from contextlib import chdir
 
 import pytest
 import torch
-from conftest import change, run_stage
+from conftest import change, run_stage, workspace
 from safetensors.torch import load_file, save_file
 from test_class_targets import CLASSES, write_classes
 from text_families import BERT_POSITIONS, save_bert, text_workspace
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 from firstsight.acquisition.checks import check_weights
+from firstsight.asking.question import question_alone
+from firstsight.cli import app
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
 from firstsight.generation.pytorch_model import ClassModel
 from firstsight.models.loading import has_head, load_model, load_processor
 from firstsight.packing.dataset import EncoderDataset, encoder_batch
-from firstsight.packing.forward import class_scores
+from firstsight.packing.forward import as_sums, class_scores
 from firstsight.packing.pack import IGNORE
 from firstsight.publishing.model_card import model_card
 from firstsight.training.adapters import TrainableModel
@@ -95,6 +98,34 @@ def test_an_encoder_gives_no_text(bert):
         load_model(bert, "nf4", "cpu", classes=CLASSES)
 
 
+def asked(folder, project, capsys, *more):
+    """The lines in which models answer that `firstsight ask` prints in a project whose data have `CLASSES`."""
+    change(workspace(project), "data", source="csv", path="rows.csv", classes=list(CLASSES), prompt="About {text}")
+    with chdir(project):
+        app.run(["ask", str(folder), "two plants", *more])
+    return capsys.readouterr().out.splitlines()[4:]
+
+
+def test_a_model_of_classes_is_asked_for_the_best_with_its_probability(bert, language_models, tmp_path, capsys):
+    """An encoder names its own classes; those of params.yaml may be others."""
+    own = ("vegetable", "mineral")
+    encoder = with_head(bert, tmp_path / "encoder", own)
+    project = tmp_path / "project"
+    project.mkdir()
+    lines = asked(encoder, project, capsys, "--compare", str(language_models["gpt2"]))
+    sample = question_alone("About two plants", None)
+    for folder, names, line in zip((encoder, language_models["gpt2"]), (own, CLASSES), lines, strict=True):
+        loaded = load_model(folder, "float32", "cpu", classes=names)
+        model = ClassModel(loaded, load_processor(folder), "float32", names, as_sums)
+        ((name, share),) = model.classify([(sample, sample.records[0])])
+        assert line.endswith(f" s  {name} ({share:.2f})")
+
+
+def test_an_encoder_that_was_taught_no_classes_is_not_asked(bert, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"expected an encoder that was taught classes, found one without a head for"):
+        asked(bert, tmp_path, capsys)
+
+
 @torch.inference_mode()
 def test_logits_in_a_batch_are_those_of_each_prompt_alone(bert, tmp_path):
     model, processor = load_model(bert, "float32", "cpu", classes=CLASSES), load_processor(bert)
@@ -108,7 +139,7 @@ def test_logits_in_a_batch_are_those_of_each_prompt_alone(bert, tmp_path):
     alone = [reference(**processor.tokenizer(one, return_tensors="pt")).logits[0] for one in prompts]
     torch.testing.assert_close(found, torch.stack(alone), atol=1e-6, rtol=1e-5)
     questions = [(sample, record) for sample in split for record in sample.records]
-    classified = ClassModel(model, processor, "float32", CLASSES, lambda scores: scores).classify(questions)
+    classified = ClassModel(model, processor, "float32", CLASSES, as_sums).classify(questions)
     assert [CLASSES.index(name) for name, _ in classified] == found.argmax(-1).tolist()
     assert class_scores(model, encoder_batch(processor, prompts), 3).equal(found)
 

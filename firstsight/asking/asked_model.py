@@ -1,13 +1,16 @@
 """Load a model once, then answer one question at a time and measure how long each answer takes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firstsight.asking.folder import check_there
+from firstsight.asking.folder import CONFIG, check_there
+from firstsight.core.errors import UserError
+from firstsight.core.files import read_json
 from firstsight.core.params import Evaluate
-from firstsight.engine.class_scores import ClassModel, open_exported
+from firstsight.engine.class_scores import open_exported
 from firstsight.engine.layout import is_exported
 from firstsight.records.sample import Sample
 
@@ -28,20 +31,24 @@ class AskedModel:
     """Load a model, exported or not, to answer questions; `load_seconds` is the time that loading took.
 
     An exported model needs neither torch nor transformers, which are not imported for it, and runs in `engine`, one of
-    `params.Engine`; None: in that of the settings.
+    `params.Engine`; None: in that of the settings. One that is not exported scores `classes`, or answers in text if
+    there are none.
 
     Raises:
-        UserError: the folder holds no model, or as for `ExportedModel`, or `load_processor` and `load_model`.
+        UserError: the folder holds no model, or an encoder that was not taught these classes, or as for
+            `ExportedModel`, or `load_processor` and `load_model`.
     """
 
-    def __init__(self, folder: Path, settings: Evaluate, device: str, engine: str | None = None):
+    def __init__(
+        self, folder: Path, settings: Evaluate, device: str, engine: str | None = None, classes: Sequence[str] = ()
+    ):
         check_there(folder)
         self.folder, self._settings = folder, settings
         started = time.perf_counter()
         if is_exported(folder):
             self._model = open_exported(folder, engine or settings.engine)
         else:
-            self._model = _in_pytorch(folder, settings.precision, device)
+            self._model = _in_pytorch(folder, settings.precision, device, classes)
         self.load_seconds = time.perf_counter() - started
 
     def answer(self, sample: Sample) -> Answer:
@@ -51,17 +58,28 @@ class AskedModel:
         """
         started = time.perf_counter()
         question = (sample, sample.records[0])
-        if isinstance(self._model, ClassModel):
+        if hasattr(self._model, "classify"):
             ((name, share),) = self._model.classify([question])
             return Answer(f"{name} ({share:.2f})", time.perf_counter() - started)
         (text,) = self._model.answers([question], 1, self._settings.asked_tokens())
         return Answer(text, time.perf_counter() - started)
 
 
-def _in_pytorch(folder: Path, precision: str, device: str) -> Any:
+def _in_pytorch(folder: Path, precision: str, device: str, classes: Sequence[str]) -> Any:
     # Imported here, because exported models are asked where torch and transformers are not installed.
-    from firstsight.generation.pytorch_model import PyTorchModel
-    from firstsight.models.loading import load_model, load_processor
+    from firstsight.generation import pytorch_model
+    from firstsight.models.architecture import is_encoder
+    from firstsight.models.loading import has_head, load_model, load_processor
+    from firstsight.packing.forward import as_sums
 
+    kind = read_json(folder / CONFIG, "the stage that makes the model").get("model_type")
+    if is_encoder(kind) and not has_head(folder, classes):  # loading it would draw a head at random
+        raise UserError(
+            f"{folder}: expected an encoder that was taught classes, found one without a head for them; ask one that "
+            "was trained, such as models/student-distilled"
+        )
     processor = load_processor(folder)
-    return PyTorchModel(load_model(folder, precision, device), processor, precision)
+    model = load_model(folder, precision, device, classes=classes)
+    if classes:
+        return pytorch_model.ClassModel(model, processor, precision, classes, as_sums)
+    return pytorch_model.PyTorchModel(model, processor, precision)

@@ -9,7 +9,7 @@ from firstsight.core.variants import LEFT_OUT
 from firstsight.engine.layout import is_exported, read_layout
 
 # As in firstsight.acquisition.checks, which imports torch.
-_CONFIG = "config.json"
+CONFIG, _CLASSIFIER = "config.json", "ForSequenceClassification"
 
 
 def check_there(folder: Path) -> None:
@@ -19,7 +19,7 @@ def check_there(folder: Path) -> None:
             f"{folder}: expected a model, found it left out ({read_json(note, 'quantize-student')}); "
             "ask for it in params.yaml, and dvc repro makes it"
         )
-    if not (folder / _CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder}: expected a model folder, found {found}; name one, such as models/student-distilled, "
@@ -30,3 +30,15 @@ def check_there(folder: Path) -> None:
 def template_of(folder: Path, data: Data) -> str | None:
     """Return the prompt template by which the model in `folder` is asked: its export's own, or that of params.yaml."""
     return read_layout(folder).prompt if is_exported(folder) else data.prompt
+
+
+def classes_of(folder: Path, data: Data) -> list[str]:
+    """Return the classes that the model in `folder`, which is not exported, tells apart; empty if it answers in text.
+
+    An encoder names them itself; a language model scores those of params.yaml.
+    """
+    config = read_json(folder / CONFIG, "the stage that makes the model")
+    names = config.get("id2label")
+    if names and any(name.endswith(_CLASSIFIER) for name in config.get("architectures") or ()):
+        return [names[number] for number in sorted(names, key=int)]
+    return data.classes or []

@@ -1,5 +1,6 @@
 """firstsight ask: the answers of models to a question, about an image or a video or of text alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,11 +29,12 @@ def ask(
 
     The data section of params.yaml says how media are sampled and resized, the evaluate section how models are
     loaded and how long answers may be. Models are loaded one after the other; each answers twice, and the second
-    answer is timed. Exported models, such as models/student-onnx, need neither torch nor transformers. One that scores
-    classes answers with the best and its probability. Where questions were made by a prompt template with one column,
-    the text fills it; with several, write them as a JSON object.
+    answer is timed. Exported models, such as models/student-onnx, need neither torch nor transformers. One that
+    tells classes apart answers with the best and its probability; a language model scores those of data.classes.
+    Where questions were made by a prompt template with one column, the text fills it; with several, write them as a
+    JSON object.
     """
-    from firstsight.asking.folder import check_there, template_of
+    from firstsight.asking.folder import check_there, classes_of, template_of
     from firstsight.asking.question import question_about, question_alone, seen
     from firstsight.cli.devices import device_of
     from firstsight.core import params
@@ -55,17 +57,23 @@ def ask(
     header = ROW.format("model", "time", "loading", "answer", width=width)
     print(f"{about}\n\n{header}\n{'-' * max(80, len(header))}", flush=True)
     for folder in folders:
-        answer, loading = second_answer(folder, asked[folder], loaded.evaluate, device, engine)
+        classes = classes_of(folder, loaded.data)
+        answer, loading = second_answer(folder, asked[folder], loaded.evaluate, device, engine, classes)
         times = f"{1000 * answer.seconds:.0f} ms", f"{loading:.1f} s"
         print(ROW.format(str(folder), *times, answer.line(), width=width), flush=True)
 
 
 def second_answer(
-    folder: Path, sample: "Sample", settings: "Evaluate", device: str, engine: str | None
+    folder: Path,
+    sample: "Sample",
+    settings: "Evaluate",
+    device: str,
+    engine: str | None,
+    classes: Sequence[str] = (),
 ) -> "tuple[Answer, float]":
     """Return a model's second answer, because the first warms up, and the seconds of loading. Free the model."""
     from firstsight.asking.asked_model import AskedModel
 
-    model = AskedModel(folder, settings, device, engine)
+    model = AskedModel(folder, settings, device, engine, classes)
     model.answer(sample)
     return model.answer(sample), model.load_seconds

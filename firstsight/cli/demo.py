@@ -25,7 +25,7 @@ def demo(
     anywhere, and deletes what was uploaded when it ends. All models stay in memory.
     """
     from firstsight.asking.asked_model import AskedModel
-    from firstsight.asking.folder import check_there
+    from firstsight.asking.folder import check_there, classes_of
     from firstsight.cli.devices import device_of
     from firstsight.core import params
     from firstsight.core.errors import UserError
@@ -46,7 +46,10 @@ def demo(
             check_there(folder)
         check_engine(engine, models)
         device = device_of(models, loaded.runtime.device)
-        blocks = page([AskedModel(folder, loaded.evaluate, device, engine) for folder in models], loaded.data)
+        asked = [
+            AskedModel(folder, loaded.evaluate, device, engine, classes_of(folder, loaded.data)) for folder in models
+        ]
+        blocks = page(asked, loaded.data)
         try:
             _, address, _ = blocks.launch(
                 server_name=HOST,

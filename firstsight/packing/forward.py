@@ -151,7 +151,12 @@ def normalisation(kind: ClassScores, model: PreTrainedModel, processor: Any, spl
     if kind == "calibrated":
         prior = _log_prior(model, processor, split)
         return lambda scores: scores - prior
-    return lambda scores: scores
+    return as_sums
+
+
+def as_sums(scores: Tensor) -> Tensor:
+    """Return the scores [n, C] of classes as they are, each the log-probability of its name, or an encoder's logit."""
+    return scores
 
 
 @torch.inference_mode()

@@ -588,6 +588,20 @@ def test_a_text_only_model_is_said_to_see_nothing(settings, processor, tmp_path,
     assert f"{tmp_path} reads text alone: for it media are not counted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("tokens", "records"), [(None, "questions of 256"), (64, "texts of 64")])
+def test_where_all_models_read_text_alone_no_media_are_assumed(settings, processor, tmp_path, capsys, tokens, records):
+    save_qwen2(tmp_path, settings, processor)
+    document = YAML_SAFE.load(ROOT / "presets/qwen2-vl-7b.yaml")
+    for model in document["models"].values():
+        model["source"] = str(tmp_path)
+    document["data"] |= {"source": "csv", "path": "rows.csv", "max_tokens": tokens}
+    write_params(tmp_path, document)
+    plan(tmp_path / "params.yaml")
+    printed = capsys.readouterr().out
+    assert re.search(rf"not built yet; assumed [\d,]+ {records} tokens", printed)
+    assert "media" not in printed
+
+
 # 1,532 tokens of four images of 448 x 448 pixels, 52 of them answers, as in docs/benchmarks.md.
 STEP = Sizes("image", frames=4, pixels=448**2, questions=1, question_tokens=432, answer_tokens=52)
 

@@ -33,15 +33,14 @@ def plan(
     loaded = params.load(path)
     root = _repository(path)
     with chdir(root):
-        work = workload(
-            loaded.data, path.absolute().relative_to(root) if path.absolute().is_relative_to(root) else path
-        )
+        named = [model for model in (loaded.models.teacher, loaded.models.student) if model]
+        built = [on_meta(model) for model in named]
+        place = path.absolute().relative_to(root) if path.absolute().is_relative_to(root) else path
+        work = workload(loaded.data, place, text_alone=all(reads_text_alone(one.config) for one in built))
         rows = plan_table.rows(loaded, work)
         looking, exporting = (
             render(loaded, work) for render in (plan_table.render_visual_tokens, plan_table.render_exports)
         )
-        named = [model for model in (loaded.models.teacher, loaded.models.student) if model]
-        built = [on_meta(model) for model in named]
     print(f"params  {path}\ndata    {work.source}\n\n{plan_table.render(rows)}\n")
     for line in filter(None, (looking, exporting)):
         print(f"{line}\n")
@@ -51,7 +50,7 @@ def plan(
         print(f"\n{plan_table.render_hours(rows, cards())}")
         print(f"measured on one {hours.MEASURED}, carried over to others; how: firstsight/planning/hours.py")
     for model, one in zip(named, built, strict=True):
-        if reads_text_alone(one.config):
+        if reads_text_alone(one.config) and work.typical.kind != "none":
             print(f"\n{model.source} reads text alone: for it media are not counted, and its stages refuse them")
     if built[0].num_parameters() < built[-1].num_parameters():
         print("\nthe teacher has fewer parameters than the student: are models.teacher and models.student swapped?")

@@ -69,8 +69,11 @@ class Workload:
     disk: float
 
 
-def workload(data: Data, path: Path) -> Workload:
-    """Count data/egoqa if `path` is params.yaml, from whose settings it was built; else estimate from `data`."""
+def workload(data: Data, path: Path, *, text_alone: bool = False) -> Workload:
+    """Count data/egoqa if `path` is params.yaml, from whose settings it was built; else estimate from `data`.
+
+    `text_alone` says that no model can take media, so that there are none.
+    """
     card, earlier = DATA / "card.json", ""
     if path == PARAMS_FILE and card.is_file():
         if _built_from(data, read_json(card, "build-egoqa-dataset")):
@@ -87,8 +90,8 @@ def workload(data: Data, path: Path) -> Workload:
         samples, (typical, largest) = data.synthetic.scenes, _sizes(shown)
         source = f"{samples:,} rendered scenes"
         frame_bytes = sum(len(frame) for one in shown for frame in one.frames) / len(shown)
-    elif data.source == "text" or _without_media(data):
-        asked = data.source == "hub" and "text" not in data.hub.fields
+    elif text_alone or data.source == "text" or _without_media(data):
+        asked = data.max_tokens is None and data.source != "text" and not (data.hub and "text" in data.hub.fields)
         typical = largest = Sizes("none", 0, 0, 1, *((_TEXT, _ANSWER) if asked else (1, data.max_tokens or _TEXT)))
         samples = max(_SAMPLES, *(math.ceil((wanted[split] or 0) / share) for split, share in shares.items() if share))
         what = f"questions of {_TEXT} tokens" if asked else f"texts of {typical.answer_tokens} tokens"

@@ -19,7 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from transformers import PreTrainedModel
 
 from firstsight.asking.asked_model import Answer, AskedModel
-from firstsight.asking.question import question_about, seen
+from firstsight.asking.question import question_about, question_alone, seen
 from firstsight.asking.side_by_side import answered
 from firstsight.cli import app, quiet
 from firstsight.cli.ask import second_answer
@@ -166,12 +166,35 @@ def test_the_page_has_a_row_a_model_and_what_they_see(smoke, media, settings):
     assert all(int(milliseconds) > 0 for *_, milliseconds in rows)
 
 
-def test_the_page_names_an_upload_without_its_folder(media, settings):
+def test_the_page_names_an_upload_without_its_folder(smoke, media, settings):
     with pytest.raises(UserError, match=r"media: expected an image or a video, found none; upload one"):
-        answered([], None, "What?", settings.data)
+        answered([SimpleNamespace(folder=smoke / STUDENT)], None, "What?", settings.data)
     with pytest.raises(UserError, match=r"expected a readable video, found broken.mp4") as error:
         answered([], media / "broken.mp4", "What?", settings.data)
     assert str(media) not in str(error.value)
+
+
+def test_models_of_text_alone_are_asked_without_an_upload(language_models, settings):
+    folder = language_models["gpt2"]
+    model = AskedModel(folder, settings.evaluate, "cpu")
+    data = settings.data.model_copy(update={"prompt": "About {text}"})
+    assert answered([model], None, " two plants ", data)[0] == []
+    (row,) = answered([model], None, " two plants ", data)[1]
+    assert row[:2] == [str(folder), model.answer(question_alone("About two plants", None)).line()]
+    with pytest.raises(UserError, match=r"question: expected some text, found none"):
+        answered([model], None, " ", data)
+
+
+def test_the_page_of_models_of_text_alone_has_no_upload(language_models, smoke, settings):
+    pytest.importorskip("gradio")
+    from firstsight.asking.web_page import page
+
+    def shown(*folders) -> set[str]:
+        blocks = page([SimpleNamespace(folder=folder) for folder in folders], settings.data).config
+        return {one["type"] for one in blocks["components"] if one["props"].get("visible")}
+
+    text, sees = language_models["gpt2"], smoke / STUDENT
+    assert shown(text, sees) - shown(text) == {"file", "gallery"}
 
 
 def test_without_gradio_the_demo_says_what_to_install(smoke, monkeypatch):
@@ -217,10 +240,11 @@ def test_the_page_answers_on_this_machine_alone_and_forgets(smoke, media, tmp_pa
     assert not list(uploads.iterdir())
 
 
-def test_the_page_shows_answers_and_whole_frames_wide_and_narrow(browser, media, settings):
+def test_the_page_shows_answers_and_whole_frames_wide_and_narrow(browser, smoke, media, settings, monkeypatch):
     pytest.importorskip("gradio")
     from firstsight.asking.web_page import CSS, THEME, page
 
+    monkeypatch.chdir(smoke)
     told = SimpleNamespace(folder=Path(STUDENT), answer=lambda _: Answer("in the left hand", 0.1))
     blocks = page([told], settings.data)
     _, address, _ = blocks.launch(

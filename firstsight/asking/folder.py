@@ -42,3 +42,10 @@ def classes_of(folder: Path, data: Data) -> list[str]:
     if names and any(name.endswith(_CLASSIFIER) for name in config.get("architectures") or ()):
         return [names[number] for number in sorted(names, key=int)]
     return data.classes or []
+
+
+def reads_text_alone(folder: Path) -> bool:
+    """Return whether the model in `folder` takes no images and videos."""
+    if is_exported(folder):
+        return read_layout(folder).pictures is None
+    return "vision_config" not in read_json(folder / CONFIG, "the stage that makes the model")

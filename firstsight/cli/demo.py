@@ -19,7 +19,8 @@ def demo(
 ) -> None:
     """Serve a local web page to ask models on.
 
-    It shows the answers of several models to a question about an image or a video side by side.
+    It shows the answers of several models to a question about an image or a video side by side, or about a text where
+    all of them read text alone.
 
     It needs gradio: pip install -r requirements-demo.txt. The page listens on this machine alone, sends nothing
     anywhere, and deletes what was uploaded when it ends. All models stay in memory.

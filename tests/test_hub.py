@@ -16,6 +16,7 @@ from hub_server import Hub, Repository, point_client_at
 from huggingface_hub import constants, file_download
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from text_families import TEXT_SAVE, save_bert
 
 from firstsight.acquisition import checks, hub_client
 from firstsight.acquisition.initialise import CHAT_TEMPLATE, build_model, build_processor, train_tokenizer
@@ -114,6 +115,30 @@ def test_a_branch_is_resolved_and_what_is_wanted_arrives_as_it_is(served, tmp_pa
     model, processor = load_model(tmp_path / "model", "float32", "cpu"), load_processor(tmp_path / "model")
     assert model.num_parameters() == checks.facts(tmp_path / "model")["parameters"]
     assert processor.tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("family", [*TEXT_SAVE, "bert"])
+def test_a_text_model_arrives_whole_and_answers_to_its_kind(served, language_models, tmp_path, family):
+    """As the presets of texts and classes name them; an encoder has no head of these classes yet."""
+    classes = ("plant", "animal") if family == "bert" else ()
+    folder = tmp_path / family
+    folder.mkdir()
+    if classes:
+        save_bert(folder)
+    else:
+        shutil.copytree(language_models[family], folder, dirs_exist_ok=True)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    repository = served.repositories[f"someone/{family}"] = Repository(folder)
+    assert download(tmp_path, name=f"someone/{family}") == repository.commit
+    published = contents(folder)
+    wanted = {name: published[name] for name in published.keys() - {"pytorch_model.bin"}}
+    # Old encoders come without tokenizer.json, which exports need.
+    added = {"tokenizer.json"} - published.keys()
+    found = contents(tmp_path / "model")
+    assert {name: found[name] for name in found.keys() - added} == wanted
+    model = load_model(tmp_path / "model", "float32", "cpu", classes=classes)
+    assert load_processor(tmp_path / "model").tokenizer("two plants")["input_ids"]
+    assert type(model).__name__.endswith("ForSequenceClassification" if classes else ("ForCausalLM", "LMHeadModel"))
 
 
 def test_weights_are_linked_from_the_cache_and_texts_copied(served, tmp_path):

@@ -2,11 +2,12 @@
 
 import csv
 from collections import Counter
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_module
+from conftest import ROOT, run_module
 from safetensors.torch import load_file
 from text_families import TEXT_SAVE, save_bert
 from transformers import AutoModelForCausalLM
@@ -174,3 +175,40 @@ def test_rows_are_kept_as_they_come_and_those_of_the_other_part_stay(tmp_path, m
     text.run()
     assert [row["model"] for row in seen[1]] == ["teacher", f"{tmp_path.name} 0"]
     assert [(row["part"], row["gain"]) for row in text.read()] == [("wikitext", ""), ("dbpedia", "0"), ("dbpedia", "1")]
+
+
+def test_the_docs_have_the_figures_of_the_results():
+    page = (ROOT / "docs/text.md").read_text(encoding="utf-8")
+    with (ROOT / "benchmarks/text.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def of(part: str, model: str, **more: str) -> list[dict[str, str]]:
+        wanted = {"part": part, "model": model} | more
+        return [row for row in rows if wanted.items() <= row.items()]
+
+    def said(row: dict[str, str], key: str, digits: int, low: str = "low", high: str = "high", sign: str = "") -> str:
+        value, *between = (f"{float(row[name]):{sign}.{digits}f}" for name in (key, low, high))
+        return f"{value} ({between[0]} to {between[1]})"
+
+    for labels in ("10", "1"):
+        students = (of("dbpedia", f"MiniLM, {how}", labels=labels) for how in ("fine-tuned", "distilled"))
+        cells = [
+            ", ".join(f"{Decimal(row['accuracy']).quantize(Decimal('.001'), ROUND_HALF_UP)}" for row in some)
+            for some in students
+        ]
+        (gain,) = of("dbpedia", "MiniLM, distilled - fine-tuned", labels=labels)
+        assert f"| {labels} | {' | '.join(cells)} | {said(gain, 'gain', 3, sign='+')} |" in page
+    (teacher,) = of("dbpedia", "teacher, fine-tuned")
+    assert f"The teacher itself has {said(teacher, 'accuracy', 3)}" in page
+    for row in of("dbpedia-zero-shot", "teacher, as published"):
+        assert f"| {row['class_scores']} | {said(row, 'accuracy', 3)} |" in page
+    saved = "saved", 1, "saved_low", "saved_high"
+    names = {"teacher": "", "student, fine-tuned": "", "student, distilled": "T = "}
+    for name, by in names.items():
+        for row in of("wikitext", name):
+            model = f"{name}, {by}{float(row['temperature']):g}" if by else name
+            figures = (
+                said(row, "perplexity", 1, "perplexity_low", "perplexity_high"),
+                f"{float(row['bits_per_byte']):.3f}",
+            )
+            assert f"| {model} | {' | '.join(figures)} | {said(row, *saved) if by else ''}" in page

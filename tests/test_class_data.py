@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -100,7 +101,7 @@ def test_a_hub_data_set_names_its_classes(tmp_path, monkeypatch):
     assert found["train"][0].question.startswith("Thing ")
     assert Counter(one.answer for one in found["test"]) == {"Film": 2, "Animal": 4, "Plant": 6}
     hub["fields"] = {"class": "title"}
-    folder = workspace(tmp_path, [], source="hub", classes=None, hub=hub, path="params.yaml")
+    folder = workspace(tmp_path, [], source="hub", classes=None, hub=hub, path="params.yaml", prompt="{text}")
     with pytest.raises(UserError, match=r"data\.classes: expected the names of the classes, because the column 'tit"):
         built(folder)
     hub["fields"] = {"class": "label"}
@@ -146,6 +147,16 @@ def with_another_class(found):
             "records.csv: line 2: expected text in title or text for data.prompt, found none; remove the record",
         ),
         (lambda found: found, {"prompt": None}, "line 1: expected columns of .*'class'.* found 'title'"),
+        (
+            lambda found: found,
+            {"prompt": None, "classes": None},
+            r"line 1: expected columns of .* \(and 'class', where data.classes names the classes\) with commas",
+        ),
+        (
+            lambda found: found,
+            {"prompt": "{class} {text}"},
+            "data: expected a prompt without the column that has the answer, found {class}; take it out of prompt",
+        ),
     ],
 )
 def test_records_without_a_known_class_are_one_line(tmp_path, change, settings, line):
@@ -154,6 +165,15 @@ def test_records_without_a_known_class_are_one_line(tmp_path, change, settings, 
         built(folder)
     assert "\n" not in str(error.value)
     assert not (folder / "data/egoqa").exists()
+
+
+@pytest.mark.parametrize("column", ["label", "topic"])
+def test_a_prompt_does_not_name_the_column_that_the_class_is_read_from(settings, column):
+    hub = {"id": "a/b", "config": None, "revision": None, "splits": {}, "fields": {"class": "label"}}
+    values = settings.data.model_dump() | {"source": "hub", "hub": hub, "prompt": f"{{{column}}} {{class}}"}
+    refused = pytest.raises(ValueError, match=r"found {label}; take it out") if column == "label" else nullcontext()
+    with refused:
+        params.Data.model_validate(values)
 
 
 def test_an_exported_teacher_scores_by_sums(tmp_path):

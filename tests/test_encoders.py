@@ -121,6 +121,16 @@ def test_a_model_of_classes_is_asked_for_the_best_with_its_probability(bert, lan
         assert line.endswith(f" s  {name} ({share:.2f})")
 
 
+def test_a_long_text_is_asked_whole_and_printed_in_part(bert, tmp_path, capsys, monkeypatch):
+    read = []
+    monkeypatch.setattr("firstsight.cli.ask.second_answer", lambda _, sample, *__: read.append(sample) or 1 / 0)
+    encoder = with_head(bert, tmp_path / "encoder")
+    with chdir(workspace(tmp_path)), pytest.raises(ZeroDivisionError):
+        app.run(["ask", str(encoder), "two plants " * 100])
+    assert read[0].records[0].prompt() == ("two plants " * 100).strip()
+    assert len(capsys.readouterr().out.splitlines()[0]) < 420
+
+
 def test_an_encoder_that_was_taught_no_classes_is_not_asked(bert, tmp_path, capsys):
     with pytest.raises(UserError, match=r"expected an encoder that was taught classes, found one without a head for"):
         asked(bert, tmp_path, capsys)

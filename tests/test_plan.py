@@ -588,6 +588,11 @@ def test_a_text_only_model_is_said_to_see_nothing(settings, processor, tmp_path,
     assert f"{tmp_path} reads text alone: for it media are not counted" in capsys.readouterr().out
 
 
+def test_a_csv_file_without_a_column_of_media_has_none(in_root):
+    preset = params.load(ROOT / "presets/text-smoke.yaml")
+    assert "not built yet; assumed 1,000 questions of" in workload(preset.data, Path("other.yaml")).source
+
+
 @pytest.mark.parametrize(("tokens", "records"), [(None, "questions of 256"), (64, "texts of 64")])
 def test_where_all_models_read_text_alone_no_media_are_assumed(settings, processor, tmp_path, capsys, tokens, records):
     save_qwen2(tmp_path, settings, processor)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from firstsight.asking.asked_model import Answer
     from firstsight.core.params import Evaluate
     from firstsight.records.sample import Sample
+
+# Characters of a text that is asked about which are printed again.
+MOST_SHOWN = 400
 
 ROW = "{:<{width}}  {:>9}  {:>8}  {}"
 
@@ -43,7 +47,7 @@ def ask(
     folders = [model, *(compare or [])]
     if question is None:
         asked = {folder: question_alone(media, template_of(folder, loaded.data)) for folder in folders}
-        about = f"question  {' '.join(media.split())}"
+        about = f"question  {shorten(media, MOST_SHOWN, placeholder=' ...')}"
     else:
         sample = question_about(Path(media), question, loaded.data)
         asked = dict.fromkeys(folders, sample)

@@ -262,6 +262,17 @@ class Data(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _prompt_tells_no_answer(self) -> "Data":
+        fields = self.hub.fields if self.source == "hub" and self.hub else {}
+        told = {fields.get(key, key) for key in ("answer", "answers", *(["class"] if self.classes or fields else []))}
+        named = template_columns(self.prompt) if self.prompt else []
+        if leaks := [name for name in named if name in told]:
+            raise ValueError(
+                f"expected a prompt without the column that has the answer, found {{{leaks[0]}}}; take it out of prompt"
+            )
+        return self
+
 
 class Adapter(Section):
     """Configure peft's low-rank adapters: `rank`, scale `lora_alpha / rank`, on modules named in `target_modules`.

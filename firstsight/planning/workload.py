@@ -4,6 +4,7 @@ Patches and visual tokens follow from frame sizes as in the processors, with fra
 counted as four characters per token, about the average of Qwen2's tokenizer on English.
 """
 
+import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,8 +116,13 @@ def workload(data: Data, path: Path, *, text_alone: bool = False) -> Workload:
 
 
 def _without_media(data: Data) -> bool:
-    """Return whether the records are those of a data set of the hub, no column of which is an image or a video."""
-    return data.source == "hub" and not {"image", "images", "video"} & data.hub.fields.keys()
+    """Return whether no column is an image or a video, of a data set of the hub or of a CSV file that is there."""
+    if data.source == "hub":
+        return not {"image", "images", "video"} & data.hub.fields.keys()
+    if data.source != "csv" or not (file := Path(data.path)).is_file():
+        return False
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        return "media" not in map(str.strip, next(csv.reader(lines), []))
 
 
 def text_workload(source: str, samples: Sequence[Sample], counts: Mapping[str, float]) -> Workload:

@@ -67,8 +67,9 @@ def _header(path: Path, rows: Iterator[list[str]], data: Data) -> list[str]:
         raise UserError(f"{path}: line 1: expected the columns' names, found {error}; correct it") from None
     for name in filter(None, columns):  # spreadsheets export empty columns without a name
         if name not in keys(data) and data.prompt is None:
+            classes = "" if data.classes else " (and 'class', where data.classes names the classes)"
             raise UserError(
-                f"{path}: line 1: expected columns of {sorted(keys(data))} with commas between them, found "
+                f"{path}: line 1: expected columns of {sorted(keys(data))}{classes} with commas between them, found "
                 f"{name[:60]!r}; rename or remove it"
             )
         if columns.count(name) > 1:

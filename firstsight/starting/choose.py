@@ -157,7 +157,8 @@ def _data(preset: Path, keys: dict[str, Any]) -> Data:
     try:
         return Data.model_validate(settings.load_preset(preset).data.model_dump() | keys)
     except ValidationError as error:
-        raise UserError(f"data.{describe(error)}") from None
+        found = describe(error)  # of one key, or of several together
+        raise UserError(f"data{': ' if found.startswith('expected') else '.'}{found}") from None
 
 
 def _config(source: str) -> "PretrainedConfig | None":

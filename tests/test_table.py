@@ -3,7 +3,7 @@
 from conftest import ROOT
 
 from firstsight.core.files import read_json, write_json
-from firstsight.reporting.comparison import show_some
+from firstsight.reporting.comparison import show, show_some
 from firstsight.reporting.text_table import size
 
 
@@ -24,3 +24,21 @@ def test_of_some_variants_it_has_the_weights_in_memory_and_no_empty_retention(tm
         weights = read_json(ROOT / "metrics/performance.json", "report")[name]["weights_bytes"]
         assert line.startswith(name)
         assert line.count(size(weights)) >= 1
+
+
+def test_of_classes_it_says_accuracy_and_nothing_of_images(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics").mkdir()
+    for name in ("quality.json", "performance.json", "summary.txt"):
+        (tmp_path / "metrics" / name).write_bytes((ROOT / "metrics" / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    show()
+    assert "without looking at" in capsys.readouterr().out
+    quality = read_json(ROOT / "metrics/quality.json", "report")
+    for row in quality.values():
+        row["macro_f1"] = 0.5
+    write_json(tmp_path / "metrics/quality.json", quality)
+    show()
+    printed = capsys.readouterr().out
+    assert "here accuracy, with its 95% interval" in printed
+    assert "F1 is macro-F1" in printed
+    assert "the image" not in printed

@@ -93,6 +93,25 @@ def rows(quality: dict, performance: dict) -> list[tuple[str, ...]]:
     return table
 
 
+def _meaning(quality: dict) -> str:
+    """Return what the columns of quality mean, in two lines."""
+    reference, _ = before_and_after(quality)
+    if measure_of(quality) is TEXTS:
+        return (
+            f"perplexity of a token with its 95% interval, lower is better; saved: by how much it is below that of\n"
+            f"{reference}; bits/byte is comparable across tokenizers"
+        )
+    if any("macro_f1" in row for row in quality.values()):
+        return (
+            f"exact match, here accuracy, with its 95% interval, gain over that of {reference}; F1 is macro-F1;\n"
+            "majority answer is the commonest class, question only that of records of the same question type"
+        )
+    return (
+        f"exact match with its 95% interval, gain over that of {reference}; without looking at\n"
+        "the image, question only is the best guess, majority answer the commonest answer to whatever is asked"
+    )
+
+
 def _words(baseline: str) -> str:
     return baseline.replace("-", " ")
 
@@ -141,17 +160,7 @@ def show() -> None:
     except OSError as error:
         raise UserError(f"{METRICS}/summary.txt: expected a summary, found {error}; run dvc repro report") from None
     opening, *_ = summary.split("\n\n")
-    reference, _ = before_and_after(quality)
-    meaning = (
-        f"exact match with its 95% interval, gain over that of {reference}; without looking at\n"
-        "the image, question only is the best guess, majority answer the commonest answer to whatever is asked"
-    )
-    if measure_of(quality) is TEXTS:
-        meaning = (
-            f"perplexity of a token with its 95% interval, lower is better; saved: by how much it is below that of\n"
-            f"{reference}; bits/byte is comparable across tokenizers"
-        )
-    print(f"\n{opening}\n\n{meaning}\n")
+    print(f"\n{opening}\n\n{_meaning(quality)}\n")
     print(
         "report   metrics/report.html\nsummary  metrics/summary.txt\nplots    metrics/plots/*.png, or: dvc plots show\n"
         "models   " + ", ".join(str(VARIANTS[name].model) for name in performance if name.startswith("student-"))

@@ -314,12 +314,18 @@ def test_flags_that_are_missing_or_wrong_are_one_line(folder, monkeypatch, argum
             "notes.md: expected a demo (scenes, sciq, wikitext, classes), a hub id as owner/name, or a file that ",
         ),
         ("two.jsonl", "two.jsonl: expected records in every split, found none in "),
+        (
+            "one.txt",
+            "one.txt: expected records in every split, found none in validation, test (train 1, validation 0, test 0), "
+            "because all of a group, such as an article of a text file, is in one split; add records",
+        ),
         ("open.jsonl", "open.jsonl: expected an answer to every question, found 1 without one"),
         ("scenes", "scenes: expected text alone, because openai-community/gpt2 reads no images, found images or video"),
     ],
 )
 def test_data_that_cannot_be_used_are_one_line(folder, monkeypatch, data, line):
     write_questions(folder / "two.jsonl", 2)
+    (folder / "one.txt").write_text(" = Tea = \n\n A cup of tea . \n")
     shutil.copy(folder / "qa.jsonl", folder / "open.jsonl")
     with (folder / "open.jsonl").open("a") as file:
         file.write('{"question": "And this?"}\n')

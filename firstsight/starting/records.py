@@ -99,9 +99,12 @@ def look(name: str, asked: list[Asked], data: Data, problems: Problems) -> Found
     units = assemble([(name, asked)], whole, problems, problems.left_out)
     counts = {split: sum(len(unit.questions) for unit in units if unit.split == split) for split in SPLITS}
     if empty := [split for split in SPLITS if not counts[split]]:
+        found = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+        # A plain text file has no place for it.
+        own = "" if data.source == "text" else ", or give records a split of their own"
         raise UserError(
-            f"{name}: expected records in every split, found none in {', '.join(empty)} (of {counts}); add records, or "
-            "give records a split of their own"
+            f"{name}: expected records in every split, found none in {', '.join(empty)} ({found}), because all of a "
+            f"group, such as an article of a text file, is in one split; add records{own}"
         )
     has_media = any(unit.media for unit in units)
     return Found(

@@ -167,11 +167,22 @@ def test_records_without_a_known_class_are_one_line(tmp_path, change, settings, 
     assert not (folder / "data/egoqa").exists()
 
 
-@pytest.mark.parametrize("column", ["label", "topic"])
-def test_a_prompt_does_not_name_the_column_that_the_class_is_read_from(settings, column):
-    hub = {"id": "a/b", "config": None, "revision": None, "splits": {}, "fields": {"class": "label"}}
-    values = settings.data.model_dump() | {"source": "hub", "hub": hub, "prompt": f"{{{column}}} {{class}}"}
-    refused = pytest.raises(ValueError, match=r"found {label}; take it out") if column == "label" else nullcontext()
+@pytest.mark.parametrize(
+    ("classes", "fields", "prompt", "found"),
+    [
+        (None, {"class": "label"}, "{label}", "label"),
+        (None, {"class": "label"}, "{class} {answer}", None),  # columns of the hub's that are called so
+        (["right", "wrong"], {}, "{question} {answer}", None),
+        (["right", "wrong"], {}, "{question} {class}", "class"),
+        (None, {}, "{question} {answer}", "answer"),
+    ],
+)
+def test_a_prompt_does_not_name_the_column_that_has_the_answer(settings, classes, fields, prompt, found):
+    values = settings.data.model_dump() | {"source": "csv", "classes": classes, "prompt": prompt}
+    if fields:
+        hub = {"id": "a/b", "config": None, "revision": None, "splits": {}, "fields": fields}
+        values |= {"source": "hub", "hub": hub}
+    refused = pytest.raises(ValueError, match=f"the answer, found {{{found}}}; take it out") if found else nullcontext()
     with refused:
         params.Data.model_validate(values)
 

@@ -125,10 +125,11 @@ def test_a_long_text_is_asked_whole_and_printed_in_part(bert, tmp_path, capsys, 
     read = []
     monkeypatch.setattr("firstsight.cli.ask.second_answer", lambda _, sample, *__: read.append(sample) or 1 / 0)
     encoder = with_head(bert, tmp_path / "encoder")
+    text = "植物" * 300  # without a space at which to cut
     with chdir(workspace(tmp_path)), pytest.raises(ZeroDivisionError):
-        app.run(["ask", str(encoder), "two plants " * 100])
-    assert read[0].records[0].prompt() == ("two plants " * 100).strip()
-    assert len(capsys.readouterr().out.splitlines()[0]) < 420
+        app.run(["ask", str(encoder), text])
+    assert read[0].records[0].prompt() == text
+    assert capsys.readouterr().out.splitlines()[0] == f"question  {text[:400]} ..."
 
 
 def test_an_encoder_that_was_taught_no_classes_is_not_asked(bert, tmp_path, capsys):

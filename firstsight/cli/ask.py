@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +46,8 @@ def ask(
     folders = [model, *(compare or [])]
     if question is None:
         asked = {folder: question_alone(media, template_of(folder, loaded.data)) for folder in folders}
-        about = f"question  {shorten(media, MOST_SHOWN, placeholder=' ...')}"
+        line = " ".join(media.split())
+        about = f"question  {line[:MOST_SHOWN]}{' ...' if len(line) > MOST_SHOWN else ''}"
     else:
         sample = question_about(Path(media), question, loaded.data)
         asked = dict.fromkeys(folders, sample)

@@ -265,7 +265,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _prompt_tells_no_answer(self) -> "Data":
         fields = self.hub.fields if self.source == "hub" and self.hub else {}
-        told = {fields.get(key, key) for key in ("answer", "answers", *(["class"] if self.classes or fields else []))}
+        # Where there are classes, a column called answer is like any other.
+        keys = ("class",) if self.classes or "class" in fields else ("answer", "answers")
+        told = {fields.get(key, key) for key in keys}
         named = template_columns(self.prompt) if self.prompt else []
         if leaks := [name for name in named if name in told]:
             raise ValueError(

@@ -8,6 +8,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +122,9 @@ def _without_media(data: Data) -> bool:
         return not {"image", "images", "video"} & data.hub.fields.keys()
     if data.source != "csv" or not (file := Path(data.path)).is_file():
         return False
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines, suppress(csv.Error):
         return "media" not in map(str.strip, next(csv.reader(lines), []))
+    return False  # building the data set says what is wrong with the file
 
 
 def text_workload(source: str, samples: Sequence[Sample], counts: Mapping[str, float]) -> Workload:

@@ -1,24 +1,28 @@
-"""Measure Qwen2-VL-2B at its true size on this CPU: its exports with onnxruntime beside the same model in PyTorch.
+"""Measure Qwen2-VL-2B at its true size: its exports in one engine or several beside the same model in PyTorch.
 
-    python -m benchmarks.device [DIVISOR]      default: 1; 8 divides widths and vocabulary by eight
+    python -m benchmarks.device [DIVISOR] [ENGINE ...]      default: 1, and onnxruntime
+    python -m benchmarks.device 1 onnxruntime-cuda onnxruntime-tensorrt
 
-Weights are random: sizes, memory and times are those of the real model, answers are not. Run it on an otherwise idle
-machine, with 21 GB of disk in $TMPDIR and 20 GB of memory. Each model runs in its own process. `memory_mb` is what
-loading and asking add to its resident memory at most, `load_s` the seconds until a process with its libraries can ask
-the model, `prefill_ms` the time to the first token of an answer about a picture of 448 x 448 pixels, which is prepared
-before, and `token_ms` that of each further token of an answer to a question without a picture. Writes
-benchmarks/device.csv.
+With a divisor of 8, widths and vocabulary are an eighth. Where an engine is one of GPUs, PyTorch runs on the GPU as
+well, and the figures go to benchmarks/device-cuda.csv, else to benchmarks/device.csv. Weights are random: sizes, memory
+and times are those of the real model, answers are not. Run it on an otherwise idle machine, with 21 GB of disk in
+$TMPDIR and 20 GB of memory. Each model runs in its own process; one that fails is left out, with a line. `memory_mb` is
+what loading and asking add to its resident memory at most, `gpu_mb` what they add to the GPU's that is taken, `load_s`
+the seconds until a process with its libraries can ask the model, `prefill_ms` the time to the first token of an answer
+about a picture of 448 x 448 pixels, which is prepared before, and `token_ms` that of each further token of an answer to
+a question without a picture.
 """
 
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import torch
@@ -51,16 +55,24 @@ def run() -> None:
     if sys.argv[1:2] == ["model"]:
         print(json.dumps(measured(Path(sys.argv[2]), *sys.argv[3:])))
         return
-    divisor = int(sys.argv[1]) if sys.argv[1:] else 1
+    divisor, engines = int(sys.argv[1]) if sys.argv[1:] else 1, sys.argv[2:] or ["onnxruntime"]
+    on_gpu = any(engine not in get_args(params.CpuEngine) for engine in engines)
+    device = "cuda" if on_gpu else "cpu"
+    cases = [(SOURCE, device, precision) for precision in ("float32", "bfloat16")]
+    cases += [(weights, engine) for engine in engines for weights in WEIGHTS]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder / SOURCE, divisor)
         log.info("exporting took %(seconds)d s and %(memory_mb)d MB of memory", alone("device", "export", str(folder)))
-        rows = []
-        for name, precision in [(SOURCE, "float32"), (SOURCE, "bfloat16"), *((weights, "") for weights in WEIGHTS)]:
-            rows.append(alone("device", "model", str(folder / name), *filter(None, [precision])) | environment("cpu"))
+        rows: list[dict[str, Any]] = []
+        for name, *engine in cases:
+            try:
+                rows.append(alone("device", "model", str(folder / name), *engine))
+            except subprocess.CalledProcessError as error:
+                log.warning("%s in %s: left out, its process ended with status %d", name, engine[0], error.returncode)
+                continue
             log.info("%s", rows[-1])
-        write("device", rows)
+            write("device-cuda" if on_gpu else "device", rows)
 
 
 def write_model(folder: Path, divisor: int, draw: Draw = normal) -> None:
@@ -94,15 +106,16 @@ def exported(folder: Path) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - started), "memory_mb": peak_mb()}
 
 
-def measured(folder: Path, precision: str = "") -> dict[str, Any]:
-    """Load a model, ask it, and return a row: in PyTorch with weights of this precision, else as exported."""
-    pick_device("cpu")
-    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+def measured(folder: Path, engine: str, precision: str = "") -> dict[str, Any]:
+    """Load a model, ask it, and return a row: an export in an engine, or with a precision, PyTorch on a device."""
+    device = engine if precision else "cpu" if engine in get_args(params.CpuEngine) else "cuda"
+    pick_device(device)
+    before, taken, started = psutil.Process().memory_info().rss, gpu_bytes(device), time.perf_counter()
     if precision:
-        model: Any = PyTorchModel(load_model(folder, precision, "cpu"), load_processor(folder), precision)
+        model: Any = PyTorchModel(load_model(folder, precision, device), load_processor(folder), precision)
         check = {"logit_difference": "", "same_answer": ""}
     else:
-        model = ExportedModel(folder)
+        model = ExportedModel(folder, engine)
         found = model.layout.check
         check = {"logit_difference": f"{found.logit_difference:.1e}", "same_answer": found.same_answers == 1}
     loaded = time.perf_counter() - started
@@ -121,11 +134,21 @@ def measured(folder: Path, precision: str = "") -> dict[str, Any]:
         **{key: model.environment()[key] for key in ("engine", "precision")},
         "disk_mb": round(folder_bytes(folder) / 1e6),
         "memory_mb": peak_mb() - round(before / 1e6),
+        "gpu_mb": round((gpu_bytes(device) - taken) / 1e6) if device == "cuda" else "",
         "load_s": round(loaded, 1),
         "prefill_ms": round(prefill),
         "token_ms": round(statistics.median(further) / TOKENS, 1),
         **check,
+        **environment(device),
     }
+
+
+def gpu_bytes(device: str) -> int:
+    """Return how much of the GPU's memory all processes have taken, in bytes; nothing where the device is the CPU."""
+    if device == "cpu":
+        return 0
+    free, whole = torch.cuda.mem_get_info()
+    return whole - free
 
 
 def peak_mb() -> int:

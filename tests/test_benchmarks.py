@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT, warm
 from warm import PYTHON
 
-from benchmarks import card, loss, pays
+from benchmarks import card, device, loss, pays
 from firstsight.core import params
 from firstsight.records.parquet import Split
 
@@ -188,9 +189,9 @@ SMALL = {
     ),
     "build": ([], "PICTURES = (4, 16)", 2),
     "device": (
-        ["8"],
+        ["8", "onnxruntime", "openvino"],
         f"from benchmarks import device\n{FEW_LAYERS}QWEN2_VL_2B = QWEN2_VL_2B | {{'num_hidden_layers': 2}}",
-        5,
+        8,
     ),
     "exported": (["0.2"], "TIMED = REPEATS = LOGITS = 2", 4),
     # Of graphs that have few bits already: the smoke preset asks for no others.
@@ -325,12 +326,37 @@ def test_a_data_set_is_built_at_each_size(rows_of):
 @pytest.mark.system
 def test_a_model_and_its_exports_are_measured_each_in_its_process(rows_of):
     rows = rows_of("device")
-    assert [row["precision"] for row in rows] == ["float32", "bfloat16", "float32", "int8", "w4a8"]
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16", *2 * ["float32", "int8", "w4a8"]]
+    assert [row["engine"].split()[0] for row in rows] == 2 * ["PyTorch"] + 3 * ["onnxruntime"] + 3 * ["OpenVINO"]
     assert all(row[name] > 0 for row in rows for name in ("disk_mb", "memory_mb", "load_s", "prefill_ms"))
-    whole, int8, w4a8 = rows[2:]
+    whole, int8, w4a8 = rows[2:5]
     assert whole["same_answer"]
     assert whole["disk_mb"] > 3 * int8["disk_mb"] > 3 * w4a8["disk_mb"]
     assert float(whole["logit_difference"]) < 1e-4 < float(int8["logit_difference"]) < float(w4a8["logit_difference"])
+
+
+def test_a_model_that_does_not_run_leaves_the_rows_of_the_others(monkeypatch, caplog):
+    asked = []
+
+    def alone(_, what, folder, *case):
+        if what == "export":
+            return {"seconds": 1, "memory_mb": 1}
+        asked.append((Path(folder).name, *case))
+        if case == ("onnxruntime-tensorrt",):
+            raise subprocess.CalledProcessError(-9, "python")
+        return {"case": asked[-1]}
+
+    written = {}
+    monkeypatch.setattr(device, "alone", alone)
+    monkeypatch.setattr(device, "write_model", lambda *_: None)
+    monkeypatch.setattr(device, "write", lambda name, rows: written.update({name: list(rows)}))
+    monkeypatch.setattr(sys, "argv", ["device", "1", "onnxruntime-cuda", "onnxruntime-tensorrt"])
+    device.run()
+    pytorch = [("checkpoint", "cuda", "float32"), ("checkpoint", "cuda", "bfloat16")]
+    exports = [(weights, engine) for engine in sys.argv[2:] for weights in device.WEIGHTS]
+    assert asked == pytorch + exports
+    assert written == {"device-cuda": [{"case": case} for case in pytorch + exports[:3]]}
+    assert "w4a8 in onnxruntime-tensorrt: left out, its process ended with status -9" in caplog.text
 
 
 @pytest.mark.system

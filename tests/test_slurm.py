@@ -187,9 +187,6 @@ def test_a_job_of_several_nodes_uses_them_all(two_nodes, tmp_path):
     assert f"{cores()} threads, in 2 processes" in log  # one on each node
 
 
-# It queues itself again and starts again when the node is back; but a task there is then sent SIGTERM, it seems by
-# Slurm, for what the job left behind when the node died.
-@pytest.mark.skip(reason="the second start is ended on the node that came back")
 def test_a_job_whose_node_dies_goes_on_when_there_is_another(two_nodes, tmp_path):
     project, job = sharing(two_nodes, tmp_path, 400)
     wait_for(project / "begun-node2", "101\n", seconds=900)

@@ -30,7 +30,8 @@ from firstsight.core import params
 from firstsight.core.stage import log, main
 from firstsight.core.variants import METHODS
 from firstsight.generation.pytorch_model import PyTorchModel
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.planning.shapes import QWEN2_VL_2B, QWEN2_VL_7B
 from firstsight.profiling.cost import measure_latency, token_limit_ms
 

@@ -38,7 +38,9 @@ from firstsight.engine.exported_model import ExportedModel
 from firstsight.export.folder import export_folders
 from firstsight.generation.answering import Question
 from firstsight.generation.pytorch_model import PyTorchModel
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.device import pick_device
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.planning.shapes import QWEN2_VL_2B
 from firstsight.profiling.cost import folder_bytes
 from firstsight.records.sample import Record, Sample

@@ -37,7 +37,7 @@ from firstsight.export.folder import export_folders, spread_questions
 from firstsight.export.rounding import gptq, nearest, restored
 from firstsight.export.weights import BLOCK
 from firstsight.generation.answering import Question
-from firstsight.models.loading import pick_device
+from firstsight.models.device import pick_device
 from firstsight.records.parquet import Split
 
 STUDENT, TRAIN, TEST = VARIANTS["student-onnx"].model, Path("data/egoqa/train.parquet"), Path("data/egoqa/test.parquet")

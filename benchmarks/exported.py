@@ -27,7 +27,9 @@ from firstsight.engine.exported_model import ExportedModel
 from firstsight.evaluation.metrics import is_right
 from firstsight.generation.answering import Question, model_inputs
 from firstsight.generation.pytorch_model import PyTorchModel
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.device import pick_device
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.profiling.cost import folder_bytes, representative
 from firstsight.records.parquet import Split
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.measuring import environment, write
 from firstsight.core import params, yaml12
 from firstsight.core.stage import log, main
-from firstsight.models.loading import pick_device
+from firstsight.models.device import pick_device
 from stages import build_egoqa_dataset, cache_teacher_targets, cache_visual_tokens, distill
 
 POINTS = [(temperature, alpha) for temperature in (1.0, 2.0, 4.0) for alpha in (0.5, 0.9)]

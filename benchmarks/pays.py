@@ -36,7 +36,9 @@ from firstsight.core.stage import log, main
 from firstsight.evaluation.answer_limit import answer_limit
 from firstsight.evaluation.metrics import score
 from firstsight.generation.pytorch_model import PyTorchModel
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.device import pick_device
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.records.parquet import Split, SplitWriter
 from firstsight.records.sample import Sample
 from firstsight.reporting import text_table

@@ -35,7 +35,9 @@ from firstsight.distillation.targets import read_head, read_index, write_index
 from firstsight.evaluation.class_quality import confusion, macro_f1
 from firstsight.evaluation.metrics import proportion_interval
 from firstsight.generation.pytorch_model import ClassModel
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.device import pick_device
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.forward import normalisation
 from firstsight.records.parquet import Split
 from firstsight.records.sample import as_asked

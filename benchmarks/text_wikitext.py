@@ -24,7 +24,9 @@ from firstsight.core.stage import log
 from firstsight.evaluation.metrics import bootstrap_interval
 from firstsight.evaluation.perplexity import loss_table, perplexity, summarise_texts
 from firstsight.generation.pytorch_model import PyTorchModel
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.device import pick_device
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.records.parquet import Split
 from firstsight.records.text_loss import TextLoss
 from stages import (

@@ -34,7 +34,9 @@ from firstsight.distillation.builder import TargetBuilder, write_class_targets
 from firstsight.distillation.targets import STAGE, Index, SplitTargetsWriter, write_answers, write_index
 from firstsight.distillation.teacher_answers import TeacherAnswers, generate_answers
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
-from firstsight.models.loading import load_model, load_processor, pick_device
+from firstsight.models.device import pick_device
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import PackedDataset, dataset_class
 from firstsight.records.parquet import Split
 

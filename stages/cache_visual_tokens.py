@@ -51,7 +51,9 @@ def cache(settings: params.Train, runtime: params.Runtime) -> None:
     # Imported here, because they take seconds, and a stage that is left out needs none of them.
     from firstsight.caching.shards import write_shared
     from firstsight.caching.visual_tokens import STAGE, VisualIndex, VisualTokensWriter, write_visual_index
-    from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
+    from firstsight.models.device import pick_device, training_precision
+    from firstsight.models.loading import load_model
+    from firstsight.models.processors import load_processor
     from firstsight.packing.dataset import ExpandedDataset
     from firstsight.packing.vision_tower import VisionTower
     from firstsight.records.parquet import Split

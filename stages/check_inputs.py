@@ -85,7 +85,7 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
     """
     # Imported here, because they take seconds, and most pairs need none of them.
     from firstsight.models.exportable import check_architecture
-    from firstsight.models.loading import load_processor
+    from firstsight.models.processors import load_processor
     from firstsight.models.text_processor import EncoderProcessor, TextProcessor
     from firstsight.models.tokens import common_tokens
     from firstsight.packing.dataset import OnlineTeacher, PackedDataset
@@ -129,7 +129,7 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
 
 def check_encoder(folder: Path, *, over_classes: bool, needs_head: bool) -> None:
     """Raise UserError unless the encoder in `folder` is used for classes, and has a head for them if it needs one."""
-    from firstsight.models.loading import has_head
+    from firstsight.models.heads import has_head
 
     if not over_classes:
         raise UserError(

@@ -31,7 +31,9 @@ from firstsight.distillation.targets import (
     read_head,
     read_index,
 )
-from firstsight.models.loading import load_model, load_processor, pick_device, training_precision
+from firstsight.models.device import pick_device, training_precision
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset, dataset_class
 from firstsight.packing.output_head import head_weight
 from firstsight.records.parquet import Split

@@ -16,7 +16,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import LEFT_OUT, NO_TEACHER
-from firstsight.models.loading import stored_method
+from firstsight.models.quantized import stored_method
 
 
 def run(role: str) -> None:

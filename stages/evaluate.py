@@ -226,7 +226,10 @@ def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple
     """Return the device of a model in PyTorch, and a function that loads it, to score the split's classes if any."""
     # As above.
     from firstsight.generation.pytorch_model import ClassModel, PyTorchModel
-    from firstsight.models.loading import load_model, load_processor, pick_device, stored_method
+    from firstsight.models.device import pick_device
+    from firstsight.models.loading import load_model
+    from firstsight.models.processors import load_processor
+    from firstsight.models.quantized import stored_method
     from firstsight.packing.forward import normalisation
 
     device, processor = pick_device(loaded.runtime.device), load_processor(variant.model)

@@ -54,7 +54,8 @@ def train_control(loaded: params.Params, splits: dict[str, Split], *, alone: boo
 
     from firstsight.caching.visual_tokens import SplitVisualTokens, read_visual_index
     from firstsight.distillation.targets import read_answers
-    from firstsight.models.loading import load_processor, pick_device, training_precision
+    from firstsight.models.device import pick_device, training_precision
+    from firstsight.models.processors import load_processor
     from firstsight.packing.dataset import dataset_class
     from firstsight.training.adapters import FINAL, TrainableModel
     from firstsight.training.distillation_model import DistillationModel

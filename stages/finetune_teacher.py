@@ -42,7 +42,8 @@ def train_teacher(settings: params.FinetuneTeacher, runtime: params.Runtime) -> 
     # Imported here, because they take seconds, and a teacher that stays as it is needs none of them.
     from accelerate import PartialState
 
-    from firstsight.models.loading import load_processor, pick_device
+    from firstsight.models.device import pick_device
+    from firstsight.models.processors import load_processor
     from firstsight.models.text_processor import EncoderProcessor
     from firstsight.packing.dataset import dataset_class
     from firstsight.records.parquet import Split

@@ -32,7 +32,7 @@ def run(method: str) -> None:
             return
         # Imported here, because they take seconds, and a method that is left out needs none of them.
         from firstsight.models.architecture import is_encoder
-        from firstsight.models.loading import pick_device
+        from firstsight.models.device import pick_device
         from firstsight.quantization.quantize import quantize_folder
         from firstsight.records.parquet import Split
         from firstsight.records.sample import as_asked

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_folder
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import PackedDataset
 from firstsight.packing.forward import last_hidden_states
 from firstsight.records.parquet import Split

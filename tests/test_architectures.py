@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from firstsight.acquisition.initialise import build_model
 from firstsight.core.errors import UserError
 from firstsight.generation.answering import answers
-from firstsight.models.loading import language_model_prefix, load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
+from firstsight.models.quantized import language_model_prefix
 from firstsight.packing.forward import last_hidden_states
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.quantization.quantize import quantize_folder

@@ -26,7 +26,8 @@ from firstsight.cli.ask import second_answer
 from firstsight.core.errors import UserError
 from firstsight.core.variants import STUDENTS
 from firstsight.generation.answering import answers
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.readers.image_decoding import read_image
 from firstsight.readers.video_decoding import read_video
 from firstsight.records.parquet import Split

@@ -24,7 +24,8 @@ from firstsight.export.folder import Expected, _completed, export_folders
 from firstsight.export.graphs import write_encoder
 from firstsight.generation import pytorch_model
 from firstsight.models.exportable import ENCODERS, check_architecture
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import class_batch
 from firstsight.packing.forward import class_scores
 

@@ -12,7 +12,8 @@ from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.teachers import HiddenTeacher
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing import forward as scoring
 from firstsight.packing.dataset import ClassDataset
 from firstsight.packing.forward import class_scores, normalisation

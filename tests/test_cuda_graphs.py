@@ -13,7 +13,8 @@ from conftest import make_sample
 from families import SAVE
 from peft import LoraConfig, get_peft_model
 
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.training import cuda_graphs
 from firstsight.training.cuda_graphs import GraphedLanguageModel

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from firstsight.generation import answering, decoding
 from firstsight.generation.answering import generate, generated_answers, model_inputs
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 
 ASKED = [("What is in your left hand?", "a cup"), ("How many?", "two"), ("Is there anything blue, or green?", "no")]
 # What makes the CPU wait for the GPU, in the middle of which no graph can be recorded.

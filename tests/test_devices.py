@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from firstsight.core.errors import UserError
-from firstsight.models.loading import (
-    TRAINING_PRECISIONS,
-    auto_dtype,
-    has_bfloat16,
-    pick_device,
-    training_precision,
-)
+from firstsight.models.device import TRAINING_PRECISIONS, auto_dtype, has_bfloat16, pick_device, training_precision
 
 
 @pytest.fixture

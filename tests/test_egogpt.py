@@ -21,7 +21,8 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.generation.answering import answers, model_inputs
 from firstsight.models.egogpt import EgoGptConfig, EgoGptForConditionalGeneration
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.records.sample import SPLITS
 
 EXPECTED = load_file(ROOT / "tests/data/egogpt.safetensors")

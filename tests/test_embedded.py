@@ -15,7 +15,8 @@ from firstsight.acquisition.initialise import initialise
 from firstsight.assembly.assemble import assemble
 from firstsight.core import params
 from firstsight.core.errors import UserError
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import PackedDataset
 from firstsight.readers.problems import Problems
 from firstsight.records.sample import Sample

@@ -17,7 +17,9 @@ from firstsight.cli import app
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
 from firstsight.generation.pytorch_model import ClassModel
-from firstsight.models.loading import has_head, load_model, load_processor
+from firstsight.models.heads import has_head
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import EncoderDataset, encoder_batch
 from firstsight.packing.forward import as_sums, class_scores
 from firstsight.packing.pack import IGNORE

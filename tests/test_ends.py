@@ -13,7 +13,7 @@ from firstsight.distillation.vocabulary import shared_vocabulary
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.teachers import HiddenTeacher
 from firstsight.loss.vocabulary import SharedVocabulary
-from firstsight.models.loading import load_processor
+from firstsight.models.processors import load_processor
 
 COMMON, TEACHER_ROWS, STUDENT_ROWS = 20, 26, 25
 # What the teacher's and the student's end token are, and then the pairs of tokens that mean the same.

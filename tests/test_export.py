@@ -24,7 +24,8 @@ from firstsight.export.folder import compare, export_folders
 from firstsight.export.graphs import write_graphs
 from firstsight.generation.answering import answers
 from firstsight.models.exportable import check_architecture
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.planning.model_shape import Shape
 from firstsight.records.parquet import SplitWriter
 

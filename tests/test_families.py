@@ -14,7 +14,8 @@ from firstsight.core.errors import UserError
 from firstsight.distillation.vocabulary import shared_vocabulary
 from firstsight.generation.answering import answers
 from firstsight.loss.vocabulary import SharedVocabulary
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import OnlineTeacher
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.records.parquet import Split, SplitWriter

@@ -23,7 +23,8 @@ from firstsight.acquisition.initialise import CHAT_TEMPLATE, build_model, build_
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, read_json
 from firstsight.core.params import Initialisation
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 
 NAME = "tiny/qwen2-vl"
 CARD = "---\nlicense: apache-2.0\nlicense_link: LICENSE\n---\n# Tiny\n"

@@ -11,7 +11,8 @@ from text_families import DEEPSEEK_TOKENS, TEXT_SAVE
 from firstsight.acquisition.checks import check_weights, facts
 from firstsight.core.errors import UserError
 from firstsight.generation.answering import answers, generate, model_inputs
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.forward import last_hidden_states
 from firstsight.packing.pack import IGNORE, collate, encode, pack
 from firstsight.quantization.quantize import quantize_folder

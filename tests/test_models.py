@@ -21,7 +21,9 @@ from firstsight.core.params import Initialisation
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.generation.answering import model_inputs
 from firstsight.loss.vocabulary import SharedVocabulary
-from firstsight.models.loading import check_quantized, load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
+from firstsight.models.quantized import check_quantized
 from firstsight.quantization.quantize import quantize_folder
 
 

@@ -22,7 +22,9 @@ from firstsight.cli.plan import plan
 from firstsight.core import params
 from firstsight.core.errors import UserError
 from firstsight.export import calibration, folder
-from firstsight.models.loading import language_model_prefix, load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
+from firstsight.models.quantized import language_model_prefix
 from firstsight.packing.forward import answer_states
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.planning import arithmetic, gpu_memory, hours, plan_table

@@ -23,7 +23,7 @@ from firstsight.distillation.targets import Index, write_index
 from firstsight.generation.answering import generate, model_inputs
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.architecture import auto_class
-from firstsight.models.loading import load_processor
+from firstsight.models.processors import load_processor
 from firstsight.packing.forward import answer_states
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE, collate, encode, pack

@@ -12,7 +12,9 @@ from conftest import ROOT, make_sample
 from families import SAVE
 from torch import nn
 
-from firstsight.models.loading import align_weights, keep_weights_as_stored, load_model, load_processor
+from firstsight.models.loading import align_weights, load_model
+from firstsight.models.processors import load_processor
+from firstsight.models.quantized import keep_weights_as_stored
 from firstsight.packing.forward import last_hidden_states
 from firstsight.packing.pack import collate, encode, pack
 

@@ -28,7 +28,8 @@ from firstsight.core.files import fingerprint_files, read_json, write_json
 from firstsight.core.variants import DISTILLED
 from firstsight.export.folder import export_folders
 from firstsight.generation.answering import answers
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.publishing import checks, model_card
 from firstsight.records.parquet import Split
 from firstsight.records.sample import Record

@@ -20,7 +20,8 @@ from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWri
 from firstsight.distillation.teacher_answers import generate_answers
 from firstsight.generation.answering import answers
 from firstsight.loss.vocabulary import SharedVocabulary
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.pack import collate, encode, encode_answers, pack
 from firstsight.records.parquet import Split, SplitWriter
 

@@ -19,7 +19,8 @@ from firstsight.core.params import Hub
 from firstsight.evaluation.perplexity import summarise_texts
 from firstsight.generation.answering import model_inputs
 from firstsight.generation.pytorch_model import PyTorchModel
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.pack import IGNORE, encode, pack
 from firstsight.planning.workload import workload
 from firstsight.publishing.model_card import model_card

@@ -10,7 +10,8 @@ from transformers.training_args import OptimizerNames
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import PackedDataset
 from firstsight.records.parquet import Split
 from firstsight.training.distillation_model import DistillationModel

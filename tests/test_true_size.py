@@ -7,7 +7,8 @@ from conftest import make_sample
 from benchmarks.checkpoints import write_random
 from benchmarks.distill_step import config
 from firstsight.generation.answering import answers
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.planning.shapes import QWEN2_VL_2B
 from firstsight.quantization.quantize import quantize_folder
 

@@ -25,7 +25,8 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, fingerprint_folder, write_json
 from firstsight.core.params import Optimisation
 from firstsight.core.variants import LEFT_OUT
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import ExpandedDataset, PackedDataset
 from firstsight.packing.pack import encode_questions, expand
 from firstsight.packing.vision_tower import VisionTower

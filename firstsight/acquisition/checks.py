@@ -22,7 +22,8 @@ from transformers import AutoConfig
 from firstsight.acquisition import egogpt_conversion
 from firstsight.core.errors import UserError
 from firstsight.models.architecture import auto_class, in_head, is_encoder
-from firstsight.models.loading import ADAPTER, load_processor
+from firstsight.models.loading import ADAPTER
+from firstsight.models.processors import load_processor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, SUMS = "tokenizer.json", "SHA256SUMS"

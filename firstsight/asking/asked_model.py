@@ -69,7 +69,9 @@ def _in_pytorch(folder: Path, precision: str, device: str, classes: Sequence[str
     # Imported here, because exported models are asked where torch and transformers are not installed.
     from firstsight.generation import pytorch_model
     from firstsight.models.architecture import is_encoder
-    from firstsight.models.loading import has_head, load_model, load_processor
+    from firstsight.models.heads import has_head
+    from firstsight.models.loading import load_model
+    from firstsight.models.processors import load_processor
     from firstsight.packing.forward import as_sums
 
     kind = read_json(folder / CONFIG, "the stage that makes the model").get("model_type")

@@ -20,7 +20,7 @@ def device_of(folders: Sequence[Path], wanted: str) -> str:
     if not others:
         return "cpu"
     try:
-        from firstsight.models.loading import pick_device
+        from firstsight.models.device import pick_device
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name}: expected what runs {others[0]}, found it missing; pip install -r requirements.txt, or name "

@@ -22,7 +22,8 @@ from firstsight.engine.layout import CHAT_TEMPLATE, TOKENIZER, VERSION, Check, L
 from firstsight.export.graphs import cache_shape, write_encoder, write_graphs
 from firstsight.generation.answering import Question, answers, end_tokens, model_inputs
 from firstsight.models.exportable import VISION_MODEL, check_architecture
-from firstsight.models.loading import load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
 from firstsight.models.text_processor import EncoderProcessor
 from firstsight.packing.dataset import class_batch
 from firstsight.packing.forward import class_scores

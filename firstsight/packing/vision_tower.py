@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from firstsight.core.errors import UserError
-from firstsight.models.loading import has_bfloat16
+from firstsight.models.device import has_bfloat16
 
 # The `model_type` of models that take visual tokens as embeddings at placeholders, and in no other way: others take
 # more from their tower, such as states of its inner layers.

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 from firstsight.core.params import Optimisation, Params
 from firstsight.loss.products import CHUNK
-from firstsight.models.loading import TRAINING_PRECISIONS
+from firstsight.models.device import TRAINING_PRECISIONS
 from firstsight.planning import inference
 from firstsight.planning.allocator import reserved
 from firstsight.planning.model_shape import Shape

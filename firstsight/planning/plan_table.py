@@ -8,8 +8,8 @@ from firstsight.core.params import Evaluate, Optimisation, Params, Train
 from firstsight.core.variants import CONTROL, DISTILLED, FORMATS
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.architecture import is_encoder
+from firstsight.models.device import TRAINING_PRECISIONS
 from firstsight.models.egogpt import EgoGptConfig
-from firstsight.models.loading import TRAINING_PRECISIONS
 from firstsight.planning import arithmetic, gpu_memory, hours
 from firstsight.planning.gpu_memory import Memory
 from firstsight.planning.hours import Card, Effort

@@ -1,7 +1,8 @@
 """Quantize a model folder with bitsandbytes into another that `from_pretrained` loads quantized.
 
 To add a method, list it in `Method` of firstsight/core/params.py, return its settings from `quantization_config` of
-firstsight/models/loading.py, and add the class of its layers to `layer_errors`; CONTRIBUTING.md names the other places.
+firstsight/models/quantized.py, and add the class of its layers to `layer_errors`; CONTRIBUTING.md names the other
+places.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from firstsight.core.params import Quantize
 from firstsight.core.progress import progress
 from firstsight.generation.answering import Question, model_inputs
 from firstsight.models.footprint import weights_bytes
-from firstsight.models.loading import check_quantized, load_model, load_processor
+from firstsight.models.loading import load_model
+from firstsight.models.processors import load_processor
+from firstsight.models.quantized import check_quantized
 
 
 def quantize_folder(

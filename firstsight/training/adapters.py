@@ -25,7 +25,9 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import link_folder
 from firstsight.core.params import Optimisation
 from firstsight.models.architecture import is_encoder, linear_layers, sides
-from firstsight.models.loading import ADAPTER, language_model_prefix, load_model, stored_method, training_precision
+from firstsight.models.device import training_precision
+from firstsight.models.loading import ADAPTER, load_model
+from firstsight.models.quantized import language_model_prefix, stored_method
 
 # The subfolder of a student's folder that holds its adapters, which are also merged into its weights.
 MERGED_ADAPTER = "merged-adapter"

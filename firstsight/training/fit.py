@@ -18,7 +18,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
-from firstsight.models.loading import has_bfloat16
+from firstsight.models.device import has_bfloat16
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel

@@ -16,7 +16,7 @@ from firstsight.core.files import write_json
 from firstsight.core.processes import collected, from_main, is_main_process, share, shared, use_all_gpus
 from firstsight.core.scratch import kept_folder
 from firstsight.core.stage import main
-from firstsight.models.loading import pick_device
+from firstsight.models.device import pick_device
 
 
 def run() -> None:

@@ -209,6 +209,7 @@ SMALL = {
     "settings": (["student-nf4"], "SETTINGS = {name: SETTINGS[name] for name in list(SETTINGS)[::5]}", 2),
     "sweep": (["0.2"], "POINTS = POINTS[:1]", 4),
     "look_once": (["30"], "POINTS = POINTS[:1]", 3),
+    "padding": (["2"], "MICRO_BATCHES, FILE = (4, 16), FILE.with_name('none.csv')", 4),
 }
 # Those that measure the time and memory of processes from their start, or what a start-up file does to them.
 WHOLE_PROCESSES = {"build", "device", "exported", "processes", "settings"}
@@ -369,6 +370,16 @@ def test_ways_to_round_are_compared_on_both_models(rows_of):
         assert balanced["visual_error"] < plain["visual_error"] < nearest["visual_error"]
     assert all(0 <= row["same_answers"] <= row["questions"] and float(row["divergence"]) > 0 for row in rows[:5])
     assert all(row["divergence"] == "" for row in rows[5:])
+
+
+@pytest.mark.system
+def test_samples_of_like_length_need_less_padding(rows_of):
+    drawn, ordered, *whole = rows_of("padding")
+    assert (drawn["order"], ordered["order"]) == ("as drawn", "longest first")
+    assert 0 <= ordered["padding"] < drawn["padding"] < 1
+    # A step that is one micro-batch is one in any order.
+    assert len({row["padding"] for row in whole}) == 1
+    assert all(row["seconds"] > 0 for row in (drawn, ordered, *whole))
 
 
 @pytest.mark.system

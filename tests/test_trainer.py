@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_sample
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
@@ -17,6 +18,7 @@ from firstsight.records.parquet import Split
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import train
 from firstsight.training.optimizer import trainer_name
+from firstsight.training.trainer import EpochShuffle
 
 
 @pytest.fixture
@@ -51,6 +53,34 @@ def test_the_best_epochs_weights_are_kept_and_training_stops_early(settings, par
     assert losses[-1] > min(losses)
     assert len(losses) < 8
     assert validation_loss(model.eval(), validation_set) == pytest.approx(min(losses), rel=1e-4)
+
+
+class Lengths:
+    """A dataset whose samples have so many characters of question, and padding samples after them."""
+
+    def __init__(self, lengths, padded):
+        self.split = [make_sample(str(n), "none", 0, [("x" * length, "y")]) for n, length in enumerate(lengths)]
+        self._padded = padded
+
+    def __len__(self):
+        return self._padded
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_the_micro_batches_of_a_step_have_samples_of_like_length(epoch):
+    lengths = [4 * (n * 7919 % 61) for n in range(61)]
+    dataset = Lengths(lengths, padded=64)
+    whole, parts = (EpochShuffle(dataset, 5, samples_per_step=16, micro_batch=size) for size in (16, 4))
+    for shuffle in (whole, parts):
+        shuffle.set_epoch(epoch)
+    drawn, ordered = list(whole), list(parts)
+    generator = torch.Generator().manual_seed(5 + epoch)
+    assert drawn[:61] == torch.randperm(61, generator=generator).tolist() == parts.order(epoch)
+    assert drawn[61:] == ordered[61:] == [61, 62, 63]
+    for start in range(0, 61, 16):
+        step = ordered[start : min(61, start + 16)]
+        assert set(step) == set(drawn[start : min(61, start + 16)])
+        assert [lengths[n] for n in step] == sorted((lengths[n] for n in step), reverse=True)
 
 
 def test_a_frozen_teacher_head_is_not_saved_with_the_student(settings, parts):

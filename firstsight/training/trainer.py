@@ -19,6 +19,7 @@ from firstsight.core.files import write_json
 from firstsight.core.progress import on_terminal, progress
 from firstsight.core.stage import log
 from firstsight.packing.dataset import PackedDataset
+from firstsight.records.length import estimated_tokens
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.distillation_model import DistillationModel
@@ -53,8 +54,9 @@ class DistillationTrainer(Trainer):
     model: DistillationModel
 
     def __init__(self, *arguments: Any, trainable: TrainableModel | None, **named: Any):
-        self._shuffle = EpochShuffle(named["train_dataset"], named["args"].seed)
         super().__init__(*arguments, **named)
+        per_step, micro_batch = self._samples_per_step(), self.args.train_batch_size
+        self._shuffle = EpochShuffle(self.train_dataset, self.args.seed, per_step, micro_batch)
         self._trainable = trainable
         self.add_callback(SetEpoch(self._shuffle, self._steps_per_epoch()))
         if trainable is not None:
@@ -83,11 +85,8 @@ class DistillationTrainer(Trainer):
         dataset = self.train_dataset
         epoch, step_in_epoch = divmod(step - 1, self._steps_per_epoch())
         samples = self._samples_per_step()
-        shuffle = EpochShuffle(dataset, self.args.seed)
-        shuffle.set_epoch(epoch)
-        indices = list(shuffle)[step_in_epoch * samples : (step_in_epoch + 1) * samples]
-        real = [index for index in indices if index < len(dataset.split)]  # without padding samples
-        records = [record.id for index in real for record in dataset.split[index].records]
+        indices = self._shuffle.order(epoch)[step_in_epoch * samples : (step_in_epoch + 1) * samples]
+        records = [record.id for index in indices for record in dataset.split[index].records]
         return UserError(
             f"training: expected a {expected}, found {found:.3g} at step {step} of {self.state.max_steps}; lower "
             "learning_rate, raise warmup_fraction, or look at the step's "
@@ -150,19 +149,44 @@ class DistillationTrainer(Trainer):
 class EpochShuffle(Sampler[int]):
     """Yield a dataset's samples in an order that depends on seed and epoch alone, then its padding samples.
 
-    The steps of an epoch then have the same samples for any number of processes.
+    The steps of an epoch then have the same samples for any number of processes. Where a step is made of several
+    micro-batches, its samples come with the longest first, so that those of a micro-batch are of about the same length
+    and need little padding. A step's loss is a sum over its samples, so their order changes rounding alone, and which
+    numbers dropout draws for a sample.
+
+    Args:
+        samples_per_step: the samples of an optimizer step.
+        micro_batch: the samples that a process computes at a time.
     """
 
-    def __init__(self, dataset: PackedDataset, seed: int):
-        self._samples, self._length, self._seed, self._epoch = len(dataset.split), len(dataset), seed, 0
+    def __init__(self, dataset: PackedDataset, seed: int, samples_per_step: int, micro_batch: int):
+        self._dataset, self._seed, self._epoch = dataset, seed, 0
+        self._samples_per_step, self._sorts = samples_per_step, samples_per_step > micro_batch
+        self._lengths: dict[int, float] = {}
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._dataset)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        yield from torch.randperm(self._samples, generator=generator).tolist()
-        yield from range(self._samples, self._length)
+        order = self.order(self._epoch)
+        for start in range(0, len(order), self._samples_per_step):
+            step = order[start : start + self._samples_per_step]
+            if self._sorts:
+                step.sort(key=self._length, reverse=True)
+            yield from step
+        yield from range(len(order), len(self))
+
+    def _length(self, index: int) -> float:
+        """Return about how many tokens a sample has, for which it is read once."""
+        if index not in self._lengths:
+            sample = self._dataset.split[index]
+            self._lengths[index] = estimated_tokens(sample, sample.records)
+        return self._lengths[index]
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the order of an epoch's samples, without padding samples, and with each step's own in any order."""
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        return torch.randperm(len(self._dataset.split), generator=generator).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is yielded next."""

@@ -5,6 +5,7 @@ Nothing here imports torch or transformers: `firstsight ask` runs where neither 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -122,7 +123,7 @@ class ExportedModel:
     def look(self, question: Question) -> list[dict[str, np.ndarray]]:
         """Return what the vision tower's graph takes for each of a question's media."""
         return [
-            {"pixels": one.pixels, "positions": self._patch_positions(*one.grid[1:])}
+            {"pixels": one.pixels, "positions": _patch_positions(*one.grid[1:], self.layout.pictures.merge_size)}
             for one in self.inputs([question]).media
         ]
 
@@ -171,14 +172,17 @@ class ExportedModel:
         found: list[np.ndarray] = [np.empty(0)] * len(batch.media)
         for (height, width), indices in by_size.items():
             pixels = np.concatenate([batch.media[index].pixels for index in indices])
-            fed = {"pixels": pixels, "positions": self._patch_positions(height, width)}
+            positions = _patch_positions(height, width, self.layout.pictures.merge_size)
+            fed = {"pixels": pixels, "positions": positions}
             steps = iter(self._vision.run(fed)[0])
             for index in indices:
                 found[index] = np.concatenate([next(steps) for _ in range(batch.media[index].grid[0])])
         return found
 
-    def _patch_positions(self, height: int, width: int) -> np.ndarray:
-        """Return the row and column [height * width, 2] of each patch; those of a merged token follow each other."""
-        merge = self.layout.pictures.merge_size
-        places = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
-        return np.ascontiguousarray(places.transpose(1, 3, 2, 4, 0).reshape(-1, 2))
+
+# A device sees pictures of few sizes.
+@lru_cache(maxsize=64)
+def _patch_positions(height: int, width: int, merge: int) -> np.ndarray:
+    """Return the row and column [height * width, 2] of each patch; those of a merged token follow each other."""
+    places = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
+    return np.ascontiguousarray(places.transpose(1, 3, 2, 4, 0).reshape(-1, 2))

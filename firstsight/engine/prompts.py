@@ -89,7 +89,10 @@ class Prompts:
     def visual(self, tokens: np.ndarray) -> np.ndarray:
         """Return where tokens stand for images and clips, as booleans of the same shape."""
         settings = self._layout.pictures
-        return np.isin(tokens, [settings.image_token, settings.video_token] if settings else [])
+        if settings is None:
+            return np.zeros(tokens.shape, bool)
+        # Not by np.isin, which takes ten times as long over so few tokens.
+        return (tokens == settings.image_token) | (tokens == settings.video_token)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer's tokens, without special tokens."""

@@ -93,7 +93,7 @@ def run() -> None:
             prepare(Path(temporary), sizes, device)
             whole: dict[str, float] | None = None
             for precision in PRECISIONS[device]:
-                if precision in METHODS and not find_spec("bitsandbytes"):
+                if precision in ("int8", "nf4") and not find_spec("bitsandbytes"):
                     log.warning("%s %s: left out, because bitsandbytes is not installed", size, precision)
                     continue
                 try:

@@ -7,10 +7,10 @@ With a divisor of 8, widths and vocabulary are an eighth. Where an engine is one
 well, and the figures go to benchmarks/device-cuda.csv, else to benchmarks/device.csv. Weights are random: sizes, memory
 and times are those of the real model, answers are not. Run it on an otherwise idle machine, with 21 GB of disk in
 $TMPDIR and 20 GB of memory. Each model runs in its own process; one that fails is left out, with a line. `memory_mb` is
-what loading and asking add to its resident memory at most, `gpu_mb` what they add to the GPU's that is taken, `load_s`
-the seconds until a process with its libraries can ask the model, `prefill_ms` the time to the first token of an answer
-about a picture of 448 x 448 pixels, which is prepared before, and `token_ms` that of each further token of an answer to
-a question without a picture.
+what loading and asking add to its resident memory at most (CUDA's own included), `gpu_mb` what they add to the GPU's
+that is taken (without it), `load_s` the seconds until a process with its libraries can ask the model, `prefill_ms` the
+time to the first token of an answer about a picture of 448 x 448 pixels, which is prepared before, and `token_ms` that
+of each further token of an answer to a question without a picture.
 """
 
 import json

@@ -54,6 +54,7 @@ STAGES = (
     ("finetune_student", ()),
     ("quantize_student", ("int8",)),
     ("quantize_student", ("nf4",)),
+    ("quantize_student", ("int4",)),
     *(("evaluate", (variant,)) for variant in VARIANTS if variant not in (EXPORTED_TEACHER, *EXPORTED)),
 )
 # Ratios of teacher to INT8 student that the original design claims.

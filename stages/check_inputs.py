@@ -43,6 +43,8 @@ def run() -> None:
     if loaded.evaluate.engine != "onnxruntime" and (loaded.export.formats or loaded.export.teacher):
         check_installed(loaded.evaluate.engine)
     folders = [folder for role in ("teacher", "student") if not reason_left_out(folder := Path("models") / role)]
+    for folder in folders:
+        check_int4(folder, quantizing(folder.name, loaded))
     counts = {}
     if not fit_by_their_files(folders) or reads_texts():
         counts = check(folders, loaded)
@@ -98,8 +100,8 @@ def check(folders: Sequence[Path], loaded: params.Params) -> dict[str, dict[str,
     if texts:
         check_reading([isinstance(one, TextProcessor) for one in processors], folders, loaded.export)
     for folder, one in zip(folders, processors, strict=True):
+        role = "student" if one is student else "teacher"
         if isinstance(one, EncoderProcessor):
-            role = "student" if one is student else "teacher"
             check_encoder(folder, over_classes=over_classes, needs_head=role == "teacher" and not finetuned)
             check_not_quantized(folder, quantizing(role, loaded))
             if role == "teacher" and settings.class_scores != "sum":
@@ -167,6 +169,19 @@ def check_not_quantized(folder: Path, asked: dict[str, Any]) -> None:
             f"{key}: expected {instead}, because {folder} is an encoder, of which no part is quantized, found {value}; "
             "set it so"
         )
+
+
+def check_int4(folder: Path, asked: dict[str, Any]) -> None:
+    """Raise UserError if a setting that `quantizing` returned asks for int4 of a model that it does not round."""
+    keys = [key for key, value in asked.items() if "int4" in value]
+    if not keys:
+        return
+    from firstsight.models.architecture import is_encoder  # as in `check`
+    from firstsight.models.loading import int4_misfit
+
+    encoder = is_encoder(read_json(folder / "config.json", "download-models")["model_type"])  # refused as such
+    if not encoder and (reason := int4_misfit(folder)):
+        raise UserError(f"{keys[0]}: {folder}: {reason}; leave int4 out")
 
 
 def check_reading(text_alone: Sequence[bool], folders: Sequence[Path], export: params.Export) -> None:

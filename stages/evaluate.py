@@ -235,7 +235,8 @@ def in_pytorch(variant: Variant, loaded: params.Params, split: "Split") -> tuple
     device, processor = pick_device(loaded.runtime.device), load_processor(variant.model)
     stored = stored_method(variant.model)
     method = variant.quantized_on_loading
-    if stored or method:
+    quantized = stored or method
+    if quantized and quantized != "int4":
         importlib.import_module("bitsandbytes")
 
     def load() -> PyTorchModel:

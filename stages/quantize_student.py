@@ -1,12 +1,12 @@
-"""Quantize the trained student's language model with bitsandbytes; vision tower and head keep their precision.
+"""Quantize the trained student's language model; vision tower and head keep their precision.
 
-    python -m stages.quantize_student int8        (or nf4)
+    python -m stages.quantize_student int8        (or nf4, both by bitsandbytes; or int4)
 
 reads  models/student-distilled, or without a teacher models/student-finetuned, the validation split, `quantize` in
        params.yaml
 writes models/student-{method}: a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
-       error of each layer; for a method that `quantize.methods` does not list, or a student that is an encoder, only a
-       note that it is left out
+       error of each layer; for a method that `quantize.methods` does not list, or a student that it does not
+       quantize, such as an encoder, only a note that it is left out
 """
 
 from itertools import islice
@@ -31,17 +31,16 @@ def run(method: str) -> None:
             log.info("%s is left out: quantize.methods is %s", method, settings.methods)
             return
         # Imported here, because they take seconds, and a method that is left out needs none of them.
-        from firstsight.models.architecture import is_encoder
         from firstsight.models.device import pick_device
         from firstsight.quantization.quantize import quantize_folder
         from firstsight.records.parquet import Split
         from firstsight.records.sample import as_asked
 
         source = VARIANTS[CONTROL if reason_left_out(VARIANTS[DISTILLED].model) else DISTILLED].model
-        if is_encoder(kind := read_json(source / "config.json", "distill")["model_type"]):
-            write_json(folder / LEFT_OUT, f"the student is an encoder ({kind}); only language models are quantized")
+        if reason := reason_not_quantized(source, method):
+            write_json(folder / LEFT_OUT, reason)
             write_json(folder / MEASUREMENTS, None)
-            log.info("%s is left out: the student is an encoder (%s)", method, kind)
+            log.info("%s is left out: %s", method, reason)
             return
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
@@ -57,6 +56,17 @@ def run(method: str) -> None:
         measured["original_bytes"] / 1e6,
         max(measured["errors"].values()),
     )
+
+
+def reason_not_quantized(source: Path, method: str) -> str | None:
+    """Return why the model in `source` cannot be quantized by the method, or None."""
+    # Imported here, as in `run`.
+    from firstsight.models.architecture import is_encoder
+    from firstsight.models.loading import int4_misfit
+
+    if is_encoder(kind := read_json(source / "config.json", "distill")["model_type"]):
+        return f"the student is an encoder ({kind}); only language models are quantized"
+    return int4_misfit(source) if method == "int4" else None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import gc
 import importlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -64,17 +65,20 @@ STAGES = (
     ("finetune_student",),
     ("quantize_student", "int8"),
     ("quantize_student", "nf4"),
+    ("quantize_student", "int4"),
     ("export_student",),
     ("export_teacher",),
     ("evaluate", "teacher"),
     ("evaluate", "teacher-int8"),
     ("evaluate", "teacher-nf4"),
+    ("evaluate", "teacher-int4"),
     ("evaluate", "teacher-onnx"),
     ("evaluate", "student"),
     ("evaluate", "student-finetuned"),
     ("evaluate", "student-distilled"),
     ("evaluate", "student-int8"),
     ("evaluate", "student-nf4"),
+    ("evaluate", "student-int4"),
     ("evaluate", "student-onnx"),
     ("evaluate", "student-onnx-int8"),
     ("evaluate", "student-onnx-w4a8"),
@@ -225,6 +229,15 @@ def made_once(tmp_path_factory, worker_id: str, name: str, make) -> Path:
             make(folder)
             whole.touch()
     return folder
+
+
+@pytest.fixture
+def log(caplog):
+    """What stages say, which does not reach the root logger."""
+    logger = logging.getLogger("firstsight")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

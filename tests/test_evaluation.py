@@ -193,7 +193,7 @@ def test_peak_memory_counts_tensors_that_fill_what_the_allocator_kept():
 @pytest.mark.system
 def test_a_method_that_is_not_asked_for_is_left_out_and_comes_when_it_is(smoke_copy):
     evaluations = smoke_copy / "evaluations"
-    for name in ("teacher-int8", "teacher-nf4", "student-int8"):
+    for name in ("teacher-int8", "teacher-nf4", "teacher-int4", "student-int8", "student-int4"):
         assert [path.name for path in (evaluations / name).iterdir()] == [LEFT_OUT]
     assert "student-int8" not in json.loads((smoke_copy / "metrics/quality.json").read_text())
     change(smoke_copy, "quantize", methods=["int8", "nf4"])

@@ -293,7 +293,7 @@ def several_kinds(folder):
 
 def quantized_by_awq(folder):
     edit(folder, "config.json", quantization_config={"quant_method": "awq", "bits": 4})
-    return "expected weights that are unquantized, or quantized by bitsandbytes, found them quantized by 'awq'"
+    return "quantized by bitsandbytes or FirstSight's int4, found them quantized by 'awq'"
 
 
 def quantized_by_nobody(folder):
@@ -541,14 +541,14 @@ def test_the_facts_are_counted_from_what_is_stored(published, tmp_path):
     assert checks.facts(folder)["licence"] is None
 
 
-@pytest.mark.parametrize("method", ["int8", "nf4"])
+@pytest.mark.parametrize("method", ["int8", "nf4", "int4"])
 def test_a_quantized_folder_is_taken_as_it_is_and_compared_with_its_config(smoke, tmp_path, method):
     folder = tmp_path / "mine"
     load_model(smoke / "models/student", method, "cpu").save_pretrained(folder)
     load_processor(smoke / "models/student").save_pretrained(folder)
     (tmp_path / "model").mkdir()
     hub_client.copy(folder, tmp_path / "model")
-    assert {"int8": "I8", "nf4": "U8"}[method] in checks.facts(tmp_path / "model")["dtypes"]
+    assert {"int8": "I8", "nf4": "U8", "int4": "I32"}[method] in checks.facts(tmp_path / "model")["dtypes"]
     config = json.loads((folder / "config.json").read_text())
     for key in ("intermediate_size", "vocab_size", "num_hidden_layers"):
         edit(folder, "config.json", text_config=config["text_config"] | {key: config["text_config"][key] + 64})

@@ -10,6 +10,7 @@ from text_families import DEEPSEEK_TOKENS, TEXT_SAVE
 
 from firstsight.acquisition.checks import check_weights, facts
 from firstsight.core.errors import UserError
+from firstsight.core.variants import METHODS
 from firstsight.generation.answering import answers, generate, model_inputs
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
@@ -86,14 +87,16 @@ def test_answers_in_batches_are_those_given_alone(loaded):
     assert generate(model, model_inputs(processor, questions[:2], "cpu"), max_new_tokens=3).shape[0] == 2
 
 
-@pytest.mark.parametrize("method", ["int8", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_language_model_is_quantized_except_its_head(family, settings, tmp_path, method):
-    _, folder = family
+    name, folder = family
+    if (name, method) == ("gpt2", "int4"):
+        pytest.skip("its layers are not nn.Linear; tests/test_int4.py")
     measured = quantize_folder(
         folder, tmp_path, method, settings.quantize, "cpu", [(SAMPLES[0], SAMPLES[0].records[0])]
     )
     assert measured["kept_layers"] == 1
-    assert max(measured["errors"].values()) < {"int8": 0.05, "nf4": 0.2}[method]
+    assert max(measured["errors"].values()) < {"int8": 0.05, "nf4": 0.2, "int4": 0.2}[method]
     again = load_model(tmp_path, "auto", "cpu")
     assert list(answers(again, load_processor(tmp_path), [(SAMPLES[0], SAMPLES[0].records[0])], 1, 3))
 

@@ -21,6 +21,7 @@ from firstsight.core.params import Initialisation
 from firstsight.distillation.vocabulary import shared_vocabulary, vocabulary_fingerprint
 from firstsight.generation.answering import model_inputs
 from firstsight.loss.vocabulary import SharedVocabulary
+from firstsight.models.int4 import Int4Linear
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.models.quantized import check_quantized
@@ -135,7 +136,7 @@ def test_a_local_folder_is_copied_and_a_broken_one_refused(smoke_copy, tmp_path)
 CALIBRATION = [(sample, sample.records[0]) for sample in [make_sample("image", "image", 1, [("Colour?", "red")])]]
 
 
-@pytest.mark.parametrize(("method", "kind"), [("int8", Linear8bitLt), ("nf4", Linear4bit)])
+@pytest.mark.parametrize(("method", "kind"), [("int8", Linear8bitLt), ("nf4", Linear4bit), ("int4", Int4Linear)])
 def test_quantized_folders_answer_like_the_original(smoke, settings, tmp_path, method, kind):
     source = smoke / "models/student-distilled"
     found = quantize_folder(source, tmp_path, method, settings.quantize, "cpu", CALIBRATION)
@@ -146,16 +147,19 @@ def test_quantized_folders_answer_like_the_original(smoke, settings, tmp_path, m
     assert found["kept_layers"] == len(layers) - len(inside)
     assert all(name.startswith("model.language_model.layers") for name in inside)
     assert found["original_bytes"] == original.get_memory_footprint()
-    # 8 bits and a float32 scale a row; or 4 bits, an 8-bit scale for 64 weights, and code books of 16 and 256 floats.
+    # 8 bits and a float32 scale a row; or 4 bits, an 8-bit scale for 64 weights, and code books of 16 and 256 floats;
+    # or 4 bits, a float32 scale for 32 weights or 64, and the shape.
     rows = sum(layers[name].out_features for name in inside)
     weights = sum(layers[name].out_features * layers[name].in_features for name in inside)
-    now = {"int8": weights + 4 * rows, "nf4": weights * (1 / 2 + 1 / 64) + len(inside) * 4 * (16 + 256)}[method]
-    assert found["original_bytes"] - found["bytes"] == pytest.approx(4 * weights - now, rel=0.01)
+    now = {"int8": weights + 4 * rows, "nf4": weights * (1 / 2 + 1 / 64) + len(inside) * 4 * (16 + 256)}
+    scales = sum(getattr(layers[name], "weight_scale", torch.zeros(0)).numel() for name in inside)
+    now |= {"int4": weights / 2 + 4 * scales + 16 * len(inside)}
+    assert found["original_bytes"] - found["bytes"] == pytest.approx(4 * weights - now[method], rel=0.01)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         exact, approximate = original(input_ids=ids).logits, quantized(input_ids=ids).logits
     error = (approximate - exact).norm() / exact.norm()
-    assert 0 < error < {"int8": 0.03, "nf4": 0.35}[method]
+    assert 0 < error < {"int8": 0.03, "nf4": 0.35, "int4": 0.35}[method]
 
 
 def test_a_quantized_folder_is_loaded_as_it_is_and_not_by_another_method(smoke):
@@ -178,7 +182,7 @@ def test_loading_says_nothing(smoke):
         "from firstsight.models.loading import load_model",
         f"folder = Path({str(smoke / 'models/student')!r})",
         "checks.check_weights(folder, 'it')",
-        "[load_model(folder, precision, 'cpu') for precision in ('auto', 'int8', 'nf4')]",
+        "[load_model(folder, precision, 'cpu') for precision in ('auto', 'int8', 'nf4', 'int4')]",
     ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True

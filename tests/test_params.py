@@ -33,7 +33,7 @@ def test_every_parameter_file_is_valid(path):
         ("train.batch_size", True, "train.batch_size: expected a whole number, found True"),
         ("train.tempurature", 2, "train.tempurature: expected a known key, found an unknown one"),
         ("train.optimizer", "adamw8bit", "train.optimizer: expected one of 'adamw' or 'adamw_8bit', found 'adamw8bit'"),
-        ("quantize.methods", ["int3"], "quantize.methods.0: expected one of 'int8' or 'nf4', found 'int3'"),
+        ("quantize.methods", ["int3"], "quantize.methods.0: expected one of 'int8', 'nf4' or 'int4', found 'int3'"),
         ("quantize.methods", ["nf4", "nf4"], "quantize.methods: expected each value once, found ['nf4', 'nf4']"),
         (
             "evaluate.throughput_batch_sizes",
@@ -49,7 +49,11 @@ def test_every_parameter_file_is_valid(path):
             "'egotempo' or 'text', found 'json'",
         ),
         ("data.benchmark.source", "hub", "data.benchmark.source: expected one of 'none', 'jsonl', 'csv', "),
-        ("targets.precision", "int4", "expected one of 'auto', 'float32', 'bfloat16', 'float16', 'int8' or 'nf4', fou"),
+        (
+            "targets.precision",
+            "fp8",
+            "expected one of 'auto', 'float32', 'bfloat16', 'float16', 'int8', 'nf4' or 'int4'",
+        ),
         ("data.path", None, "data.path: expected text, found None"),
         ("data.max_pixels", 3000, "data.max_pixels: expected at least 3136, found 3000"),
         ("train.temperature", 1e200, "train.temperature: expected at most 1000, found 1e+200"),

@@ -21,7 +21,9 @@ from firstsight.acquisition.initialise import build_model
 from firstsight.cli.plan import plan
 from firstsight.core import params
 from firstsight.core.errors import UserError
+from firstsight.core.variants import METHODS
 from firstsight.export import calibration, folder
+from firstsight.models.int4 import Int4Linear
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.models.quantized import language_model_prefix
@@ -235,7 +237,7 @@ def test_what_should_take_less_takes_less(teacher, student, preset):
     assert adapters.total < gpu_memory.distilling(student, teacher, online, VIDEO).total
     topk = but(preset, targets=but(preset.targets, kind="topk"))
     assert gpu_memory.distilling(student, teacher, topk, VIDEO).weights < adapters.weights
-    weights = [teacher.weights_bytes(precision) for precision in ("nf4", "int8", "bfloat16", "float32")]
+    weights = [teacher.weights_bytes(precision) for precision in ("nf4", "int4", "int8", "bfloat16", "float32")]
     assert weights == sorted(weights)
 
 
@@ -386,9 +388,9 @@ def test_eight_bit_moments_are_the_real_ones(processor, tmp_path):
     assert planned < 0.6 * gpu_memory.moments(Shape("init", model), wide.train)
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4"])
+@pytest.mark.parametrize("precision", METHODS)
 def test_quantized_weights_are_the_real_ones(precision, tmp_path):
-    """At widths that fill NF4's blocks of 64, and but for its scales, which bitsandbytes keeps beside the weights."""
+    """At widths that fill blocks of 64, and but for NF4's scales, which bitsandbytes keeps beside the weights."""
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": 300,
@@ -406,10 +408,14 @@ def test_quantized_weights_are_the_real_ones(precision, tmp_path):
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     shape = Shape("tiny", model)
-    real = load_model(tmp_path, precision, "cpu").get_memory_footprint(return_buffers=False)
+    loaded = load_model(tmp_path, precision, "cpu")
+    real = loaded.get_memory_footprint(return_buffers=False)
+    layers = [one for one in loaded.modules() if isinstance(one, Int4Linear)]
+    real += sum(one.weight_packed.nbytes + one.weight_scale.nbytes for one in layers)
     # What is kept is float32 on the CPU and half of that on CUDA.
     kept = 4 * (shape.parameters - shape.linear)
-    scales = shape.linear * (1 / 64 + 4 / (64 * 256)) if precision == "nf4" else 0
+    # INT4's scales are float32 on the CPU, too, and of 16 bits on CUDA.
+    scales = {"int8": 0, "nf4": 1 / 64 + 4 / (64 * 256), "int4": -2 / 64}[precision] * shape.linear
     assert shape.weights_bytes(precision) - kept / 2 == pytest.approx(real - kept + scales)
 
 

@@ -23,6 +23,7 @@ from firstsight.distillation.targets import Index, write_index
 from firstsight.generation.answering import generate, model_inputs
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.architecture import auto_class
+from firstsight.models.int4 import Int4Linear
 from firstsight.models.processors import load_processor
 from firstsight.packing.forward import answer_states
 from firstsight.packing.output_head import head_weight
@@ -190,6 +191,20 @@ def test_what_llm_int8_adds_is_planned(qwen2_vl):
         product = torch.zeros(1, tokens, shape.intermediate, dtype=torch.bfloat16)
         mlp.down_proj(product)
     assert sum(down) - outside == pytest.approx(live.peak, rel=0.01)
+
+
+def test_what_int4_restores_is_planned(qwen2_vl):
+    """Of many tokens, beside the layer's inputs and products."""
+    model = widened(qwen2_vl, *WIDTHS["language"])
+    shape, tokens = Shape("it", model), 100
+    layer = Int4Linear.of(torch.nn.Linear(shape.hidden, shape.intermediate, False, dtype=torch.bfloat16), 16)
+    inputs = torch.zeros(1, tokens, shape.hidden, dtype=torch.bfloat16)
+    with torch.inference_mode(), LiveBytes(kernels_on_cuda()) as live:
+        layer(inputs)
+    *_, plain = inference.language_layer(shape, "bfloat16", tokens)
+    *_, ours = inference.language_layer(shape, "int4", tokens)
+    assert shape.largest_linear == layer.in_features * layer.out_features
+    assert sum(ours) - sum(plain) == pytest.approx(live.peak, rel=0.01)
 
 
 def test_what_storing_targets_takes_is_planned(qwen2_vl, settings, tmp_path):

@@ -85,7 +85,7 @@ def test_the_library_still_rounds_scales_without_us(rows, columns):
     assert not torch.equal(layer.state_dict()["weight.absmax"], stored["weight.absmax"])
 
 
-@pytest.mark.parametrize("method", ["int8", "nf4"])
+@pytest.mark.parametrize("method", ["int8", "nf4", "int4"])
 @pytest.mark.parametrize("name", SAVE)
 def test_a_model_is_the_same_on_every_processor(monkeypatch, settings, processor, tmp_path, name, method):
     SAVE[name](tmp_path, settings, processor)
@@ -116,9 +116,10 @@ def test_both_products_of_int8_are_exact(rows, inner, columns):
 
 
 def test_loaded_weights_lie_where_products_round_alike(smoke):
-    for method in ("auto", "int8", "nf4"):
+    for method in ("auto", "int8", "nf4", "int4"):
         model = load_model(smoke / "models/student-distilled", method, "cpu")
-        assert {p.data_ptr() % 64 for p in model.parameters() if p.is_floating_point()} == {0}
+        weights = [*model.parameters(), *model.buffers()]
+        assert {p.data_ptr() % 64 for p in weights if p.is_floating_point()} == {0}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         assert head.weight is embedding.weight
     tensor = nn.Parameter(torch.arange(65.0)[1:])

@@ -151,7 +151,7 @@ def test_one_sentence_says_what_distilling_added(quality, control, left_out, sai
 def test_dvc_compares_few_figures_under_short_names():
     good = {"exact_match": 0.8, "gain": 0.2, "gain_low": 0.1, "retention": 0.9, "f1": 0.85}
     fast = {"weights_bytes": 1_600_000, "latency_ms_p50": 12.5, "latency_ms_p90": 14.0}
-    variants = ("teacher", "teacher-int8", "teacher-nf4", "student", CONTROL, *STUDENTS)  # of exports, nothing
+    variants = ("teacher", "teacher-int8", "teacher-int4", "student", CONTROL, *STUDENTS)  # of exports, nothing
     training = {"distill": {"step": 9, "validation_objective": 0.1, "validation_ce": 0.2, "validation_agreement": 0.95}}
     table = key_figures(dict.fromkeys(variants, good), dict.fromkeys(variants, fast), training)
     student = {"exact_match": 0.8, "gain": 0.2, "retention": 0.9, "megabytes": 1.6, "latency_ms": 12.5}
@@ -161,9 +161,10 @@ def test_dvc_compares_few_figures_under_short_names():
         "distilled": student,
         "int8": student,
         "nf4": student,
+        "int4": student,
         "training": {"loss": 0.1, "agreement": 0.95},
     }
-    assert len(list(leaves("metrics", table))) == 19
+    assert len(list(leaves("metrics", table))) == 24
 
 
 def test_exported_students_are_compared_with_the_exported_teacher():

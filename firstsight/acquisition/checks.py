@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from transformers import AutoConfig
 
 from firstsight.acquisition import egogpt_conversion
 from firstsight.core.errors import UserError
+from firstsight.models import int4
 from firstsight.models.architecture import auto_class, in_head, is_encoder
 from firstsight.models.loading import ADAPTER
 from firstsight.models.processors import load_processor
+from firstsight.models.quantized import stored_method
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, SUMS = "tokenizer.json", "SHA256SUMS"
@@ -154,10 +156,11 @@ def check_config(folder: Path, place: str) -> None:
     if quantized is not None:
         known = isinstance(quantized, dict) and (quantized.get("load_in_8bit") or quantized.get("load_in_4bit"))
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        if not known or method not in (None, "bitsandbytes"):
+        by_bitsandbytes = known and method in (None, "bitsandbytes")
+        if not by_bitsandbytes and not (isinstance(quantized, dict) and int4.is_int4(quantized)):
             raise UserError(
-                f"{place}: expected weights that are unquantized, or quantized by bitsandbytes, found them quantized "
-                f"by {method!r}; name the checkpoint that this one was made from"
+                f"{place}: expected weights that are unquantized, or quantized by bitsandbytes or FirstSight's int4, "
+                f"found them quantized by {method!r}; name the checkpoint that this one was made from"
             )
     # Many repositories bring code from before transformers had their class; that code is not needed.
     if not isinstance(kind, str) or auto_class(kind) is None:
@@ -200,19 +203,20 @@ def _differing(folder: Path) -> list[str]:
     """Return a line for each weight that is missing, not in the model, or of another shape than its config implies."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Load it as unquantized: packed weights cannot be unpacked on the meta device.
-    quantized = hasattr(config, "quantization_config")
-    if quantized:
+    quantized, in_int4 = hasattr(config, "quantization_config"), stored_method(folder) == "int4"
+    if quantized and not in_int4:
         del config.quantization_config
-    model, info = auto_class(config.model_type).from_pretrained(
-        folder,
-        config=config,
-        device_map="meta",
-        ignore_mismatched_sizes=True,  # so that they are reported by name instead of raising an error
-        output_loading_info=True,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with int4.loading(config) if in_int4 else nullcontext():
+        model, info = auto_class(config.model_type).from_pretrained(
+            folder,
+            config=config,
+            device_map="meta",
+            ignore_mismatched_sizes=True,  # so that they are reported by name instead of raising an error
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     unexpected, missing = info["unexpected_keys"], info["missing_keys"]
     mismatched = info["mismatched_keys"]
     if is_encoder(config.model_type):  # it gets a head of its own, and old checkpoints store the positions' numbers

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from firstsight.core.errors import UserError
 from firstsight.generation import answering
 from firstsight.generation.answering import Question
-from firstsight.models.footprint import token_bytes, weights_bytes
+from firstsight.models.footprint import parameters, token_bytes, weights_bytes
 from firstsight.packing.dataset import class_batch
 from firstsight.packing.forward import Normalisation, answer_states, class_scores
 from firstsight.packing.pack import IGNORE, collate, encode, pack
@@ -29,13 +29,13 @@ class PyTorchModel:
     """Hold a loaded model with its processor; `precision` says in words how its weights are stored.
 
     `weights_bytes` are the bytes of the weights in memory, `token_bytes` those of what each token of an answer reads.
-    `parameters` is the number of weights, also where 4-bit storage packs two in a byte.
+    `parameters` is the number of weights, also where 4-bit storage packs several in a number.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, precision: str):
         self._model, self._processor, self._precision = model, processor, precision
         # Before the first answer, when bitsandbytes moves scales out of reach.
-        self.weights_bytes, self.parameters = weights_bytes(model), model.num_parameters()
+        self.weights_bytes, self.parameters = weights_bytes(model), parameters(model)
         self.token_bytes = self._token_bytes()
 
     def _token_bytes(self) -> int:

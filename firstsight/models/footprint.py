@@ -6,6 +6,8 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from firstsight.models.int4 import Int4Linear
+
 
 def weights_bytes(model: nn.Module) -> int:
     """Return the bytes of parameters and buffers, with the scales and code books of quantized ones.
@@ -13,6 +15,12 @@ def weights_bytes(model: nn.Module) -> int:
     Tensors that share memory count once.
     """
     return _bytes(chain(model.parameters(), model.buffers()))
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Return the number of weights, also where 4-bit storage packs several in a number."""
+    packed = [one for one in model.modules() if isinstance(one, Int4Linear)]
+    return model.num_parameters() + sum(one.in_features * one.out_features for one in packed)
 
 
 def token_bytes(model: PreTrainedModel) -> int:

@@ -13,11 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from firstsight.core.errors import UserError
 from firstsight.core.variants import METHODS
+from firstsight.models import int4
 from firstsight.models.architecture import auto_class, in_head, is_encoder
 from firstsight.models.device import auto_dtype
 from firstsight.models.heads import fresh_random, head_arguments, renew_head
 from firstsight.models.model_folder import folder_error, read_config
-from firstsight.models.quantized import check_quantized, keep_weights_as_stored, quantization_config, stored_method
+from firstsight.models.quantized import (
+    check_quantized,
+    keep_weights_as_stored,
+    language_model_prefix,
+    quantization_config,
+    stored_method,
+)
 from firstsight.models.vision_attention import attend_by_size
 
 # The subfolder of a model folder that holds the model's adapter.
@@ -38,11 +45,11 @@ def load_model(
     """Load the folder's model on `device`, in eval mode.
 
     The architecture is the config's: any of transformers' image-text models, a text-only language model, or an encoder
-    with a classification head. The folder's adapter, if it has one, is merged; over quantized weights it stays
-    separate.
+    with a classification head. The folder's adapter, if it has one, is merged; over weights quantized by bitsandbytes
+    it stays separate.
 
     Args:
-        precision: "float32", "bfloat16" or "float16"; "int8" or "nf4" quantizes the language model alone on
+        precision: "float32", "bfloat16" or "float16"; "int8", "nf4" or "int4" quantizes the language model alone on
             loading; "auto" is bfloat16 on CUDA (float16 on GPUs without it), float32 on the CPU, and the stored
             precision for a quantized folder.
         double_quantization: for "nf4", whether its scales are quantized too.
@@ -52,8 +59,8 @@ def load_model(
 
     Raises:
         UserError: an encoder has no classes, or is to be quantized; the folder lacks files, a file is broken, weights
-            are missing or of another shape, transformers does not know the architecture, or the folder is quantized by
-            a method other than `precision`.
+            are missing or of another shape, transformers does not know the architecture, the folder is quantized by a
+            method other than `precision`, or has an adapter over weights in int4.
         RuntimeError: a layer outside the language model was quantized, or none was: a defect, not a user's mistake.
     """
     if not folder.is_dir():  # as in `load_processor`
@@ -70,14 +77,17 @@ def load_model(
         dtype = _dtype(precision, device, config)
         # Not passed as None, which would undo the quantization that a quantized folder declares.
         quantization = {}
-        if quantizing:
+        if quantizing and precision != "int4":
             computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
             quantization["quantization_config"] = quantization_config(precision, computed, double_quantization)
-        with fresh_random() if head else nullcontext():
+        if stored == "int4":
+            quantization["config"] = config
+        with fresh_random() if head else nullcontext(), int4.loading(config) if stored == "int4" else nullcontext():
             model, info = auto_class(config.model_type).from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map=device,
+                # To be rounded layer by layer, so that a GPU need not have room for 16 bits.
+                device_map="cpu" if quantizing and precision == "int4" else device,
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
@@ -96,16 +106,41 @@ def load_model(
         raise folder_error(folder, f"no fitting weight for {missing[0]} and {len(missing) - 1} more")
     if head:
         renew_head(model)
-    if quantizing:
-        check_quantized(model)
+    by_bitsandbytes = "int4" not in (precision, stored) and (quantizing or stored)
+    if stored == "int4":
+        int4.loaded(model, config)
     if device == "cpu":
-        if quantizing or stored:
+        if by_bitsandbytes:
             keep_weights_as_stored(model)
         align_weights(model)
     attend_by_size(model)
     if (folder / ADAPTER).is_dir():
-        model = _with_adapter(model, folder / ADAPTER, merge=not (quantizing or stored))
+        if stored == "int4":
+            raise UserError(
+                f"{folder}: expected int4 weights without an adapter, found {ADAPTER}/; take the model that they were "
+                "quantized from, whose adapter is merged before"
+            )
+        model = _with_adapter(model, folder / ADAPTER, merge=not by_bitsandbytes)
+    if quantizing and precision == "int4":
+        int4.quantize(model, language_model_prefix(model), device)
+        model.to(device)
+    if quantizing:
+        check_quantized(model)
+    if device == "cuda" and "int4" in (precision, stored):
+        int4.take_kernel(model)
     return model.eval()
+
+
+def int4_misfit(folder: Path) -> str | None:
+    """Return why int4 does not round the language model in `folder`, or None; its weights are not read.
+
+    Raises:
+        UserError: the folder's config cannot be used.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = auto_class(config.model_type).from_config(config)
+    return int4.misfit(model, language_model_prefix(model))
 
 
 def align_weights(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""Say how bitsandbytes quantizes a model, and see to it that it is what was asked for."""
+"""Say how a model is quantized, and see to it that it is what was asked for."""
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from firstsight.core.stage import log
+from firstsight.models import int4
 
 # It warns for every layer that inputs are cast to float16, which LLM.int8 always does.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -32,13 +34,15 @@ def quantization_config(method: str, compute_dtype: torch.dtype, double: bool = 
 
 
 def stored_method(folder: Path) -> str | None:
-    """Return the method by which the weights in `folder` are quantized: "int8", "nf4", "fp4", or None."""
+    """Return the method by which the weights in `folder` are quantized: "int8", "nf4", "int4", "fp4", or None."""
     try:
         quantized = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None  # loading it reports what is wrong
     if not quantized:
         return None
+    if int4.is_int4(quantized):
+        return "int4"
     return "int8" if quantized.get("load_in_8bit") else quantized.get("bnb_4bit_quant_type", "fp4")
 
 
@@ -48,16 +52,24 @@ def language_model_prefix(model: PreTrainedModel) -> str:
     return f"{base}.language_model." if hasattr(model.base_model, "language_model") else f"{base}."
 
 
+def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers of a model that are quantized, by whichever method, by name."""
+    kinds: tuple[type, ...] = (int4.Int4Linear,)
+    if "bitsandbytes" in sys.modules:  # else no model has layers of it
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+        kinds += (Linear4bit, Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def check_quantized(model: PreTrainedModel) -> dict[str, int]:
     """Count quantized and other linear layers, and check where they are: a misspelt module to skip fails silently.
 
     Raises:
         RuntimeError: a layer outside the language model was quantized, or none was.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantized
-
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    quantized = {name for name, module in linear.items() if isinstance(module, (Linear8bitLt, Linear4bit))}
+    quantized = quantized_layers(model)
     wrong = [name for name in quantized if not name.startswith(language_model_prefix(model))]
     if wrong or not quantized:
         raise RuntimeError(

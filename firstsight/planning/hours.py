@@ -45,7 +45,8 @@ TRAINING = (0.10, 0.24)
 FORWARD = (0.194, 0.194)
 # Seconds of an answer's token in a model of 28 layers at batch 1, without and with the prompt's share. Python and
 # kernel launches take them, so neither the GPU nor the batch size changes them much. In 16 bits, the least is that of
-# the 2B student by a CUDA graph, the most that of the 7B teacher without one. NF4 was not measured.
+# the 2B student by a CUDA graph, the most that of the 7B teacher without one. NF4 was not measured, nor was INT4, which
+# counts as 16 bits, because its steps are replayed by graphs too.
 TOKEN = {"int8": (0.075, 0.088), "nf4": (0.0074, 0.088)}
 TOKEN_16_BIT = (0.0074, 0.028)
 

@@ -86,7 +86,8 @@ def language_layer(shape: Shape, precision: str, tokens: float) -> list[Moment]:
     if precision == "int8":
         up, down = [h, h, h, i, h / 2, 2 * i, i, i], [h, h, h, i, i, i / 2, i, i / 2]
         return [norm, attention, up, down]
-    unpacked = [2.0 * shape.largest_linear] if precision == "nf4" else []
+    # Of a matrix, where many tokens are multiplied: of int4, its levels in a byte each beside its weights.
+    unpacked = {"nf4": [2.0 * shape.largest_linear], "int4": [3.0 * shape.largest_linear]}.get(precision, [])
     return [norm, attention, [h, h, h, i, i, i, *unpacked]]
 
 

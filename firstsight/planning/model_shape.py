@@ -5,6 +5,7 @@ Bytes per parameter:
     int8    1 for the linear layers of the language model (Dettmers et al., 2022, arXiv:2208.07339), 2 for the rest
     nf4     0.516 for those: half a byte, an 8-bit scale per 64 weights, and a float32 per 256 scales (double
             quantization, Dettmers et al., 2023, arXiv:2305.14314, 4.127 bits); 2 for the rest
+    int4    0.531 for those: half a byte, and a 16-bit scale per 64 weights; 2 for the rest
 
 Not counted: INT8's scales (about 0.1%).
 
@@ -22,9 +23,9 @@ from firstsight.core.params import Optimisation
 from firstsight.models.architecture import is_encoder, linear_layers, sides
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4}
+_LINEAR = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": _NF4, "int4": 0.5 + 2 / 64}
 _EXPORTED = {"float32": 4, "int8": 1 + 4 / 64, "w4a8": 1 / 2 + 4 / 64}
-_KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2}
+_KEPT = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "nf4": 2, "int4": 2}
 
 
 def on_gpu(precision: str) -> str:

@@ -16,7 +16,7 @@ from firstsight.core import params, yaml12
 from firstsight.core.classes import template_columns
 from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
-from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, METHODS, TEACHER
+from firstsight.core.variants import CONTROL, EXPORTED, EXPORTED_TEACHER, TEACHER
 from firstsight.reporting.headline import origin
 from firstsight.reporting.measure import TEXTS, measure_of
 from firstsight.reporting.text_table import size
@@ -24,6 +24,8 @@ from firstsight.reporting.text_table import size
 METRICS, DATA = Path("metrics"), Path("data/egoqa/card.json")
 # The hub's licence identifiers that base models commonly have; any other licence is "other" there, with its name.
 IDENTIFIERS = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0")
+# What transformers needs to load the folders of each method of quantization.
+LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int4": "compressed-tensors"}
 # Settings that the card shows: how the model was made and measured, without local paths of models and data.
 SECTIONS = ("finetune_teacher", "targets", "train", "quantize", "export", "evaluate")
 
@@ -62,7 +64,7 @@ def model_card(variant: str, place: str) -> str:
         variant=variant,
         place=place,
         local=place == f"models/{variant}",
-        quantized=variant.removeprefix("student-") in METHODS,
+        quantized_by=LIBRARIES.get(variant.removeprefix("student-")),
         exported=variant in EXPORTED,
         distilled=distilled,
         rows=_rows(

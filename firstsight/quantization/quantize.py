@@ -1,8 +1,6 @@
-"""Quantize a model folder with bitsandbytes into another that `from_pretrained` loads quantized.
+"""Quantize a model folder into another that `from_pretrained` loads quantized.
 
-To add a method, list it in `Method` of firstsight/core/params.py, return its settings from `quantization_config` of
-firstsight/models/quantized.py, and add the class of its layers to `layer_errors`; CONTRIBUTING.md names the other
-places.
+CONTRIBUTING.md says how to add a method.
 """
 
 from collections.abc import Sequence
@@ -19,13 +17,13 @@ from firstsight.generation.answering import Question, model_inputs
 from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
-from firstsight.models.quantized import check_quantized
+from firstsight.models.quantized import check_quantized, quantized_layers
 
 
 def quantize_folder(
     source: Path, target: Path, method: str, settings: Quantize, device: str, calibration: Sequence[Question]
 ) -> dict[str, Any]:
-    """Quantize the model in `source` by "int8" or "nf4", save it with its processor in `target`, and measure it.
+    """Quantize the model in `source` by a method, save it with its processor in `target`, and measure it.
 
     Returns, as JSON: the numbers of quantized and of other linear layers, the bytes of all weights in memory before and
     after, and the `layer_errors` on the `calibration` questions.
@@ -49,9 +47,7 @@ def layer_errors(
     x are the layer's inputs in the original model on the questions, so that errors of earlier layers do not count; the
     norms are Frobenius norms over all tokens.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # absent where nothing is quantized
-
-    counterparts = {n: layer for n, layer in quantized.named_modules() if isinstance(layer, (Linear4bit, Linear8bitLt))}
+    counterparts = quantized_layers(quantized)
     squares = {name: torch.zeros(2, dtype=torch.float64) for name in counterparts}
 
     def compare(name: str) -> Any:

@@ -27,13 +27,15 @@ plt.rcParams["font.family"] = fonts.families()
 _WIDTH, plt.rcParams["font.size"] = 4.4, 9
 # The palette of Okabe and Ito, distinguishable with any colour vision; darker tones are of exports.
 _PALETTE = (
-    *("#0072B2", "#56B4E9", "#CC79A7", "#003D66", "#888888", "#000000", "#D55E00", "#009E73", "#E69F00"),
-    *("#7A2E00", "#00543A", "#8A5A00"),
+    *("#0072B2", "#56B4E9", "#CC79A7", "#9467BD", "#003D66", "#888888", "#000000", "#D55E00", "#009E73", "#E69F00"),
+    *("#66A61E", "#7A2E00", "#00543A", "#8A5A00"),
 )
 _COLOURS = dict(zip(VARIANTS, _PALETTE, strict=True))
 # Most question types shown: more do not fit a page, or the first screen of it.
 _TYPES_SHOWN, _TYPES_FIRST = 24, 10
-_MARKERS = dict(zip(VARIANTS, "sPvpXhoD^d<*", strict=True))
+# Of kinds of layers.
+_KINDS = ("#0072B2", "#56B4E9", "#CC79A7", "#003D66", "#888888", "#000000", "#D55E00", "#009E73")
+_MARKERS = dict(zip(VARIANTS, "sPvHpXhoD^>d<*", strict=True))
 
 
 def training(curves: dict[str, dict[str, pd.DataFrame]], path: Path) -> None:
@@ -238,7 +240,7 @@ def quantization(errors: dict[str, dict[str, float]], path: Path) -> None:
         # ...{block}.{attention or mlp}.{kind}
         named = [(*name.rsplit(".", 3)[1:], error) for name, error in layers.items()]
         kinds = list(dict.fromkeys((part, kind) for _, part, kind, _ in named))
-        for (part, kind), marker, colour in zip(kinds, "sPvXhoD^", _PALETTE, strict=False):
+        for (part, kind), marker, colour in zip(kinds, "sPvXhoD^", _KINDS, strict=False):
             points = [(int(block), error) for block, *where, error in named if where == [part, kind]]
             # GPT-2 has a c_proj in both parts of a block.
             label = kind if [one for _, one in kinds].count(kind) == 1 else f"{part} {kind}"

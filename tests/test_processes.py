@@ -237,7 +237,7 @@ import os, time
 import torch
 from firstsight.core import processes
 from firstsight.core.stage import main
-from firstsight.models import loading
+from firstsight.models import device, loading
 from firstsight.profiling import cost
 from stages import evaluate
 
@@ -250,7 +250,7 @@ def noted(name, work):
         return done
     return doing
 
-loading.cores = processes.cores = lambda: 6
+device.cores = processes.cores = lambda: 6
 loading.load_model = noted("loading", loading.load_model)
 cost.measure_throughput = noted("measuring", cost.measure_throughput)
 main(lambda: evaluate.run("student"))

@@ -5,7 +5,6 @@ import gc
 import importlib
 import io
 import json
-import logging
 import os
 import random
 import re
@@ -229,15 +228,6 @@ def made_once(tmp_path_factory, worker_id: str, name: str, make) -> Path:
             make(folder)
             whole.touch()
     return folder
-
-
-@pytest.fixture
-def log(caplog):
-    """What stages say, which does not reach the root logger."""
-    logger = logging.getLogger("firstsight")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

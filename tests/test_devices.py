@@ -1,10 +1,21 @@
 """The precision of models and of training follows from what the device computes."""
 
+import logging
+
 import pytest
 import torch
 
 from firstsight.core.errors import UserError
 from firstsight.models.device import TRAINING_PRECISIONS, auto_dtype, has_bfloat16, pick_device, training_precision
+
+
+@pytest.fixture
+def log(caplog):
+    """What stages say, which does not reach the root logger."""
+    logger = logging.getLogger("firstsight")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """Matrices in 4 bits: how they are rounded, stored and multiplied, and what a model with them is to other libraries.
 
-The kernel runs in Triton's interpreter, in a process of its own (see test_kernel.py), in float32 and float16: the
-interpreter multiplies no bfloat16. For GPUs it is compiled here, without one, in all that they multiply.
+The kernel runs in Triton's interpreter, in float32 and float16: the interpreter multiplies no bfloat16. For GPUs it is
+compiled here, without one, in all that they multiply.
 """
 
 import json
-import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_interpreter import interpreter
 
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
@@ -33,12 +32,8 @@ from firstsight.quantization.quantize import quantize_folder
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Call a function in the process that has the interpreter."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(torch.set_num_threads, 1).result()
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+    with interpreter() as call:
+        yield call
 
 
 def layer_and_inputs(rows, columns, group, shape, dtype, bias=True):
@@ -128,10 +123,11 @@ def test_each_weight_is_rounded_to_the_nearest_level(dtype):
     assert torch.all(found <= distances.min(-1).values * 1.001 + 1e-9)
 
 
-def test_the_kernel_is_taken_once_it_computes_what_it_should(monkeypatch, log):
+def test_the_kernel_is_taken_once_it_computes_what_it_should(monkeypatch):
     layer, inputs = layer_and_inputs(32, 64, 32, (3,), torch.float32)
     other, _ = layer_and_inputs(16, 32, 16, (1,), torch.float32)
-    asked, wrong = [], {17: 0.1}
+    said, asked, wrong = [], [], {17: 0.1}
+    monkeypatch.setattr(int4.log, "warning", lambda text, *values: said.append(text % values))
 
     def multiply(inputs, packed, scale, bias):
         tokens = inputs.numel() // inputs.shape[-1]
@@ -143,11 +139,11 @@ def test_the_kernel_is_taken_once_it_computes_what_it_should(monkeypatch, log):
     monkeypatch.setattr(int4_kernel, "multiply", multiply)
     int4.take_kernel(nn.Sequential(layer))
     assert layer.kernel is None
-    assert "its products of 17 tokens are off by" in log.text
+    (line,) = said
+    assert "its products of 17 tokens are off by" in line
     wrong.clear()
-    log.clear()
     int4.take_kernel(nn.Sequential(layer))
-    assert (layer.kernel, log.text) == (multiply, "")
+    assert (layer.kernel, said) == (multiply, [line])
     # A model of another shape, for which it fails, goes without; the first keeps it.
     wrong[1] = float("nan")
     int4.take_kernel(nn.Sequential(other))

@@ -5,9 +5,6 @@ TRITON_INTERPRET=1 in its environment and takes the kernel for every loss. What 
 registers, whether it is a GPU's code at all) is compiled here, without a GPU.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +12,7 @@ import triton
 from test_loss import DIVERGENCES, case, logits_oracle, oracle, ours, top_k
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_interpreter import interpreter
 
 from firstsight.loss import distillation_loss as module
 from firstsight.loss import kernel
@@ -27,16 +25,12 @@ FORWARD_KL = Divergence("forward_kl")
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Call a function in the process that has the interpreter."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            assert pool.submit(takes_the_kernel).result()
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+    with interpreter() as call:
+        assert call(takes_the_kernel)
+        yield call
 
 
 def takes_the_kernel() -> bool:
-    torch.set_num_threads(1)
     return module._kernel("cpu") is not None
 
 

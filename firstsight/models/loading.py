@@ -70,14 +70,22 @@ def load_model(
             f"{folder}: expected weights that can be loaded as {precision}, found them quantized to {stored}; set the "
             "precision to auto, leave this method out, or take the model that it was quantized from"
         )
+    if stored == "int4" and (folder / ADAPTER).is_dir():
+        raise UserError(
+            f"{folder}: expected int4 weights without an adapter, found {ADAPTER}/; take the model that they were "
+            "quantized from, whose adapter is merged before"
+        )
     quantizing = precision in METHODS and not stored
+    # By the functions of `int4`, once the model is loaded; transformers does the rest with bitsandbytes.
+    rounding = quantizing and precision == "int4"
+    by_bitsandbytes = (quantizing or stored) and not rounding and stored != "int4"
     config = read_config(folder)
     head = head_arguments(folder, config, classes, precision) if is_encoder(config.model_type) else {}
     try:
         dtype = _dtype(precision, device, config)
         # Not passed as None, which would undo the quantization that a quantized folder declares.
         quantization = {}
-        if quantizing and precision != "int4":
+        if quantizing and by_bitsandbytes:
             computed = dtype if compute_dtype == "auto" else getattr(torch, compute_dtype)
             quantization["quantization_config"] = quantization_config(precision, computed, double_quantization)
         if stored == "int4":
@@ -87,7 +95,7 @@ def load_model(
                 folder,
                 dtype=dtype,
                 # To be rounded layer by layer, so that a GPU need not have room for 16 bits.
-                device_map="cpu" if quantizing and precision == "int4" else device,
+                device_map="cpu" if rounding else device,
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
@@ -106,7 +114,6 @@ def load_model(
         raise folder_error(folder, f"no fitting weight for {missing[0]} and {len(missing) - 1} more")
     if head:
         renew_head(model)
-    by_bitsandbytes = "int4" not in (precision, stored) and (quantizing or stored)
     if stored == "int4":
         int4.loaded(model, config)
     if device == "cpu":
@@ -115,18 +122,13 @@ def load_model(
         align_weights(model)
     attend_by_size(model)
     if (folder / ADAPTER).is_dir():
-        if stored == "int4":
-            raise UserError(
-                f"{folder}: expected int4 weights without an adapter, found {ADAPTER}/; take the model that they were "
-                "quantized from, whose adapter is merged before"
-            )
         model = _with_adapter(model, folder / ADAPTER, merge=not by_bitsandbytes)
-    if quantizing and precision == "int4":
+    if rounding:
         int4.quantize(model, language_model_prefix(model), device)
         model.to(device)
     if quantizing:
         check_quantized(model)
-    if device == "cuda" and "int4" in (precision, stored):
+    if device == "cuda" and (rounding or stored == "int4"):
         int4.take_kernel(model)
     return model.eval()
 

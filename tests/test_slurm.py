@@ -119,15 +119,17 @@ def test_a_preempted_job_saves_and_goes_on_where_it_was(slurm, counting):
     """Preempting tells every process of the job at once: DVC is gone before the stage has saved."""
     job = submit(slurm, counting, 40, "--partition=usual", seconds_to_save=6)
     wait_for(counting / f"slurm-{job}.out", "counted 5\n")
-    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--ntasks=2", "--wrap=true", cwd=counting).strip()
+    # Urgent until the test has done what follows: the preempted job does not begin again before.
+    urgent_work = "until [ -e released ]; do sleep 0.2; done"
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--partition=urgent", "--ntasks=2", f"--wrap={urgent_work}", cwd=counting
+    ).strip()
     slurm.wait(job, "PENDING")
     assert (counting.parent / "scratch/counted.json").exists()
     # As if the job went on at a node where DVC's old process number is another process.
-    lock = counting / ".dvc/tmp/rwlock"
-    held = json.loads(lock.read_text())
-    (path,) = held["write"]
-    held["write"][path]["pid"] = os.getpid()
-    lock.write_text(json.dumps(held))
+    held = {str(counting / "counted.json"): {"pid": os.getpid(), "cmd": "dvc repro"}}
+    (counting / ".dvc/tmp/rwlock").write_text(json.dumps({"write": held}))
+    (counting / "released").touch()
     state = slurm.wait(job, "COMPLETED", "FAILED")
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), (counting / f"slurm-{job}.out").read_text()
     assert slurm.state(urgent)["JobState"] == "COMPLETED"

@@ -15,7 +15,7 @@ import time
 
 from firstsight.core.stage import log, main
 
-PARTS = ("loss", "distill_step", "answering", "true_size")
+PARTS = ("loss", "distill_step", "attention", "answering", "true_size")
 # Seconds that a part has for ending its own processes.
 _GRACE = 10
 

@@ -44,6 +44,7 @@ from firstsight.core.stage import log, main
 from firstsight.loss.products import fill_tiles
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model
+from firstsight.models.text_attention import attend_causally_first
 from firstsight.models.vision_attention import attend_by_size
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE, collate, encode, pack
@@ -242,6 +243,7 @@ def fresh_student(case: Case, settings: params.Train, student_config: Qwen2VLCon
     with torch.device(device):
         student = AutoModelForImageTextToText.from_config(student_config, dtype=dtype).train()
     attend_by_size(student)
+    attend_causally_first(student)
     if case.student == "lora":
         adapter = settings.adapter
         targets = rf".*language_model.*\.({'|'.join(adapter.target_modules)})"

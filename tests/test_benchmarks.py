@@ -74,6 +74,13 @@ answering.alone = lambda module, folder, *arguments: answering.measure(Path(fold
 answering.write = lambda name, rows: print(json.dumps({name: rows}))
 answering.run()
 """
+ATTENTION = """
+from benchmarks import attention
+attention.SHAPES, attention.REPEATS = [(2, 280, 1), (1, 300, 3)], 1
+attention.write = lambda name, rows: print(json.dumps({name: rows}))
+sys.argv[1:] = ["8"]
+attention.run()
+"""
 TRUE_SIZE = """
 from pathlib import Path
 from benchmarks import true_size
@@ -151,9 +158,10 @@ def test_what_there_is_no_time_for_is_ended_with_its_processes_and_left_out(monk
         (LOSS, "implementation", {"plain PyTorch", "FirstSight", "FirstSight, PyTorch"}),
         (DISTILL_STEP, "teacher", {"cached", "online, float32"}),
         (ANSWERING, "model", {"2B", "7B"}),
+        (ATTENTION, "masked_tokens", {0, 164, 320, 420}),
         (TRUE_SIZE, "stage", {"cache-teacher-targets", "cache-visual-tokens", "distill", "finetune-student"}),
     ],
-    ids=["loss", "distill_step", "answering", "true_size"],
+    ids=["loss", "distill_step", "answering", "attention", "true_size"],
 )
 def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDE)
@@ -167,7 +175,8 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     ((_, rows),) = json.loads(done.stdout.splitlines()[-1]).items()
     assert {row[column] for row in rows} == measured
-    assert all(row.get("seconds", row.get("token_ms")) > 0 for row in rows)
+    assert all(float(row.get("seconds", row.get("token_ms"))) > 0 for row in rows)
+    assert all(float(row.get("difference", 0)) < 1e-6 for row in rows)
 
 
 # Qwen2-VL-2B has 32 layers in its vision tower too, whose graphs take minutes to trace.

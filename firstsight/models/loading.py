@@ -25,6 +25,7 @@ from firstsight.models.quantized import (
     quantization_config,
     stored_method,
 )
+from firstsight.models.text_attention import attend_causally_first
 from firstsight.models.vision_attention import attend_by_size
 
 # The subfolder of a model folder that holds the model's adapter.
@@ -123,6 +124,7 @@ def load_model(
     attend_by_size(model)
     if (folder / ADAPTER).is_dir():
         model = _with_adapter(model, folder / ADAPTER, merge=not by_bitsandbytes)
+    attend_causally_first(model)
     if rounding:
         int4.quantize(model, language_model_prefix(model), device)
         model.to(device)

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from firstsight.core.errors import UserError
 from firstsight.core.params import ClassScores
 from firstsight.models.egogpt import EgoGptModel
+from firstsight.models.text_attention import takes_masks_of_the_last_tokens
 from firstsight.packing.dataset import class_batch
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
@@ -26,22 +27,40 @@ PACKING_KEYS = ("segment_ids", "branch_offsets", "labels", "token_labels", "visu
 Normalisation = Callable[[Tensor], Tensor]
 # Tokens whose logits are in memory at once: 156 MB in float32 at a vocabulary of 152,000 on the CPU, 311 MB on CUDA.
 _CHUNK = {"cpu": 256, "cuda": 512}
+# Tokens: what masks are rounded up to, so that few shapes of them are recorded as CUDA graphs.
+_TILE = 256
 
 
-def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask [B, 1, S, S] of segment ids [B, S]: 0 where allowed, the dtype's minimum elsewhere.
+def attention_mask(model: nn.Module, segment_ids: Tensor) -> Tensor:
+    """Return the additive mask [B, 1, R, S] of segment ids [B, S]: 0 where allowed, the dtype's minimum elsewhere.
 
     A token attends to itself and to earlier tokens of the prefix (segment 0) and of its own segment. Padding (-1)
-    attends to padding, so that no row is empty (an empty softmax is NaN), and nothing attends to it.
+    attends to padding, so that no row is empty (an empty softmax is NaN), and nothing attends to it. The mask is that
+    of the last R tokens: of all, or in a long sequence of those from the second record on, where the model lets the
+    tokens before attend to all earlier ones (`firstsight.models.text_attention`).
     """
-    return branch_mask(segment_ids, segment_ids, dtype)
+    causal = _causal_tokens(segment_ids) if takes_masks_of_the_last_tokens(model) else 0
+    return branch_mask(segment_ids[:, causal:], segment_ids, model.dtype)
+
+
+def _causal_tokens(segment_ids: Tensor) -> int:
+    """Return how many tokens at the start of [B, S] may attend to all earlier ones: all, or a multiple of `_TILE`.
+
+    Those are the prefix and first record of each row, and padding right behind them.
+    """
+    length = segment_ids.shape[1]
+    if length < _TILE:  # a mask of few tokens costs nothing, and asking makes the CPU wait for the GPU
+        return 0
+    later = (segment_ids > 1).any(0)
+    causal = int((later.cumsum(0) == 0).sum())
+    return causal if causal == length else causal - causal % _TILE
 
 
 def branch_mask(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the additive mask [B, 1, Q, S] of the last Q tokens of S, from the segment ids of both, as above.
 
     Args:
-        queries: [B, Q] segment ids of the tokens that attend.
+        queries: [B, Q] segment ids of the tokens that attend, Q from 0 to S.
         keys: [B, S] segment ids of all tokens, which end with those of `queries`.
     """
     query, key = queries[:, :, None], keys[:, None, :]
@@ -82,7 +101,7 @@ def last_hidden_states(model: nn.Module, batch: dict[str, Any], cache: Cache | N
         position_ids=position_ids(model, batch),
         past_key_values=cache,
         use_cache=cache is not None,
-        attention_mask=attention_mask(batch["segment_ids"], model.dtype),
+        attention_mask=attention_mask(model, batch["segment_ids"]),
     )
     return outputs.last_hidden_state
 

@@ -17,7 +17,8 @@ arXiv:2205.05198). h, i, L: hidden, intermediate, layers of the language model; 
     language layer  B S (34 h + 8 i) for full: float32 residuals and norms 16 h, inputs of five linear layers 10 h,
                     attention's q, k, v and result 8 h, MLP 8 i; 28 h + 8 i for adapters, whose residuals are 16-bit,
                     and (24 h + 4 i) more for adapters with dropout
-    its mask        B S^2 x 2, in each layer for full (autocast casts it again in each), once for adapters
+    its mask        B S^2 x 2, in each layer for full (autocast casts it again in each), once for adapters; at most,
+                    for tokens that attend to all earlier ones need none (`firstsight.models.text_attention`)
     vision block    P (26 e + 6 m) for full, P (22 e + 6 m) for adapters, none if the tower is frozen; Qwen2.5-VL's,
                     with RMS norms and a gated MLP, P (6 e + 2 m) more, without its windowed attention, for which
                     autograd saved a quarter more than this on a tiny model

@@ -35,7 +35,7 @@ class GraphedLanguageModel:
     """Replace the `forward` of a model's language model by one that replays graphs in training.
 
     The first batch of a shape is computed as without graphs, the second one is recorded. Calls other than those of
-    training on packed batches with an additive mask [B, 1, S, S] are passed on. Gradients of weights are summed where
+    training on packed batches with an additive mask [B, 1, R, S] are passed on. Gradients of weights are summed where
     the graphs expect them, in tensors that become the weights' `grad`.
     """
 
@@ -256,8 +256,9 @@ def _padded(inputs: dict[str, Tensor], more: int) -> dict[str, Tensor]:
     """Return the inputs with `more` tokens at the end of each sequence, to which none of the others attends."""
     if not more:
         return inputs
-    length = inputs["position_ids"].shape[-1]
-    widths = {"inputs_embeds": (0, 0, 0, more), "attention_mask": (0, more, 0, more)}
+    length, rows = inputs["position_ids"].shape[-1], inputs["attention_mask"].shape[2]
+    # A mask of no tokens stays one: all attend to all earlier ones, and none of the others is behind those at the end.
+    widths = {"inputs_embeds": (0, 0, 0, more), "attention_mask": (0, more, 0, more if rows else 0)}
     padded = {name: pad(one, widths.get(name, (0, more))) for name, one in inputs.items()}
-    padded["attention_mask"][..., :length, length:] = torch.finfo(padded["attention_mask"].dtype).min
+    padded["attention_mask"][..., :rows, length:] = torch.finfo(padded["attention_mask"].dtype).min
     return padded

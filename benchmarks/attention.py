@@ -60,7 +60,8 @@ def run() -> None:
                 **environment(device),
             })  # fmt: skip
             log.info(
-                "%(sequences)d of %(tokens)d tokens, %(questions)d questions, a mask of %(mask)s: %(seconds)s s", rows[-1]
+                "%(sequences)d of %(tokens)d tokens, %(questions)d questions, a mask of %(mask)s: %(seconds)s s",
+                rows[-1],
             )
         write(f"attention-{device}", rows)
 

@@ -34,10 +34,10 @@ from firstsight.engine.layout import DECODER
 from firstsight.evaluation.metrics import is_right
 from firstsight.export.calibration import Moment, Moments, moments
 from firstsight.export.folder import export_folders, spread_questions
-from firstsight.export.rounding import gptq, nearest, restored
 from firstsight.export.weights import BLOCK
 from firstsight.generation.answering import Question
 from firstsight.models.device import pick_device
+from firstsight.models.rounding import gptq, nearest, restored
 from firstsight.records.parquet import Split
 
 STUDENT, TRAIN, TEST = VARIANTS["student-onnx"].model, Path("data/egoqa/train.parquet"), Path("data/egoqa/test.parquet")

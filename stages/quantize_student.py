@@ -2,8 +2,8 @@
 
     python -m stages.quantize_student int8        (or nf4, both by bitsandbytes; or int4)
 
-reads  models/student-distilled, or without a teacher models/student-finetuned, the validation split, `quantize` in
-       params.yaml
+reads  models/student-distilled, or without a teacher models/student-finetuned, the train split (by whose tokens int4 is
+       rounded), the validation split, `quantize` in params.yaml
 writes models/student-{method}: a folder that `from_pretrained` loads quantized, with quantization.json: sizes and the
        error of each layer; for a method that `quantize.methods` does not list, or a student that it does not
        quantize, such as an encoder, only a note that it is left out
@@ -17,7 +17,7 @@ from firstsight.core.files import read_json, whole_folder, write_json
 from firstsight.core.stage import log, main
 from firstsight.core.variants import CONTROL, DISTILLED, LEFT_OUT, METHODS, VARIANTS, reason_left_out
 
-VALIDATION = Path("data/egoqa/validation.parquet")
+TRAIN, VALIDATION = Path("data/egoqa/train.parquet"), Path("data/egoqa/validation.parquet")
 MEASUREMENTS = "quantization.json"
 
 
@@ -44,8 +44,9 @@ def run(method: str) -> None:
             return
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
-        calibration = [(sample, as_asked(sample.records[0])) for sample in samples]
-        measured = quantize_folder(source, folder, method, settings, device, calibration)
+        questions = [(sample, as_asked(sample.records[0])) for sample in samples]
+        rounded_by = Split(TRAIN).spread(settings.rounding_samples)
+        measured = quantize_folder(source, folder, method, settings, device, questions, rounded_by)
         write_json(folder / MEASUREMENTS, measured)
     log.info(
         "%s: %d linear layers quantized, %d not; %.1f MB in memory, %.1f MB before; largest error of a layer %.3f",

@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
+from firstsight.packing import forward
+from firstsight.packing.forward import attention_mask
 from firstsight.packing.pack import collate, encode, pack
 from firstsight.training import cuda_graphs
 from firstsight.training.cuda_graphs import GraphedLanguageModel
@@ -102,6 +104,20 @@ def test_losses_and_gradients_are_the_same(parts, recorded, how):
     assert len(shapes) == len({-(-batch["input_ids"].shape[1] // 48) for batch in batches})
     if DEVICE == "cpu":
         assert len(recorded) == 2 * len(shapes)
+
+
+def test_masks_of_the_last_tokens_alone_are_padded_too(parts, recorded, monkeypatch):
+    model, batches = parts
+    expected = steps(copy.deepcopy(model), batches)
+    monkeypatch.setattr(forward, "_TILE", 8)
+    some, none, _ = (attention_mask(model, one["segment_ids"]).shape for one in batches)
+    assert 0 == none[2] < some[2] < some[3]
+    replayed = GraphedLanguageModel(model)
+    for (losses, gradients), (others, theirs) in zip(steps(model, batches), expected, strict=True):
+        assert losses == pytest.approx(others, rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
+    assert all(recording is not None for recording in replayed._recorded.values())
 
 
 def test_evaluation_and_answers_are_passed_on(parts, recorded):

@@ -6,11 +6,14 @@ compiled here, without one, in all that they multiply.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
-from conftest import change, run_stage
+from alone import packed as packed_samples
+from conftest import change, make_sample, run_stage
+from families import SAVE
 from test_models import CALIBRATION
 from text_families import TEXT_SAVE
 from torch import nn
@@ -21,13 +24,19 @@ from triton_interpreter import interpreter
 
 from firstsight.core.errors import UserError
 from firstsight.core.variants import LEFT_OUT
-from firstsight.models import int4, int4_kernel
+from firstsight.generation.answering import answers
+from firstsight.models import int4, int4_kernel, rounding
 from firstsight.models.footprint import parameters, token_bytes
 from firstsight.models.int4 import Int4Linear
 from firstsight.models.loading import int4_misfit, load_model
+from firstsight.models.processors import load_processor
 from firstsight.models.quantized import check_quantized, stored_method
+from firstsight.packing.forward import last_hidden_states
 from firstsight.publishing.model_card import model_card
+from firstsight.quantization import gptq
+from firstsight.quantization.gptq import InputRounding
 from firstsight.quantization.quantize import quantize_folder
+from firstsight.records.sample import Text
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +188,134 @@ def test_transformers_loads_the_folder_to_the_same_model(smoke, settings, tmp_pa
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+READ = [
+    make_sample("image", "image", 1, [("Colour?", "red"), ("Where is the cup?", "on the table")]),
+    make_sample("video", "video", 4, [("What is in your left hand?", "a red cup")]),
+    *(make_sample(f"text {number}", "none", 0, [(f"Is {number} more?", "yes, it is")]) for number in range(4)),
+]
+
+
+def test_layers_are_rounded_by_their_inputs_visual_and_text_tokens_alike(smoke):
+    """Against the definition, for a layer whose inputs are easy to come by: those of the first block's attention."""
+    source = smoke / "models/student-distilled"
+    model, processor = load_model(source, "float32", "cpu"), load_processor(source)
+    block, seen = model.model.language_model.layers[0], []
+    hook = block.input_layernorm.register_forward_hook(lambda *call: seen.append(call[-1].detach()[0]))
+    kinds = []
+    for sample in READ:
+        batch = packed_samples(processor, [sample])
+        with torch.inference_mode():
+            last_hidden_states(model, batch)
+        kinds.append(batch["mm_token_type_ids"][0] > 0)
+    hook.remove()
+    inputs, visual = torch.cat(seen).double(), torch.cat(kinds)
+    assert 20 < visual.sum() < len(visual) - 20
+    both = [inputs[chosen] for chosen in (visual, ~visual)]
+    moment = sum(one.T @ one / len(one) for one in both) / 2
+    name = "model.language_model.layers.0.self_attn.v_proj"
+    weights = block.self_attn.v_proj.weight.detach()
+    group = int4.group_size(int4.rounded_layers(model, "model.language_model."))
+    expected = rounding.gptq(weights.numpy().T, moment.numpy(), group)
+    found = InputRounding(model, processor, READ).layers()
+    stored, scales = found[name]
+    levels = int4.unpacked(stored).to(torch.int8) - 8
+    assert (levels != torch.from_numpy(expected[0].T)).float().mean() < 0.01  # moments in float32 are not exact
+    torch.testing.assert_close(scales, torch.from_numpy(expected[1].T), rtol=0.05, atol=0)
+    assert (levels != int4.rounded(weights, group)[0]).float().mean() > 0.1
+
+
+def test_rounding_by_inputs_changes_what_layers_compute_less(smoke, settings, tmp_path, caplog):
+    source, errors = smoke / "models/student-distilled", {}
+    for name, samples in (("nearest", []), ("by inputs", READ)):
+        (tmp_path / name).mkdir()
+        measured = quantize_folder(
+            source, tmp_path / name, "int4", settings.quantize, "cpu", [(one, one.records[0]) for one in READ], samples
+        )
+        errors[name] = measured["errors"]
+        assert measured["rounded_by_inputs"] == (len(errors[name]) if samples else 0)
+        assert check_quantized(load_model(tmp_path / name, "auto", "cpu"))["quantized_layers"] == 14
+    mean = {name: sum(found.values()) / len(found) for name, found in errors.items()}
+    assert mean["by inputs"] < 0.7 * mean["nearest"]
+    assert "int4:" not in caplog.text
+
+
+def test_layers_that_few_tokens_pass_are_rounded_to_the_nearest(smoke, settings, tmp_path, caplog):
+    found = quantize_folder(
+        smoke / "models/student-distilled", tmp_path, "int4", settings.quantize, "cpu", CALIBRATION, READ[2:3]
+    )
+    assert found["rounded_by_inputs"] == 0
+    assert "int4: 14 of 14 layers are rounded to the nearest" in caplog.text
+    assert "raise quantize.rounding_samples" in caplog.text
+
+
+def test_moments_that_do_not_fit_together_are_counted_in_parts(smoke, monkeypatch):
+    source = smoke / "models/student-distilled"
+    model, processor = load_model(source, "float32", "cpu"), load_processor(source)
+    whole = InputRounding(model, processor, READ).layers()
+    monkeypatch.setattr(rounding, "MOST_BYTES", 3 * 8 * model.config.text_config.hidden_size**2)
+    widths = {name: layer.in_features for name, layer in int4.rounded_layers(model, "model.language_model.").items()}
+    assert len(list(rounding.parts(widths))) > 4
+    in_parts = InputRounding(model, processor, READ).layers()
+    assert whole.keys() == in_parts.keys() == widths.keys()
+    assert all(
+        torch.equal(one, other) for name in whole for one, other in zip(whole[name], in_parts[name], strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", ["LlavaOnevisionForConditionalGeneration", "Qwen2ForCausalLM"])
+def test_other_families_are_rounded_by_their_inputs(family, settings, processor, tmp_path, monkeypatch):
+    SAVE[family](tmp_path, settings, processor)
+    sees = family.startswith("Llava")
+    counted = []
+    balanced = gptq._Moments.balanced
+    monkeypatch.setattr(gptq._Moments, "balanced", lambda self: counted.append(self.tokens) or balanced(self))
+    model = load_model(tmp_path, "float32", "cpu")
+    found = InputRounding(model, load_processor(tmp_path), READ if sees else READ[2:] * 4).layers()
+    assert len(found) == 14
+    assert len(counted) == 8  # queries, keys and values have one input, and so have the MLP's first two
+    text, visual = counted[0]
+    assert text > 0
+    assert (visual > 0) == sees
+
+
+def test_a_question_without_an_answer_is_read_with_the_models_own(smoke):
+    source = smoke / "models/student-distilled"
+    model, processor = load_model(source, "float32", "cpu"), load_processor(source)
+    image, text = (
+        make_sample("image", "image", 1, [("Colour?", "red"), ("How many?", "")]),
+        Text("t", "", "A text of its own.", ("A text of its own.",), "text", max_tokens=9),
+    )
+    read = InputRounding(model, processor, [image, replace(READ[2], records=(text,))])._samples
+    (own,) = answers(model, processor, [(image, image.records[1])], 1, 16)
+    assert [[one.answer for one in sample.records] for sample in read] == [["red", own], ["A text of its own."]]
+    assert own
+
+
+def test_scales_are_those_that_are_stored(smoke):
+    """In 16 bits they are rounded before the levels are chosen."""
+    source = smoke / "models/student-distilled"
+    model, processor = load_model(source, "bfloat16", "cpu"), load_processor(source)
+    name = "model.language_model.layers.0.mlp.down_proj"
+    seen = []
+    layers = InputRounding(model, processor, READ)
+    given = layers._moments
+
+    def noted(part):
+        found = given(part)
+        seen.extend(moment for first, moment in found.items() if first == name)
+        return found
+
+    layers._moments = noted
+    stored, scales = layers.layers()[name]
+    assert scales.dtype == torch.bfloat16
+    weights = model.get_submodule(name).weight.detach().float().numpy().T
+    rounded = rounding.gptq(
+        weights, seen[0], layers._group, lambda one: torch.from_numpy(one).bfloat16().float().numpy()
+    )
+    assert torch.equal(int4.unpacked(stored).to(torch.int8) - 8, torch.from_numpy(rounded[0].T))
+    assert torch.equal(scales.float(), torch.from_numpy(rounded[1].T))
+
+
 def test_a_folder_of_another_maker_is_not_taken_for_ours(smoke, settings, tmp_path):
     quantize_folder(smoke / "models/student-distilled", tmp_path, "int4", settings.quantize, "cpu", CALIBRATION)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -227,6 +364,7 @@ def test_the_pipeline_makes_measures_and_describes_the_variant(smoke_copy, monke
     )
     assert quality.keys() >= {"student-int4", "teacher-int4"}
     assert list(quantization) == ["int4"]
+    assert quantization["int4"]["rounded_by_inputs"] == quantization["int4"]["quantized_layers"] == 14
     whole, found = performance["student-distilled"], performance["student-int4"]
     assert found["parameters"] == whole["parameters"]
     assert found["disk_bytes"] < whole["disk_bytes"]

@@ -8,7 +8,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from firstsight.engine.layout import DECODER, VISION, read_layout
 from firstsight.export.calibration import Moment
-from firstsight.export.rounding import gptq, nearest, packed, restored
+from firstsight.models.rounding import gptq, nearest, packed, restored
 
 BLOCK = 64
 

@@ -4,11 +4,15 @@ import pytest
 import torch
 from alone import packed
 from conftest import make_sample
+from egogpt_checkpoint import save_original
 from families import SAVE
+from peft import LoraConfig, get_peft_model
 from text_families import save_gpt2
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from firstsight.acquisition.egogpt_conversion import convert
+from firstsight.generation.answering import answers
 from firstsight.models import text_attention
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
@@ -17,8 +21,15 @@ from firstsight.packing.forward import attention_mask, last_hidden_states
 from firstsight.packing.pack import PADDING, PREFIX
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things?", "two"), ("Why?", "because")]
-FAMILIES = SAVE | {"GPT2LMHeadModel": save_gpt2}
-TILE = 4
+
+
+def save_egogpt(folder, *_) -> None:
+    save_original(folder / "original", "grid")
+    convert(folder / "original", folder)
+
+
+FAMILIES = SAVE | {"GPT2LMHeadModel": save_gpt2, "EgoGPT": save_egogpt}
+TILE, NEVER = 4, 1 << 30
 
 
 @pytest.fixture(params=FAMILIES)
@@ -44,7 +55,7 @@ def samples(model, questions: int):
     """A sample of each kind that the model reads, of different lengths, with so many questions."""
     kinds = {"none": 0} | ({"image": 1, "video": 4} if hasattr(model.config, "vision_config") else {})
     asked = [make_sample(kind, kind, frames, QUESTIONS[:questions]) for kind, frames in kinds.items()]
-    return [*asked, make_sample("longer", "none", 0, [("Where is it? " * 2, "here " * 3)] + QUESTIONS[1:questions])]
+    return [*asked, make_sample("longer", "none", 0, [("Where is it? " * 2, "here " * 3), *QUESTIONS[1:questions]])]
 
 
 def states_and_gradients(model, batch):
@@ -60,6 +71,7 @@ def test_states_and_gradients_are_those_of_a_mask_of_all_tokens(loaded, calls, m
     model, processor = loaded
     batch = packed(processor, samples(model, questions))
     length = batch["input_ids"].shape[1]
+    monkeypatch.setattr(forward, "_TILE", NEVER)
     expected = states_and_gradients(model, batch)
     assert set(calls) == {(length, length, length)}
     calls.clear()
@@ -75,6 +87,32 @@ def test_states_and_gradients_are_those_of_a_mask_of_all_tokens(loaded, calls, m
         assert set(calls) == {(causal, causal, None), (length - causal, length, length - causal)}
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+def test_with_adapters_and_checkpointing_too(settings, processor, tmp_path, monkeypatch):
+    SAVE["Qwen2VLForConditionalGeneration"](tmp_path, settings, processor)
+    model, found = load_model(tmp_path, "float32", "cpu").double().train(), []
+    batch = packed(processor, samples(model, 3))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = model.get_base_model().double()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for tile in (NEVER, TILE):
+        monkeypatch.setattr(forward, "_TILE", tile)
+        found.append(states_and_gradients(model, batch))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+def test_answers_are_the_same(loaded, calls, monkeypatch):
+    """Questions about a sample are read as one sequence, whose keys and values are kept for the answers."""
+    model, processor = loaded
+    questions = [(sample, record) for sample in samples(model, 3) for record in sample.records]
+    monkeypatch.setattr(forward, "_TILE", NEVER)
+    expected = list(answers(model, processor, questions, len(questions), 6))
+    calls.clear()
+    monkeypatch.setattr(forward, "_TILE", TILE)
+    assert list(answers(model, processor, questions, len(questions), 6)) == expected
+    assert any(queries == keys and mask is None for queries, keys, mask in calls)
 
 
 def test_a_record_does_not_see_the_one_before_it(settings, processor, tmp_path, monkeypatch):

@@ -399,13 +399,15 @@ class Quantize(Section):
     """Configure quantization of the distilled student: each of `methods` makes a model, evaluated as a variant.
 
     For nf4, bitsandbytes also quantizes the scales with `double_quantization` (Dettmers et al., 2023,
-    arXiv:2305.14314), and multiplies in `compute_dtype` (auto: the precision of the other weights). The error of each
+    arXiv:2305.14314), and multiplies in `compute_dtype` (auto: the precision of the other weights). Weights of int4 are
+    rounded by the tokens of `rounding_samples` samples of the train split; with 0, to the nearest. The error of each
     layer is measured on `calibration_samples` samples of the validation split.
     """
 
     methods: Methods
     double_quantization: bool
     compute_dtype: Dtype
+    rounding_samples: NonNegativeInt
     calibration_samples: Count
 
 

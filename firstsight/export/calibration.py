@@ -18,9 +18,7 @@ from firstsight.core.progress import progress
 from firstsight.engine.class_scores import open_exported
 from firstsight.engine.layout import DECODER, ENCODER, VISION
 from firstsight.engine.prompts import Question
-
-# Of the moments that are held at once.
-_MOST_BYTES = 2 << 30
+from firstsight.models.rounding import parts
 
 
 @dataclass
@@ -80,7 +78,7 @@ def _moments(path: Path, given: Sequence[tuple[dict[str, np.ndarray], np.ndarray
     """Yield what each input of a graph's matrices is.
 
     `given` are inputs of the graph, and where visual tokens are among its tokens; None: all are. The graph runs again
-    for each part of it whose moments fit `_MOST_BYTES`.
+    for each part of it whose moments fit the memory for them (`parts`).
     """
     graph = onnx.load(path, load_external_data=False)
     sizes = {one.name: one.dims for one in graph.graph.initializer}
@@ -95,7 +93,7 @@ def _moments(path: Path, given: Sequence[tuple[dict[str, np.ndarray], np.ndarray
     with NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
         onnx.save(graph, file.name)
         session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
-    for names in _parts(rows):
+    for names in parts(rows):
         found = {
             name: Moments(by_input[name], *(Moment(np.zeros((rows[name],) * 2, np.float32)) for _ in range(2)))
             for name in names
@@ -108,17 +106,3 @@ def _moments(path: Path, given: Sequence[tuple[dict[str, np.ndarray], np.ndarray
                 found[name].visual.add(by_token[seen])
                 found[name].text.add(by_token[~seen])
         yield from found.values()
-
-
-def _parts(rows: dict[str, int]) -> Iterator[list[str]]:
-    """Yield the names in groups whose moments, two of rows x rows each, take at most `_MOST_BYTES`."""
-    part, size = [], 0
-    for name, count in rows.items():
-        needed = 2 * count**2 * np.dtype(np.float32).itemsize
-        if part and size + needed > _MOST_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(name)
-        size += needed
-    if part:
-        yield part

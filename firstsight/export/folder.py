@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -146,9 +145,7 @@ def check_packages() -> None:
 
 def spread_questions(path: Path, count: int = _COMPARED) -> list[Question]:
     """Return questions of a split: of at most `count` samples, evenly spread, the first each."""
-    split = Split(path)
-    samples = (split[index] for index in range(0, len(split), max(1, len(split) // max(1, count))))
-    return [(sample, sample.records[0]) for sample in islice(samples, count)]
+    return [(sample, sample.records[0]) for sample in Split(path).spread(count)]
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from firstsight.engine.layout import DECODER, EMBEDDINGS, ENCODER, VISION, LayerError
 from firstsight.export.calibration import Moments
-from firstsight.export.rounding import gptq, nearest, packed, restored
+from firstsight.models.rounding import gptq, nearest, packed, restored
 
 # It tells of every node.
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)

@@ -1,13 +1,13 @@
 """Store the matrices of a language model in 4 bits, and multiply by them as they are stored.
 
-A row's weights have a scale for each group of neighbours, and each weight is one of 16 levels, -8 to 7, to the nearest.
+A row's weights have a scale for each group of neighbours, and each weight is one of 16 levels, -8 to 7.
 Folders have compressed-tensors' format "pack-quantized" (https://github.com/vllm-project/compressed-tensors), which
 transformers and vLLM load. Of these layers, a token reads 27% of what it reads in 16 bits; on a GPU one kernel
 (`firstsight.models.int4_kernel`) multiplies by the levels, while many tokens together, and the CPU, take the weights
 that the levels stand for.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from firstsight.core.errors import UserError
 from firstsight.core.stage import log
+from firstsight.models.rounding import HIGHEST, LOWEST
 
+# The packed levels of a matrix, int32 [N, K / 8], and their scales, float [N, K / group].
+Rounding = tuple[Tensor, Tensor]
 # Weights that share a scale: the most of these that divides all rows.
 GROUPS = (64, 32, 16)
-LOWEST, HIGHEST = -8, 7
 # Levels in an int32.
 PACKED = 8
 # Tokens, of all sequences of a batch, up to which the kernel multiplies; more compute rather than read.
@@ -64,10 +66,12 @@ class Int4Linear(nn.Linear):
             self.register_buffer(name, tensor)
 
     @classmethod
-    def of(cls, layer: nn.Linear, group: int) -> "Int4Linear":
-        """Return a layer with its weights rounded, whose scales have the layer's dtype."""
-        levels, scale = rounded(layer.weight.detach(), group)
-        return cls(packed(levels), scale, layer.bias)
+    def of(cls, layer: nn.Linear, group: int, rounding: Rounding | None = None) -> "Int4Linear":
+        """Return a layer with its weights rounded as given, or to the nearest; its scales have the layer's dtype."""
+        if rounding is None:
+            levels, scale = rounded(layer.weight.detach(), group)
+            rounding = packed(levels), scale
+        return cls(*(tensor.to(layer.weight.device) for tensor in rounding), layer.bias)
 
     @classmethod
     def empty(cls, layer: nn.Linear, group: int) -> "Int4Linear":
@@ -117,21 +121,20 @@ def unpacked(stored: Tensor) -> Tensor:
     return torch.stack([pairs & 15, pairs >> 4], -1).flatten(1)
 
 
-def quantize(model: PreTrainedModel, prefix: str, device: str) -> None:
+def quantize(model: PreTrainedModel, prefix: str, device: str, roundings: Mapping[str, Rounding]) -> None:
     """Round all linear layers whose names begin with `prefix`, in place, and say so in the model's config.
 
-    Layers are rounded on `device`, one after the other, and stay there. A model on the CPU therefore takes no more of a
-    GPU's memory than its rounded weights and one layer.
+    Those that `roundings` has by name are rounded as it says, others to the nearest. Layers are rounded on `device`,
+    one after the other, and stay there. A model on the CPU therefore takes no more of a GPU's memory than its rounded
+    weights and one layer.
 
     Raises:
         UserError: it cannot be done (`misfit`).
     """
-    if reason := misfit(model, prefix):
-        raise UserError(f"int4: {reason}; leave int4 out")
-    names = [name for name in _linear(model) if name.startswith(prefix)]
-    group = _group(model.get_submodule(name).in_features for name in names)
-    for name in names:
-        model.set_submodule(name, Int4Linear.of(model.get_submodule(name).to(device), group))
+    layers = rounded_layers(model, prefix)
+    group = group_size(layers)
+    for name, layer in layers.items():
+        model.set_submodule(name, Int4Linear.of(layer.to(device), group, roundings.get(name)))
     kept = [name for name, one in _linear(model).items() if not isinstance(one, Int4Linear)]
     model.config.quantization_config = _config(group, kept)
 
@@ -141,9 +144,10 @@ def misfit(model: PreTrainedModel, prefix: str) -> str | None:
 
     There are none in GPT-2, whose layers are of another class.
     """
-    widths = {one.in_features for name, one in _linear(model).items() if name.startswith(prefix)}
-    if widths and _group(widths):
+    layers = _within(model, prefix)
+    if layers and group_size(layers):
         return None
+    widths = {layer.in_features for layer in layers.values()}
     odd = [f"{width} inputs" for width in sorted(widths) if width % GROUPS[-1]]
     return (
         f"expected a language model of linear layers (nn.Linear) with a multiple of {GROUPS[-1]} inputs, found "
@@ -151,9 +155,20 @@ def misfit(model: PreTrainedModel, prefix: str) -> str | None:
     )
 
 
-def _group(widths: Iterable[int]) -> int:
-    """Return the largest of `GROUPS` that divides all the numbers; 0 if none does."""
-    return next((group for group in GROUPS if not any(width % group for width in widths)), 0)
+def rounded_layers(model: PreTrainedModel, prefix: str) -> dict[str, nn.Linear]:
+    """Return the layers that `quantize` rounds, by name.
+
+    Raises:
+        UserError: they cannot be rounded (`misfit`).
+    """
+    if reason := misfit(model, prefix):
+        raise UserError(f"int4: {reason}; leave int4 out")
+    return _within(model, prefix)
+
+
+def group_size(layers: Mapping[str, nn.Linear]) -> int:
+    """Return how many weights share a scale: the largest of `GROUPS` that divides all rows; 0 if none does."""
+    return next((group for group in GROUPS if not any(one.in_features % group for one in layers.values())), 0)
 
 
 @contextmanager
@@ -221,6 +236,10 @@ def _config(group: int, kept: list[str]) -> dict[str, Any]:
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": kept,
     }
+
+
+def _within(model: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in _linear(model).items() if name.startswith(prefix)}
 
 
 def _linear(model: nn.Module) -> dict[str, nn.Linear]:

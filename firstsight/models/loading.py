@@ -1,6 +1,6 @@
 """Load models from Hugging Face folders."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -42,6 +42,7 @@ def load_model(
     double_quantization: bool = True,
     compute_dtype: str = "auto",
     classes: Sequence[str] = (),
+    roundings: Mapping[str, int4.Rounding] | None = None,
 ) -> PreTrainedModel:
     """Load the folder's model on `device`, in eval mode.
 
@@ -57,6 +58,7 @@ def load_model(
         compute_dtype: for "nf4", the dtype of its matrix products; "auto" is that of the other weights.
         classes: names of the classes, which an encoder needs: if it has no head for these (`has_head`), it gets a new
             one, with the same random weights every time.
+        roundings: for "int4", how layers are rounded, by name; others are rounded to the nearest.
 
     Raises:
         UserError: an encoder has no classes, or is to be quantized; the folder lacks files, a file is broken, weights
@@ -122,11 +124,11 @@ def load_model(
             keep_weights_as_stored(model)
         align_weights(model)
     attend_by_size(model)
+    attend_causally_first(model)
     if (folder / ADAPTER).is_dir():
         model = _with_adapter(model, folder / ADAPTER, merge=not by_bitsandbytes)
-    attend_causally_first(model)
     if rounding:
-        int4.quantize(model, language_model_prefix(model), device)
+        int4.quantize(model, language_model_prefix(model), device, roundings or {})
         model.to(device)
     if quantizing:
         check_quantized(model)

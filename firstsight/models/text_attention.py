@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "causal_then_masked"
-# Of the language model's own config. Their layers pass the mask on as it is.
+# The `model_type` of language models whose layers pass the mask on unchanged.
 ARCHITECTURES = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2", "gpt2")
 
 
@@ -24,7 +24,8 @@ def attend(
     Args:
         query: [B, heads, Q, head size].
         key, value: [B, key-value heads, S, head size], S = Q where R < Q.
-        attention_mask: [B, 1, R, S], added to the scores of the last R tokens, R from 0 to Q; None as for "sdpa".
+        attention_mask: [B, 1, R, S], added to the scores of the last R tokens, R from 0 to Q; where R = Q, also any
+            other that "sdpa" takes.
         options: those of transformers' attention functions, passed on.
 
     Returns:

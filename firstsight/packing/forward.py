@@ -27,7 +27,7 @@ PACKING_KEYS = ("segment_ids", "branch_offsets", "labels", "token_labels", "visu
 Normalisation = Callable[[Tensor], Tensor]
 # Tokens whose logits are in memory at once: 156 MB in float32 at a vocabulary of 152,000 on the CPU, 311 MB on CUDA.
 _CHUNK = {"cpu": 256, "cuda": 512}
-# Tokens: what masks are rounded up to, so that few shapes of them are recorded as CUDA graphs.
+# The tokens that need no mask are rounded down to a multiple of this, so that few shapes are recorded as CUDA graphs.
 _TILE = 256
 
 
@@ -46,7 +46,7 @@ def attention_mask(model: nn.Module, segment_ids: Tensor) -> Tensor:
 def _causal_tokens(segment_ids: Tensor) -> int:
     """Return how many tokens at the start of [B, S] may attend to all earlier ones: all, or a multiple of `_TILE`.
 
-    Those are the prefix and first record of each row, and padding right behind them.
+    Those come before the first place at which any row has a token of its second record.
     """
     length = segment_ids.shape[1]
     if length < _TILE:  # a mask of few tokens costs nothing, and asking makes the CPU wait for the GPU

@@ -14,7 +14,9 @@ _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_onevision", "egogpt")
 
 def placeholders(config: PretrainedConfig, ids: Tensor) -> Tensor:
     """Return which of the tokens `ids` are placeholders of visual tokens, as truth values of the same shape."""
-    return (ids == config.image_token_id) | (ids == config.video_token_id)
+    images = ids == config.image_token_id
+    # Some architectures read no videos.
+    return images | (ids == config.video_token_id) if hasattr(config, "video_token_id") else images
 
 
 class VisionTower:

@@ -14,12 +14,13 @@ import math
 from collections.abc import Sequence
 
 from firstsight.core.params import Evaluate, Export, Optimisation, Params
+from firstsight.models.rounding import MOST_BYTES
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.workload import Workload, patches_and_tokens
 
-# Questions on which an export is compared with its original, most bytes of what rounds its weights, and repeats of a
-# measurement: as in export/folder.py, export/calibration.py and profiling/cost.py, whose libraries plans do not need.
-COMPARED, MOST_BYTES, REPEATS = 32, 2 << 30, 5
+# Questions on which an export is compared with its original, and repeats of a measurement: as in export/folder.py and
+# profiling/cost.py, whose libraries plans do not need.
+COMPARED, REPEATS = 32, 5
 
 
 def finetuning(shape: Shape, settings: Optimisation, work: Workload) -> float:

@@ -45,9 +45,10 @@ outliers of LLM.int8, and cuDNN's workspaces.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from firstsight.core.params import Optimisation, Params
+from firstsight.core.params import Optimisation, Params, Quantize
 from firstsight.loss.products import CHUNK
 from firstsight.models.device import TRAINING_PRECISIONS
+from firstsight.models.rounding import MOST_BYTES
 from firstsight.planning import inference
 from firstsight.planning.allocator import reserved
 from firstsight.planning.model_shape import Shape
@@ -125,9 +126,18 @@ def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> 
     return Memory(weights, _optimisation(student, settings), activations, cached=_paged(student, settings))
 
 
-def quantizing(shape: Shape, method: str) -> Memory:
-    """Estimate the peak GPU memory of quantize-student: 16-bit and quantized weights at the same time."""
-    return Memory(shape.weights_bytes("bfloat16") + shape.weights_bytes(method))
+def quantizing(shape: Shape, method: str, settings: Quantize, sizes: Sizes) -> Memory:
+    """Estimate the peak GPU memory of quantize-student: 16-bit and quantized weights at the same time.
+
+    To round int4 by its inputs, before there are quantized weights, takes moments of these and a pass over a sample.
+    """
+    weights, quantized = shape.weights_bytes("bfloat16"), shape.weights_bytes(method)
+    if method == "int4" and settings.rounding_samples:
+        largest = 8 * shape.intermediate**2
+        moments = max(largest, min(MOST_BYTES, shape.layers * (24 * shape.hidden**2 + largest)))
+        rounding = moments + inference.peak(inference.forward_pass(shape, "bfloat16", 1, sizes))
+        return Memory(weights, activations=max(quantized, rounding))
+    return Memory(weights + quantized)
 
 
 def answering(shape: Shape, precision: str, batch_sizes: Sequence[int], new_tokens: int, sizes: Sizes) -> Memory:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from firstsight.core.params import Evaluate, Optimisation, Params, Train
+from firstsight.core.params import Evaluate, Optimisation, Params, Quantize, Train
 from firstsight.core.variants import CONTROL, DISTILLED, FORMATS
 from firstsight.loss.teachers import HiddenTeacher, TopKTeacher
 from firstsight.models.architecture import is_encoder
@@ -15,7 +15,7 @@ from firstsight.planning.gpu_memory import Memory
 from firstsight.planning.hours import Card, Effort
 from firstsight.planning.model_shape import Shape, on_gpu
 from firstsight.planning.shapes import EGOGPT_SPEECH, KNOWN, on_meta
-from firstsight.planning.workload import Workload, visual_tokens
+from firstsight.planning.workload import Sizes, Workload, visual_tokens
 
 # Assumed where a data set of the hub is to name its classes.
 _CLASSES = 10
@@ -63,7 +63,8 @@ def rows(params: Params, work: Workload) -> list[Row]:
     if finetuned:
         found.append(_finetuning("finetune-student", student, params.train, _scored(student, params, work)))
     if not is_encoder(student.model.config.model_type):
-        found += [_quantize_student(student, method) for method in params.quantize.methods]
+        settings = params.quantize
+        found += [_quantize_student(student, method, settings, work.largest) for method in settings.methods]
     found += _exports("export-student", student, params.export.formats)
     found += _exports("export-teacher", teacher, ["onnx"]) if teacher and params.export.teacher else []
     variants = {
@@ -146,11 +147,11 @@ def _distill(student: Shape, teacher: Shape, params: Params, work: Workload) -> 
     )
 
 
-def _quantize_student(student: Shape, method: str) -> Row:
+def _quantize_student(student: Shape, method: str, settings: Quantize, sizes: Sizes) -> Row:
     return Row(
         f"quantize-student {method}",
         _loaded(student, method),
-        gpu_memory.quantizing(student, method),
+        gpu_memory.quantizing(student, method, settings, sizes),
         disk=student.weights_bytes(method),
     )
 

@@ -18,24 +18,39 @@ from firstsight.models.footprint import weights_bytes
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.models.quantized import check_quantized, quantized_layers
+from firstsight.quantization.gptq import InputRounding
+from firstsight.records.sample import Sample
 
 
 def quantize_folder(
-    source: Path, target: Path, method: str, settings: Quantize, device: str, calibration: Sequence[Question]
+    source: Path,
+    target: Path,
+    method: str,
+    settings: Quantize,
+    device: str,
+    questions: Sequence[Question],
+    samples: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """Quantize the model in `source` by a method, save it with its processor in `target`, and measure it.
 
-    Returns, as JSON: the numbers of quantized and of other linear layers, the bytes of all weights in memory before and
-    after, and the `layer_errors` on the `calibration` questions.
+    Weights of "int4" are rounded by what they are multiplied with on `samples`; without samples, to the nearest.
+
+    Returns, as JSON: the numbers of quantized and of other linear layers, and of those rounded by their inputs; the
+    bytes of all weights in memory before and after; and the `layer_errors` on the `questions`.
     """
-    processor = load_processor(source)
-    quantized = load_model(source, method, device, settings.double_quantization, settings.compute_dtype)
+    processor, roundings = load_processor(source), {}
+    if method == "int4" and samples:
+        roundings = InputRounding(load_model(source, "auto", device), processor, samples).layers()
+    quantized = load_model(
+        source, method, device, settings.double_quantization, settings.compute_dtype, roundings=roundings
+    )
     counts = check_quantized(quantized)
     quantized.save_pretrained(target)
     processor.save_pretrained(target)
     original = load_model(source, "auto", device)
     sizes = {"original_bytes": weights_bytes(original), "bytes": weights_bytes(quantized)}
-    return {"method": method, **counts, **sizes, "errors": layer_errors(original, quantized, processor, calibration)}
+    counts["rounded_by_inputs"] = len(roundings)
+    return {"method": method, **counts, **sizes, "errors": layer_errors(original, quantized, processor, questions)}
 
 
 @torch.inference_mode()

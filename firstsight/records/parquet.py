@@ -130,6 +130,11 @@ class Split(Sequence[Sample]):
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def spread(self, count: int) -> list[Sample]:
+        """Return at most `count` samples, evenly spread over the split."""
+        step = max(1, len(self) // max(1, count))
+        return [self[index] for index in range(0, len(self), step)[:count]]
+
     def record_counts(self) -> list[int]:
         """Return the number of records of each sample, without reading the frames."""
         counts = pc.list_value_length(self._file.read(columns=["records.list.element.id"]).column("records"))

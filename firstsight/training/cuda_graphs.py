@@ -22,7 +22,7 @@ from firstsight.core.stage import log
 
 _MULTIPLE = 64
 # Shapes that are recorded; batches of others are computed as without graphs.
-_MOST = 16
+_MOST = 32
 # How far the first graph's states and gradients may be from those that are computed without one, as a share of their
 # norm. In bfloat16, gradients computed twice differ by 0.01, because sums are in another order.
 _TOLERANCE = 0.1

@@ -4,8 +4,12 @@ Rounding to the nearest changes each weight least, whatever it is multiplied wit
 and moves the error of each onto the rows that come after it, as far as the inputs make up for it.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+
 import numpy as np
 
+# Of the moments of inputs that are held at once.
+MOST_BYTES = 2 << 30
 # Levels of 4 bits.
 LOWEST, HIGHEST = -8, 7
 # Added to the diagonal of the inputs' moment, as a share of its mean: as in the paper.
@@ -28,12 +32,18 @@ def nearest(weights: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     return levels, np.stack(scales)
 
 
-def gptq(weights: np.ndarray, moment: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+def gptq(
+    weights: np.ndarray,
+    moment: np.ndarray,
+    block: int,
+    as_stored: Callable[[np.ndarray], np.ndarray] = lambda scale: scale,
+) -> tuple[np.ndarray, np.ndarray]:
     """Round weights so that products with inputs of this second moment change little.
 
     Args:
         weights: float [K, N], as for `nearest`.
         moment: the mean of x x^T over inputs x, [K, K].
+        as_stored: rounds scales, float32 [N], to the numbers that are stored of them.
 
     Returns:
         levels int8 [K, N], and scales float32 [ceil(K / block), N].
@@ -45,7 +55,7 @@ def gptq(weights: np.ndarray, moment: np.ndarray, block: int) -> tuple[np.ndarra
     levels, scales = np.empty(weights.shape, np.int8), []
     for start in range(0, len(weights), block):
         end = min(start + block, len(weights))
-        scales.append(_scale(left[start:end]))
+        scales.append(as_stored(_scale(left[start:end])))
         errors = np.empty((end - start, weights.shape[1]))
         for row in range(start, end):
             levels[row] = _levels(left[row], scales[-1])
@@ -53,6 +63,24 @@ def gptq(weights: np.ndarray, moment: np.ndarray, block: int) -> tuple[np.ndarra
             left[row + 1 : end] -= np.outer(moves[row, row + 1 : end], errors[row - start])
         left[end:] -= moves[start:end, end:].T @ errors
     return levels, np.stack(scales)
+
+
+def parts(widths: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield names of matrices in groups whose moments take at most `MOST_BYTES`, or of one alone that takes more.
+
+    `widths` are the numbers of inputs; each has two moments in float32, of visual and of text tokens.
+    """
+    part: list[str] = []
+    size = 0
+    for name, width in widths.items():
+        needed = 2 * width**2 * np.dtype(np.float32).itemsize
+        if part and size + needed > MOST_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += needed
+    if part:
+        yield part
 
 
 def restored(levels: np.ndarray, scales: np.ndarray, block: int) -> np.ndarray:

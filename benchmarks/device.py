@@ -10,16 +10,21 @@ $TMPDIR and 20 GB of memory. Each model runs in its own process; one that fails 
 what loading and asking add to its resident memory at most (CUDA's own included), `gpu_mb` what they add to the GPU's
 that is taken (without it), `load_s` the seconds until a process with its libraries can ask the model, `prefill_ms` the
 time to the first token of an answer about a picture of 448 x 448 pixels, which is prepared before, and `token_ms` that
-of each further token of an answer to a question without a picture.
+of each further token of an answer to a question without a picture. Tokens of the models that fit the memory together,
+PyTorch's in bfloat16 and the exports of fewer bits, are timed in turns: `speed_up` is how many of a model's tokens come
+in the time of one of PyTorch's in bfloat16, the median over the turns.
 """
 
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
@@ -55,26 +60,87 @@ def run() -> None:
         print(json.dumps(exported(Path(sys.argv[2]))))
         return
     if sys.argv[1:2] == ["model"]:
-        print(json.dumps(measured(Path(sys.argv[2]), *sys.argv[3:])))
+        serve(Path(sys.argv[2]), *sys.argv[3:])
         return
     divisor, engines = int(sys.argv[1]) if sys.argv[1:] else 1, sys.argv[2:] or ["onnxruntime"]
     on_gpu = any(engine not in get_args(params.CpuEngine) for engine in engines)
     device = "cuda" if on_gpu else "cpu"
-    cases = [(SOURCE, device, precision) for precision in ("float32", "bfloat16")]
-    cases += [(weights, engine) for engine in engines for weights in WEIGHTS]
+    few_bits = [(weights, engine) for engine in engines for weights in WEIGHTS[1:]]
+    alone_in_memory = [(SOURCE, device, "float32"), *((WEIGHTS[0], engine) for engine in engines)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder / SOURCE, divisor)
         log.info("exporting took %(seconds)d s and %(memory_mb)d MB of memory", alone("device", "export", str(folder)))
         rows: list[dict[str, Any]] = []
+        for group in ([(SOURCE, device, "bfloat16"), *few_bits], *([one] for one in alone_in_memory)):
+            for _ in compared(folder, group, rows):
+                write("device-cuda" if on_gpu else "device", rows)
+
+
+def compared(folder: Path, cases: Sequence[tuple[str, ...]], rows: list[dict[str, Any]]) -> Iterator[None]:
+    """Add a row for each model, then time tokens of all in turns; yield whenever the rows have changed.
+
+    Each of `cases` is a model's folder within `folder`, its engine or PyTorch's device, and PyTorch's precision.
+    """
+    with ExitStack() as stack:
+        running = []
         for name, *engine in cases:
-            try:
-                rows.append(alone("device", "model", str(folder / name), *engine))
-            except subprocess.CalledProcessError as error:
-                log.warning("%s in %s: left out, its process ended with status %d", name, engine[0], error.returncode)
+            process = stack.enter_context(Asked(folder / name, *engine))
+            if (row := process.measures()) is None:
+                log.warning("%s in %s: left out, its process ended with status %d", name, engine[0], process.status())
                 continue
-            log.info("%s", rows[-1])
-            write("device-cuda" if on_gpu else "device", rows)
+            rows.append(row)
+            log.info("%s", row)
+            running.append((process, row))
+            yield
+        if len(running) < 2 or running[0][1]["precision"] != "bfloat16":
+            return
+        # A process that ends has nan from then on, and so has what is compared with it.
+        turns = [[process.token_ms() for process, _ in running] for _ in range(REPEATS)]
+        for (_, row), own in zip(running, zip(*turns, strict=True), strict=True):
+            row["token_ms"] = round(statistics.median(own), 1)
+            row["speed_up"] = round(
+                statistics.median(first / one for (first, *_), one in zip(turns, own, strict=True)), 2
+            )
+            log.info("in turns: %(engine)s, %(precision)s: %(token_ms)s ms a token, speed-up %(speed_up)s", row)
+        yield
+
+
+class Asked:
+    """A process that measures a model, and then times its tokens as often as it is asked to."""
+
+    def __init__(self, *words: Any):
+        command = [sys.executable, "-m", "benchmarks.device", "model", *map(str, words)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "Asked":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()  # which closes its input, and so ends it
+
+    def measures(self) -> dict[str, Any] | None:
+        """Return the row that it measures; None if it ended before."""
+        return self._answer()
+
+    def token_ms(self) -> float:
+        """Return the milliseconds of a further token; nan if it has ended."""
+        with suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        found = self._answer()
+        return math.nan if found is None else found
+
+    def _answer(self) -> Any:
+        """Return its next line of JSON, or None if it has ended; libraries may print others."""
+        for line in self._process.stdout:
+            with suppress(json.JSONDecodeError):
+                return json.loads(line)
+        return None
+
+    def status(self) -> int:
+        """Return the status with which it ended."""
+        return self._process.wait()
 
 
 def write_model(folder: Path, divisor: int, draw: Draw = normal) -> None:
@@ -108,8 +174,11 @@ def exported(folder: Path) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - started), "memory_mb": peak_mb()}
 
 
-def measured(folder: Path, engine: str, precision: str = "") -> dict[str, Any]:
-    """Load a model, ask it, and return a row: an export in an engine, or with a precision, PyTorch on a device."""
+def serve(folder: Path, engine: str, precision: str = "") -> None:
+    """Load a model, ask it, and print a row: an export in an engine, or with a precision, PyTorch on a device.
+
+    Then print the milliseconds of a further token for each line that is read.
+    """
     device = engine if precision else "cpu" if engine in get_args(params.CpuEngine) else "cuda"
     pick_device(device)
     before, taken, started = psutil.Process().memory_info().rss, gpu_bytes(device), time.perf_counter()
@@ -130,19 +199,34 @@ def measured(folder: Path, engine: str, precision: str = "") -> dict[str, Any]:
 
     for inputs in (seen, read):
         milliseconds(inputs, 2)  # warms up
-    prefill = statistics.median(milliseconds(seen, 1) for _ in range(REPEATS))
-    further = (milliseconds(read, 1 + TOKENS) - milliseconds(read, 1) for _ in range(REPEATS))
-    return {
+    prefill = repeated(lambda: milliseconds(seen, 1))
+
+    def token_ms() -> float:
+        return (milliseconds(read, 1 + TOKENS) - milliseconds(read, 1)) / TOKENS
+
+    row = {
         **{key: model.environment()[key] for key in ("engine", "precision")},
         "disk_mb": round(folder_bytes(folder) / 1e6),
         "memory_mb": peak_mb() - round(before / 1e6),
         "gpu_mb": round((gpu_bytes(device) - taken) / 1e6) if device == "cuda" else "",
         "load_s": round(loaded, 1),
         "prefill_ms": round(prefill),
-        "token_ms": round(statistics.median(further) / TOKENS, 1),
+        "token_ms": round(repeated(token_ms), 1),
+        "speed_up": "",
         **check,
         **environment(device),
     }
+    print(json.dumps(row), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(token_ms()), flush=True)
+
+
+def repeated(measure: Callable[[], float]) -> float:
+    """Return the median of what is measured, as often as a minute allows and at most `REPEATS` times, at least once."""
+    started, found = time.perf_counter(), [measure()]
+    while len(found) < REPEATS and time.perf_counter() - started < 60:
+        found.append(measure())
+    return statistics.median(found)
 
 
 def gpu_bytes(device: str) -> int:

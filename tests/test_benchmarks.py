@@ -6,8 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import psutil
@@ -336,36 +335,57 @@ def test_a_data_set_is_built_at_each_size(rows_of):
 @pytest.mark.system
 def test_a_model_and_its_exports_are_measured_each_in_its_process(rows_of):
     rows = rows_of("device")
-    assert [row["precision"] for row in rows] == ["float32", "bfloat16", *2 * ["float32", "int8", "w4a8"]]
-    assert [row["engine"].split()[0] for row in rows] == 2 * ["PyTorch"] + 3 * ["onnxruntime"] + 3 * ["OpenVINO"]
-    assert all(row[name] > 0 for row in rows for name in ("disk_mb", "memory_mb", "load_s", "prefill_ms"))
-    whole, int8, w4a8 = rows[2:5]
+    assert [row["precision"] for row in rows] == ["bfloat16", *2 * ["int8", "w4a8"], *3 * ["float32"]]
+    engines = ["PyTorch", *2 * ["onnxruntime"], *2 * ["OpenVINO"], "PyTorch", "onnxruntime", "OpenVINO"]
+    assert [row["engine"].split()[0] for row in rows] == engines
+    assert all(row[name] > 0 for row in rows for name in ("disk_mb", "memory_mb", "load_s", "prefill_ms", "token_ms"))
+    assert rows[0]["speed_up"] == 1
+    assert all(row["speed_up"] > 0 for row in rows[1:5])
+    assert not any(row["speed_up"] for row in rows[5:])
+    int8, w4a8, whole = *rows[1:3], rows[6]
     assert whole["same_answer"]
     assert whole["disk_mb"] > 3 * int8["disk_mb"] > 3 * w4a8["disk_mb"]
     assert float(whole["logit_difference"]) < 1e-4 < float(int8["logit_difference"]) < float(w4a8["logit_difference"])
 
 
-def test_a_model_that_does_not_run_leaves_the_rows_of_the_others(monkeypatch, caplog):
-    asked = []
+def test_models_are_timed_in_turns_and_one_that_does_not_run_is_left_out(monkeypatch, caplog):
+    started, written, turns = [], {}, []
 
-    def alone(_, what, folder, *case):
-        if what == "export":
-            return {"seconds": 1, "memory_mb": 1}
-        asked.append((Path(folder).name, *case))
-        if case == ("onnxruntime-tensorrt",):
-            raise subprocess.CalledProcessError(-9, "python")
-        return {"case": asked[-1]}
+    class Asked(nullcontext):
+        def __init__(self, folder, *engine):
+            super().__init__(self)
+            self.case = (folder.name, *engine)
+            started.append(self.case)
 
-    written = {}
-    monkeypatch.setattr(device, "alone", alone)
+        def measures(self):
+            if "onnxruntime-tensorrt" in self.case:
+                return None
+            row = {"engine": self.case[1], "precision": self.case[-1], "token_ms": 1.0, "speed_up": ""}
+            return row | {"case": self.case}
+
+        def token_ms(self):
+            turns.append(self.case[0])
+            slower = 1 + len(turns) // 4  # the machine is, ever more: within a turn as well
+            return {"checkpoint": 60.0, "int8": 30.0, "w4a8": 20.0}[self.case[0]] * slower
+
+        def status(self):
+            return -9
+
+    monkeypatch.setattr(device, "Asked", Asked)
+    monkeypatch.setattr(device, "alone", lambda *_: {"seconds": 1, "memory_mb": 1})
     monkeypatch.setattr(device, "write_model", lambda *_: None)
-    monkeypatch.setattr(device, "write", lambda name, rows: written.update({name: list(rows)}))
+    monkeypatch.setattr(device, "write", lambda name, rows: written.update({name: json.loads(json.dumps(rows))}))
     monkeypatch.setattr(sys, "argv", ["device", "1", "onnxruntime-cuda", "onnxruntime-tensorrt"])
     device.run()
-    pytorch = [("checkpoint", "cuda", "float32"), ("checkpoint", "cuda", "bfloat16")]
-    exports = [(weights, engine) for engine in sys.argv[2:] for weights in device.WEIGHTS]
-    assert asked == pytorch + exports
-    assert written == {"device-cuda": [{"case": case} for case in pytorch + exports[:3]]}
+    few_bits = [(weights, engine) for engine in sys.argv[2:] for weights in ("int8", "w4a8")]
+    whole = [("checkpoint", "cuda", "float32"), *(("float32", engine) for engine in sys.argv[2:])]
+    assert started == [("checkpoint", "cuda", "bfloat16"), *few_bits, *whole]
+    assert turns == device.REPEATS * ["checkpoint", "int8", "w4a8"]
+    ((name, rows),) = written.items()
+    assert name == "device-cuda"
+    assert [tuple(row["case"]) for row in rows] == [started[0], *few_bits[:2], *whole[:2]]
+    # The turns are 60 30 20, 120 60 40, 120 90 60, 180 90 80, 240 120 80: the ratios of medians are 1.33 and 2.
+    assert [(row["token_ms"], row["speed_up"]) for row in rows] == [(120, 1), (90, 2), (60, 3), (1, ""), (1, "")]
     assert "w4a8 in onnxruntime-tensorrt: left out, its process ended with status -9" in caplog.text
 
 

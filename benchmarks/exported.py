@@ -3,10 +3,10 @@
     python -m benchmarks.exported [SHARE]      default: all test questions; 0.1 takes a tenth
 
 Run it after `dvc repro`, on an otherwise idle machine. Writes benchmarks/exported.csv. Exports run in onnxruntime, in
-OpenVINO where it is installed, and with the providers for GPUs that onnxruntime has. All models are in one process with
-the same number of threads and are timed in turns, so that what disturbs the machine disturbs each of them. A timed
-answer has `evaluate.latency_new_tokens` tokens; images and videos are prepared before. `ask_mb` is the memory of
-`firstsight ask` at its peak.
+OpenVINO where it is installed, and with the providers for GPUs that onnxruntime has. A model and its exports are in one
+process with the same number of threads and are timed in turns, so that what disturbs the machine disturbs each of them.
+A timed answer has `evaluate.latency_new_tokens` tokens; images and videos are prepared before. `ask_mb` is the most
+memory that `firstsight ask` is seen to have, five times a second, pages that others share in part.
 """
 
 import sys

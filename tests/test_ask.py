@@ -56,6 +56,9 @@ def media(tmp_path) -> Path:
         container.mux(stream.encode())
     (tmp_path / "broken.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:300])
     (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/decoder.onnx").touch()
+    (tmp_path / "half/config.json").touch()
     (tmp_path / "left-out").mkdir()
     (tmp_path / "left-out/left-out.json").write_text(json.dumps("quantize.methods is ['int8'], without nf4"))
     return tmp_path
@@ -103,6 +106,12 @@ def test_a_question_that_would_change_the_prompt_is_refused(media, settings):
         (STUDENT, "link.jpg", " \n", "question: expected some text, found none"),
         ("models/nobody", "link.jpg", "What?", "models/nobody: expected a model folder, found no such folder"),
         ("data/egoqa", "link.jpg", "What?", "data/egoqa: expected a model folder, found a folder without config.json"),
+        (
+            "{media}/half",
+            "link.jpg",
+            "What?",
+            "half: expected exported.json beside the graphs of an exported model, found",
+        ),
         ("{media}/left-out", "link.jpg", "What?", "found it left out (quantize.methods is ['int8'], without nf4)"),
     ],
 )

@@ -216,7 +216,9 @@ def test_a_folder_that_lacks_a_file_is_one_line(exports, tmp_path, missing):
     for path in exports["int8"].iterdir():
         if path.name != missing:
             (tmp_path / path.name).symlink_to(path)
-    with pytest.raises(UserError, match=f"expected an exported model, found no {missing}; export it again"):
+    with pytest.raises(
+        UserError, match=f"expected an exported model, found no {missing}; copy the folder again, or export it again"
+    ):
         open_exported(tmp_path)
 
 

@@ -84,6 +84,23 @@ def test_a_wrong_argument_is_one_line(arguments, line):
     assert "\n" not in str(error.value)
 
 
+def test_a_package_that_is_missing_is_one_line_and_a_defect_is_not(monkeypatch):
+    """As in an environment of requirements-device.txt, which asks exported models alone."""
+
+    def missing(name: str) -> None:
+        def imports(*_: object, **__: object) -> None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(app, "app", imports)
+
+    missing("pandas.core")
+    with pytest.raises(UserError, match=r"^pandas: expected a package .* missing; pip install -r requirements.txt$"):
+        app.run(["table"])
+    missing("firstsight.nothing")
+    with pytest.raises(ModuleNotFoundError):
+        app.run(["table"])
+
+
 @pytest.mark.parametrize("preset", ["qwen2-vl-7b", "smoke"])
 def test_a_plan_is_printed_from_another_folder(tmp_path, monkeypatch, capsys, preset):
     """The smoke preset trains its tokenizer on a file of the repository."""

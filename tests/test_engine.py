@@ -180,7 +180,9 @@ def test_smaller_weights_compute_nearly_the_same(exported, folder, copied, weigh
 
 def test_what_is_longer_than_the_context_is_refused(exported, monkeypatch):
     monkeypatch.setattr(exported, "layout", exported.layout.model_copy(update={"context": 50}))
-    with pytest.raises(UserError, match=r"expected at most 50 tokens of media, question and answer, found \d+; lower"):
+    with pytest.raises(
+        UserError, match=r"expected at most 50 tokens of media, question and answer, found \d+; shorten"
+    ):
         list(exported.answers(QUESTIONS[4 * 3 : 4 * 3 + 1], 1, 20))
 
 
@@ -233,7 +235,7 @@ def key_of_another(folder):
 
 def no_graph(folder):
     (folder / DECODER).unlink()
-    return "expected an exported model, found no decoder.onnx; export it again"
+    return "expected an exported model, found no decoder.onnx; copy the folder again, or export it again"
 
 
 def half_a_graph(folder):

@@ -6,7 +6,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.files import read_json
 from firstsight.core.params import Data
 from firstsight.core.variants import LEFT_OUT
-from firstsight.engine.layout import is_exported, read_layout
+from firstsight.engine.layout import LAYOUT, is_exported, read_layout
 
 # As in firstsight.acquisition.checks, which imports torch.
 CONFIG, _CLASSIFIER = "config.json", "ForSequenceClassification"
@@ -18,6 +18,11 @@ def check_there(folder: Path) -> None:
         raise UserError(
             f"{folder}: expected a model, found it left out ({read_json(note, 'quantize-student')}); "
             "ask for it in params.yaml, and dvc repro makes it"
+        )
+    if any(folder.glob("*.onnx")) and not is_exported(folder):
+        raise UserError(
+            f"{folder}: expected {LAYOUT} beside the graphs of an exported model, found none; copy the folder again, "
+            "or export it again (dvc repro)"
         )
     if not (folder / CONFIG).is_file():
         found = "a folder without config.json" if folder.is_dir() else "no such folder"

@@ -59,7 +59,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command, given its arguments or those of this process.
 
     Raises:
-        UserError: the command is unknown, or an argument is missing, unknown or of the wrong type.
+        UserError: the command is unknown, an argument is missing, unknown or of the wrong type; a package is missing.
         KeyboardInterrupt: it was interrupted.
     """
     try:
@@ -69,6 +69,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
         place = context.command_path if context else "firstsight"
         message = " ".join(error.format_message().split()).rstrip(".")
         raise UserError(f"{place}: {message[0].lower()}{message[1:]}; see {place} --help") from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "firstsight"):
+            raise
+        raise UserError(
+            f"{package}: expected a package that this command needs, found it missing; pip install -r requirements.txt"
+        ) from None
     if status == 128 + signal.SIGINT:  # typer returns it in place of the exception
         raise KeyboardInterrupt
 

@@ -31,7 +31,10 @@ class ExportedModel:
     def __init__(self, folder: Path, engine: str = "onnxruntime"):
         self.folder, self.layout = folder, read_layout(folder)
         if (missing := missing_file(folder, self.layout)) is not None:
-            raise UserError(f"{folder}: expected an exported model, found no {missing}; export it again (dvc repro)")
+            raise UserError(
+                f"{folder}: expected an exported model, found no {missing}; copy the folder again, or export it again "
+                "(dvc repro)"
+            )
         self._runtime = runtime(engine)
         self.weights_bytes, self.parameters = self.layout.weights_bytes, self.layout.parameters
         self.token_bytes = self._open()
@@ -130,9 +133,10 @@ class ExportedModel:
     def _chosen(self, batch: Batch, most: int) -> Iterator[np.ndarray]:
         """Yield the most likely next token of each question [B], `most` times."""
         if (length := batch.tokens.shape[1] + most) > self.layout.context:
+            seen = "data.max_pixels, data.max_frames or " if batch.media else ""
             raise UserError(
                 f"{self.folder}: expected at most {self.layout.context} tokens of media, question and answer, found "
-                f"{length}; lower data.max_pixels, data.max_frames or evaluate.max_new_tokens"
+                f"{length}; shorten the question, or lower {seen}evaluate.max_new_tokens"
             )
         states, positions, mask = self._embedded(batch), batch.positions, batch.mask
         past = self._no_past(len(batch.tokens))

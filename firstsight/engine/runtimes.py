@@ -45,7 +45,7 @@ class Runtime(ABC):
     name: str
     device: str
     # What may help where a graph cannot be opened.
-    remedy = "export it again (dvc repro)"
+    remedy = "copy the folder again, or export it again (dvc repro)"
 
     def __init__(self) -> None:
         self.threads = cores()

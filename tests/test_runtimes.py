@@ -85,7 +85,10 @@ def test_openvino_runs_a_folder_of_links(folders, tmp_path):
 def test_a_graph_that_openvino_does_not_run_is_refused_in_one_line(folders, tmp_path, damage):
     copied = Path(shutil.copytree(folders["float32"], tmp_path / "exported"))
     damage(copied)
-    with pytest.raises(UserError, match=rf"{DECODER}: expected a graph that OpenVINO runs, found [^\n]+; export it"):
+    with pytest.raises(
+        UserError,
+        match=rf"{DECODER}: expected a graph that OpenVINO runs, found [^\n]+; copy the folder again, or export it",
+    ):
         ExportedModel(copied, "openvino")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from firstsight.asking.asked_model import AskedModel
+from firstsight.asking.folder import check_there
 from firstsight.asking.question import question_about
 from firstsight.cli import app
 from firstsight.core.errors import UserError
@@ -316,6 +317,17 @@ def test_an_exported_model_is_asked_without_torch(on_device, folder, source, tmp
     sample = question_about(tmp_path / "picture.jpg", "What is in your left hand?", settings.data)
     answer = AskedModel(source, settings.evaluate, "cpu").answer(sample).line()
     assert done.stdout.splitlines()[-1].endswith(f" s  {answer}")
+
+
+@pytest.mark.parametrize("size", [100, -100])
+def test_weights_that_are_not_all_of_one_export_are_refused_before_they_are_loaded(copied, size):
+    check_there(copied)
+    weights = copied / f"{DECODER}.data"
+    os.truncate(weights, weights.stat().st_size + size)
+    with pytest.raises(
+        UserError, match=r"expected [\d,]+ bytes of weights .* found [\d,]+; the copy is not complete, or"
+    ):
+        check_there(copied)
 
 
 def test_another_model_says_that_it_needs_torch(on_device, source):

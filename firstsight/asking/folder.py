@@ -24,6 +24,13 @@ def check_there(folder: Path) -> None:
             f"{folder}: expected {LAYOUT} beside the graphs of an exported model, found none; copy the folder again, "
             "or export it again (dvc repro)"
         )
+    if is_exported(folder):
+        stored, found = read_layout(folder).weights_bytes, sum(one.stat().st_size for one in folder.glob("*.onnx.data"))
+        if found != stored:
+            raise UserError(
+                f"{folder}: expected {stored:,} bytes of weights (*.onnx.data), as {LAYOUT} says, found {found:,}; the "
+                "copy is not complete, or of several exports: copy the folder again, or export it again (dvc repro)"
+            )
     if not (folder / CONFIG).is_file():
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise UserError(

@@ -45,7 +45,7 @@ def run(method: str) -> None:
         device = pick_device(loaded.runtime.device)
         samples = islice(Split(VALIDATION), settings.calibration_samples)
         questions = [(sample, as_asked(sample.records[0])) for sample in samples]
-        rounded_by = Split(TRAIN).spread(settings.rounding_samples)
+        rounded_by = Split(TRAIN).spread(settings.rounding_samples if method == "int4" else 0)
         measured = quantize_folder(source, folder, method, settings, device, questions, rounded_by)
         write_json(folder / MEASUREMENTS, measured)
     log.info(

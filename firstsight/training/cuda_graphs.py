@@ -257,7 +257,7 @@ def _padded(inputs: dict[str, Tensor], more: int) -> dict[str, Tensor]:
     if not more:
         return inputs
     length, rows = inputs["position_ids"].shape[-1], inputs["attention_mask"].shape[2]
-    # A mask of no tokens stays one: all attend to all earlier ones, and none of the others is behind those at the end.
+    # A mask of no tokens stays one: each token attends to all earlier ones, and padding comes after all of them.
     widths = {"inputs_embeds": (0, 0, 0, more), "attention_mask": (0, more, 0, more if rows else 0)}
     padded = {name: pad(one, widths.get(name, (0, more))) for name, one in inputs.items()}
     padded["attention_mask"][..., :rows, length:] = torch.finfo(padded["attention_mask"].dtype).min

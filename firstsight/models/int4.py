@@ -71,7 +71,8 @@ class Int4Linear(nn.Linear):
         if rounding is None:
             levels, scale = rounded(layer.weight.detach(), group)
             rounding = packed(levels), scale
-        return cls(*(tensor.to(layer.weight.device) for tensor in rounding), layer.bias)
+        stored, scale = (tensor.to(layer.weight.device) for tensor in rounding)
+        return cls(stored, scale, layer.bias)
 
     @classmethod
     def empty(cls, layer: nn.Linear, group: int) -> "Int4Linear":

@@ -34,8 +34,8 @@ def attend(
     causal = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if causal == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    first = [tensor[:, :, :causal] for tensor in (query, key, value)]
-    found = [sdpa_attention_forward(module, *first, None, **options | {"is_causal": True})[0]]
+    first, keys, values = (tensor[:, :, :causal] for tensor in (query, key, value))
+    found = [sdpa_attention_forward(module, first, keys, values, None, **options | {"is_causal": True})[0]]
     if causal < query.shape[2]:
         found += sdpa_attention_forward(module, query[:, :, causal:], key, value, attention_mask, **options)[:1]
     return torch.cat(found, 1) if len(found) > 1 else found[0], None

@@ -38,7 +38,7 @@ class _Moments:
     def balanced(self) -> np.ndarray:
         """Return the mean of x x^T [K, K], in which visual and text tokens weigh the same."""
         means = [total.cpu().numpy() / count for total, count in zip(self.sums, self.tokens, strict=True) if count]
-        return sum(means) / len(means)
+        return np.mean(means, axis=0)
 
 
 class InputRounding:

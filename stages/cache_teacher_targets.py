@@ -71,10 +71,9 @@ def run() -> None:
         }
     work = made_from | settings.model_dump() | {"device": device}
     with shared(scratch.kept_folder(STAGE, work)) as scratch_folder:
-        unanswered = [question for split in data.values() for question in split.unanswered()]
-        needs_teacher = settings.kind != "online" or unanswered
+        needs_teacher = settings.kind != "online" or any(split.unanswered() for split in data.values())
         model = load_model(TEACHER, settings.precision, device) if needs_teacher else None
-        answers = generate_answers(model, processor, unanswered, settings, scratch_folder)
+        answers = generate_answers(model, processor, list(data.values()), settings, scratch_folder)
         splits = {split: PackedDataset(one.answered(answers.texts), processor) for split, one in data.items()}
         encoded = {split: [dataset.answers(one) for one in range(len(dataset))] for split, dataset in splits.items()}
         tokens = {split: count(one) for split, one in encoded.items()}

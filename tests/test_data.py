@@ -35,6 +35,21 @@ def test_samples_read_back_equal_in_any_order(tmp_path, monkeypatch):
         split[len(written)]
 
 
+def test_which_records_have_an_answer_is_known_without_reading_a_sample(tmp_path, monkeypatch):
+    asked = {"a": ["so"], "b": ["", "so", ""], "c": ["", ""]}
+    with SplitWriter(tmp_path / "train.parquet") as writer:
+        for name, given in asked.items():
+            writer.write(make_sample(name, "image", 1, [("Why?", answer) for answer in given]))
+    split = Split(tmp_path / "train.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(Split, "__getitem__", None)
+        assert split.has_answers()
+        assert split.unanswered() == {1: ["b-0", "b-2"], 2: ["c-0", "c-1"]}
+        answered = split.answered({"b-2": "then", "c-0": ""})
+        assert answered.record_counts() == [1, 2]
+    assert [[one.answer for one in sample.records] for sample in answered] == [["so"], ["so", "then"]]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not parquet"])
 def test_a_broken_split_is_named(tmp_path, content):
     path = tmp_path / "train.parquet"

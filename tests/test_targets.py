@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from typing import get_args
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from firstsight.caching import shards
 from firstsight.core.errors import UserError
 from firstsight.core.files import fingerprint_files, write_json
 from firstsight.core.params import Precision
+from firstsight.distillation import teacher_answers
 from firstsight.distillation.builder import TargetBuilder
 from firstsight.distillation.targets import Index, SplitTargets, SplitTargetsWriter, read_head, read_index, write_index
 from firstsight.distillation.teacher_answers import generate_answers
-from firstsight.generation.answering import answers
+from firstsight.generation.answering import answers, generated_answers
 from firstsight.loss.vocabulary import SharedVocabulary
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
@@ -137,21 +139,22 @@ def test_a_damaged_shard_of_an_interrupted_cache_is_made_again(smoke_copy, monke
     assert (smoke_copy / "data/teacher-targets" / first.name).stat().st_ino == kept
 
 
-def unanswered_questions(path, samples):
-    """The first questions of a split, without their answers."""
-    return [
-        (sample, replace(record, answer="", answers=()))
-        for sample in (Split(path)[number] for number in range(samples))
-        for record in sample.records
-    ]
+def without_answers(path, samples, folder) -> Split:
+    """The first samples of a split, without the answers of their records, as a split of its own."""
+    split = Split(path)
+    with SplitWriter(folder / "unanswered.parquet") as writer:
+        for sample in map(split.__getitem__, range(samples)):
+            writer.write(replace(sample, records=[replace(one, answer="", answers=()) for one in sample.records]))
+    return Split(folder / "unanswered.parquet")
 
 
 def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_copy, settings, tmp_path):
     teacher = smoke_copy / "models/teacher-finetuned"
     model, processor = load_model(teacher, "auto", "cpu"), load_processor(teacher)
-    questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 8)
+    split = without_answers(smoke_copy / "data/egoqa/train.parquet", 8, tmp_path)
+    questions = [(sample, record) for sample in split for record in sample.records]
     (tmp_path / "topk").mkdir()
-    given = generate_answers(model, processor, questions, settings.targets, tmp_path)
+    given = generate_answers(model, processor, [split], settings.targets, tmp_path)
     builder = TargetBuilder(model, settings.targets, SharedVocabulary(500))
     compared = []
     for sample, record in questions:
@@ -168,7 +171,7 @@ def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_co
         compared.append(answered)
     assert len(compared) > len(questions) / 2
     top_k = generate_answers(
-        model, processor, questions, settings.targets.model_copy(update={"kind": "topk"}), tmp_path / "topk"
+        model, processor, [split], settings.targets.model_copy(update={"kind": "topk"}), tmp_path / "topk"
     )
     assert top_k.texts == given.texts
     assert not any(top_k.has_states([one], encode_answers(processor, [one])) for one in compared)
@@ -176,18 +179,40 @@ def test_the_states_of_generating_are_those_of_running_over_the_answers(smoke_co
     assert torch.equal(given.states(compared[:2]), both)
 
 
+def test_samples_are_let_go_once_they_are_answered(smoke, settings, model, processor, tmp_path, monkeypatch):
+    """So that a data set of unanswered clips need not fit into memory."""
+    split = without_answers(smoke / "data/egoqa/train.parquet", 9, tmp_path)
+    read, alive, most = Split.__getitem__, WeakSet(), []
+
+    def noting(self, index):
+        sample = read(self, index)
+        alive.add(sample)
+        return sample
+
+    def generating(model, processor, questions, *rest):
+        most.append((len(alive), len({sample.id for sample, _ in questions})))
+        return generated_answers(model, processor, questions, *rest)
+
+    monkeypatch.setattr(Split, "__getitem__", noting)
+    monkeypatch.setattr(teacher_answers, "generated_answers", generating)
+    wanted = settings.targets.model_copy(update={"batch_size": 2})
+    assert len(generate_answers(model, processor, [split], wanted, tmp_path).texts) == sum(split.record_counts())
+    assert [asked for _, asked in most] == [2, 2, 2, 2, 1]
+    assert max(held for held, _ in most) <= 4  # a batch, and the one before it
+
+
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1] + bytes([content[-1] ^ 1])])
 def test_answers_of_an_interrupted_cache_are_kept_unless_they_are_damaged(
     smoke_copy, settings, model, processor, tmp_path, monkeypatch, damage
 ):
     monkeypatch.setattr(shards, "_SHARD_RECORDS", 1)
-    questions = unanswered_questions(smoke_copy / "data/egoqa/train.parquet", 4)
+    splits = [without_answers(smoke_copy / "data/egoqa/train.parquet", 4, tmp_path)]
     settings = settings.targets.model_copy(update={"batch_size": 1})
-    expected = generate_answers(model, processor, questions, settings, tmp_path)
+    expected = generate_answers(model, processor, splits, settings, tmp_path)
     first, second, *later = sorted(tmp_path.rglob("*.safetensors"))
     content, written = [one.read_bytes() for one in (first, second, *later)], first.stat().st_mtime_ns
     second.write_bytes(damage(second.read_bytes()))
-    assert generate_answers(model, processor, questions, settings, tmp_path).texts == expected.texts
+    assert generate_answers(model, processor, splits, settings, tmp_path).texts == expected.texts
     assert [one.read_bytes() for one in (first, second, *later)] == content
     assert first.stat().st_mtime_ns == written
 

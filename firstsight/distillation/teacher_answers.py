@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
 from pathlib import Path
 
 import torch
@@ -17,8 +16,9 @@ from firstsight.core.errors import UserError
 from firstsight.core.params import Targets
 from firstsight.core.stage import log
 from firstsight.distillation.targets import STAGE, Shards, SplitTargetsWriter
-from firstsight.generation.answering import Question, answer_texts, generated_answers
-from firstsight.records.sample import LETTERS, Record
+from firstsight.generation.answering import answer_texts, generated_answers
+from firstsight.records.parquet import Split
+from firstsight.records.sample import LETTERS, Record, Sample
 
 # Name and folder of the shards, as if the answers were those of a split.
 _ANSWERS = "answers"
@@ -57,11 +57,11 @@ class TeacherAnswers:
 def generate_answers(
     model: PreTrainedModel | None,
     processor: ProcessorMixin,
-    questions: list[Question],
+    splits: Sequence[Split],
     settings: Targets,
     folder: Path,
 ) -> TeacherAnswers:
-    """Answer the questions with the teacher, which all processes share.
+    """Answer the questions of the splits that have no answer with the teacher, which all processes share.
 
     What it computes is written to `folder` as it goes, and what is there already is not computed again. `model` may be
     None if there are no questions.
@@ -69,10 +69,15 @@ def generate_answers(
     Raises:
         UserError: none of the answers is usable.
     """
+    # The samples with such questions, which are read when they are asked: their frames would fill the memory.
+    places = [(split, row) for split in splits for row in split.unanswered()]
+    asked = [record for place in places for record in _unanswered(*place)[1]]
 
-    def compute(batches: Sequence[Sequence[Question]]) -> Iterator[tuple]:
+    def compute(batches: Sequence[Sequence[tuple[Split, int]]]) -> Iterator[tuple]:
         for batch in batches:
-            given = list(generated_answers(model, processor, batch, len(batch), settings.max_answer_tokens))
+            read = [_unanswered(*place) for place in batch]
+            questions = [(sample, record) for sample, records in read for record in records]
+            given = list(generated_answers(model, processor, questions, len(questions), settings.max_answer_tokens))
             tensors = {"answers": torch.tensor([token for answer in given for token in answer.tokens])}
             # Not for "topk", whose user may have no room for states: they are as large as targets of kind "hidden".
             if settings.kind == "hidden":
@@ -80,30 +85,29 @@ def generate_answers(
             yield tensors, [len(answer.tokens) for answer in given], {}
 
     (folder / _ANSWERS).mkdir(exist_ok=True)
-    batches = list(_batches(questions, settings.batch_size))
-    label = f"{STAGE}: answers"
-    write_shared(SplitTargetsWriter, folder / _ANSWERS, _ANSWERS, batches, compute, label, "questions")
+    size, label = settings.batch_size, f"{STAGE}: answers"
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    write_shared(SplitTargetsWriter, folder / _ANSWERS, _ANSWERS, batches, compute, label, "samples")
     shards = Shards(folder / _ANSWERS, _ANSWERS)
     tokens = [shards.tokens(number) for number in range(len(shards))]
     texts = {
         record.id: text if not record.options or text in LETTERS[: len(record.options)] else ""
-        for text, (_, record) in zip(answer_texts(model, processor, tokens) if tokens else [], questions, strict=True)
+        for text, record in zip(answer_texts(model, processor, tokens) if tokens else [], asked, strict=True)
     }
-    if questions:
+    if asked:
         usable = sum(map(bool, texts.values()))
-        log.info("the teacher answered %d of %d questions that have no answer", usable, len(questions))
+        log.info("the teacher answered %d of %d questions that have no answer", usable, len(asked))
         if not usable:
             raise UserError(
-                f"models/teacher-finetuned: expected answers to the {len(questions)} questions that have none in the "
+                f"models/teacher-finetuned: expected answers to the {len(asked)} questions that have none in the "
                 "data, found no usable one; take a teacher that knows the task, or set finetune_teacher.enabled to "
                 "true, or data.unanswered to refuse"
             )
-    numbers = {record.id: number for number, (_, record) in enumerate(questions)}
+    numbers = {record.id: number for number, record in enumerate(asked)}
     return TeacherAnswers(texts, numbers, shards, settings.kind == "hidden")
 
 
-def _batches(questions: list[Question], samples: int) -> Iterator[list[Question]]:
-    """Yield the questions about so many samples at a time."""
-    by_sample = (list(group) for _, group in groupby(questions, key=lambda question: question[0].id))
-    while batch := list(chain.from_iterable(islice(by_sample, samples))):
-        yield batch
+def _unanswered(split: Split, row: int) -> tuple[Sample, list[Record]]:
+    """Read a sample, and return it with its records that have no answer."""
+    sample = split[row]
+    return sample, [record for record in sample.records if not record.answer]

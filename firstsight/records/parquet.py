@@ -6,7 +6,7 @@ reads the file runs again when they change.
 
 import bisect
 import json
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
@@ -144,19 +144,19 @@ class Split(Sequence[Sample]):
         """Return the row of a sample in the file."""
         return index
 
-    def unanswered(self) -> list[tuple[Sample, Record]]:
-        """Return the records without an answer, each with its sample."""
-        found = [index for index, answers in enumerate(self._answers()) if "" in answers]
-        return [(sample, one) for sample in map(self.__getitem__, found) for one in sample.records if not one.answer]
+    def unanswered(self) -> dict[int, list[str]]:
+        """Return the ids of the records without an answer, by the row of their sample, without reading the frames."""
+        without = ([one["id"] for one in records if not one["answer"]] for records in self._answers())
+        return {row: ids for row, ids in enumerate(without) if ids}
 
     def has_answers(self) -> bool:
         """Return whether any record has an answer."""
-        return any(any(answers) for answers in self._answers())
+        return any(one["answer"] for records in self._answers() for one in records)
 
-    def _answers(self) -> list[list[str]]:
-        """Return the answers of each sample's records, without reading the frames."""
-        table = self._file.read(columns=["records.list.element.answer"])
-        return [[one["answer"] for one in records] for records in table.column("records").to_pylist()]
+    def _answers(self) -> list[list[dict[str, str]]]:
+        """Return id and answer of each sample's records, without reading the frames."""
+        columns = [f"records.list.element.{name}" for name in ("id", "answer")]
+        return self._file.read(columns=columns).column("records").to_pylist()
 
     def answered(self, answers: Mapping[str, str]) -> "AnsweredSplit":
         """Return the samples with missing answers filled in from `answers`, by record id; the rest are left out."""
@@ -188,13 +188,10 @@ class AnsweredSplit(Sequence[Sample]):
 
     def __init__(self, split: Split, answers: Mapping[str, str]):
         self.path, self.classes, self._split, self._given = split.path, split.classes, split, answers
-        counts = split.record_counts()
-        lacking: dict[str, int] = Counter(sample.id for sample, one in split.unanswered() if not answers.get(one.id))
-        self._places, self._counts = list(range(len(split))), counts
-        if lacking:
-            kept = [(place, count - lacking[split[place].id]) for place, count in enumerate(counts)]
-            self._places = [place for place, count in kept if count]
-            self._counts = [count for _, count in kept if count]
+        lacking = {place: sum(not answers.get(one) for one in ids) for place, ids in split.unanswered().items()}
+        counts = {place: count - lacking.get(place, 0) for place, count in enumerate(split.record_counts())}
+        self._places = [place for place, count in counts.items() if count]
+        self._counts = [count for count in counts.values() if count]
         if not self._places:
             raise UserError(
                 f"{self.path}: expected questions with an answer, found none; add some, or set "

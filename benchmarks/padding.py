@@ -1,22 +1,29 @@
-"""Measure what it saves that the micro-batches of an optimizer step hold samples of about the same length.
+"""Measure what it saves that batches hold samples of about the same length.
 
     python -m benchmarks.padding [STEPS]       after dvc repro; 8 steps by default
 
-The samples of a step are those that training takes, 16 of them, in micro-batches of 1, 2, 4 and 8: once in the order in
-which they were drawn, once with the longest first, as training orders them. The student reads them and computes a
-gradient; nothing is updated. `padding` is the share of all tokens that are padding. Each step is timed in both orders,
-one after the other, and so is the ordering, for which samples are read, as in a first epoch. Writes
-benchmarks/padding.csv, and keeps the rows of students of another type in it.
+Two passes are measured, each over the samples as they come and with the longest first, as the stages order them:
+
+- training: the samples of a step, 16 of them, in micro-batches of 1, 2, 4 and 8. The student reads them and computes a
+  gradient; nothing is updated. The ordering is timed too, for which samples are read, as in a first epoch.
+- targets: 16 samples for each step, evenly spread over the train split, in batches of `targets.batch_size`. The teacher
+  reads them. With the longest first is how cache-teacher-targets scores classes, 16 batches at a time.
+
+`padding` is the share of all tokens that are padding. Both orders are timed in turns. Writes benchmarks/padding.csv,
+and keeps the rows of models of other types in it.
 """
 
 import csv
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler
 
 from benchmarks.measuring import environment, write
@@ -27,10 +34,12 @@ from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import PackedDataset, dataset_class
 from firstsight.packing.forward import answer_states, class_scores
+from firstsight.records.length import estimated_tokens, longest_first
 from firstsight.records.parquet import Split
 from firstsight.training.trainer import EpochShuffle
 
-STUDENT, TRAIN = Path("models/student"), Path("data/egoqa/train.parquet")
+TRAIN = Path("data/egoqa/train.parquet")
+FOLDERS = {"training": Path("models/student"), "targets": Path("models/teacher-finetuned")}
 FILE = Path(__file__).parent / "padding.csv"
 SAMPLES, MICRO_BATCHES = 16, (1, 2, 4, 8)
 ORDERS = ("as drawn", "longest first")
@@ -38,26 +47,31 @@ ORDERS = ("as drawn", "longest first")
 
 def run() -> None:
     steps = int(sys.argv[1]) if sys.argv[1:] else 8
-    device = pick_device(params.load().runtime.device)
-    split, processor = Split(TRAIN), load_processor(STUDENT)
-    model = load_model(STUDENT, "auto", device, classes=split.classes)
-    dataset = dataset_class(processor, over_classes=bool(split.classes))(split, processor)
-    rows = [row for row in known() if row["student"] != model.config.model_type]
-    for size in MICRO_BATCHES:
-        found = compared(model, dataset, size, steps)
+    loaded = params.load()
+    device, split = pick_device(loaded.runtime.device), Split(TRAIN)
+    models = {}
+    for work, folder in FOLDERS.items():
+        processor = load_processor(folder)
+        dataset = dataset_class(processor, over_classes=bool(split.classes))(split, processor)
+        models[work] = load_model(folder, "auto", device, classes=split.classes), dataset
+    rows = [row for row in known() if row["model"] not in {model.config.model_type for model, _ in models.values()}]
+    for work, size in (*(("training", size) for size in MICRO_BATCHES), ("targets", loaded.targets.batch_size)):
+        model, dataset = models[work]
+        found = compared(model, dataset, size, steps) if work == "training" else ran_over(model, dataset, size, steps)
         for order in ORDERS:
             seconds, padding = found[order]
             rows.append({
-                "student": model.config.model_type,
-                "micro_batch": size,
+                "model": model.config.model_type,
+                "pass": work,
+                "batch": size,
                 "order": order,
-                "samples": steps * SAMPLES,
+                "samples": min(steps * SAMPLES, len(split)),
                 "padding": round(padding, 3),
                 "seconds": round(seconds, 2),
                 "time_ratio": round(seconds / found[ORDERS[0]][0], 2),
                 **environment(device),
             })  # fmt: skip
-            log.info("micro-batches of %(micro_batch)d, %(order)s: %(padding).3f padding, %(seconds).1f s", rows[-1])
+            log.info("%(pass)s, batches of %(batch)d, %(order)s: %(padding).3f padding, %(seconds).1f s", rows[-1])
     write("padding", rows)
 
 
@@ -70,37 +84,82 @@ def known() -> list[dict[str, Any]]:
 
 
 def compared(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[str, tuple[float, float]]:
-    """Return the seconds of so many steps, and the share of their tokens that are padding, by the samples' order."""
+    """Return the seconds of so many training steps, and the share of padding in them, by the samples' order."""
     micro_batches = {}
     for order in ORDERS:
-        longest_first = order == "longest first"
-        samples = EpochShuffle(dataset, 0, SAMPLES, micro_batch=size if longest_first else SAMPLES)
+        sorts = order == "longest first"
+        samples = EpochShuffle(dataset, 0, SAMPLES, micro_batch=size if sorts else SAMPLES)
         micro_batches[order] = iter(BatchSampler(samples, size, drop_last=False))
-    seconds, tokens, read = (dict.fromkeys(ORDERS, 0) for _ in range(3))
+    spent = {order: Spent() for order in ORDERS}
     for step in range(-1, steps):  # the first warms up
         for order in ORDERS:
             started = time.perf_counter()
             taken = list(islice(micro_batches[order], SAMPLES // size))
-            seconds[order] += time.perf_counter() - started if step >= 0 else 0
-            for indices in taken:
-                batch = dataset.collate([dataset[index] for index in indices])
-                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                started = time.perf_counter()
-                differentiate(model, batch, len(dataset.split.classes or ()))
-                if step >= 0:
-                    seconds[order] += time.perf_counter() - started
-                    tokens[order] += batch["input_ids"].numel()
-                    read[order] += read_tokens(batch)
-    return {order: (seconds[order], 1 - read[order] / tokens[order]) for order in ORDERS}
+            ordering = time.perf_counter() - started
+            found = [differentiated(model, dataset, indices) for indices in taken]
+            if step >= 0:
+                spent[order] += sum(found, Spent(ordering))
+    return {order: (one.seconds, one.padding) for order, one in spent.items()}
 
 
-def differentiate(model: Any, batch: dict[str, Any], classes: int) -> None:
+def ran_over(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[str, tuple[float, float]]:
+    """Return the seconds of passes without gradients over samples of the split, and the share of padding, by order."""
+    count = min(steps * SAMPLES, len(dataset.split))
+    chosen = [number * len(dataset.split) // count for number in range(count)]
+    lengths = [estimated_tokens(sample, sample.records) for sample in map(dataset.split.__getitem__, chosen)]
+    batches = {
+        "as drawn": [chosen[start : start + size] for start in range(0, count, size)],
+        "longest first": [[chosen[number] for number in batch] for batch in longest_first(lengths, size)],
+    }
+    spent = {order: Spent() for order in ORDERS}
+    for number in (-1, *range(len(batches["as drawn"]))):  # the first warms up
+        for order in ORDERS:
+            found = read(model, dataset, batches[order][number])
+            if number >= 0:
+                spent[order] += found
+    return {order: (one.seconds, one.padding) for order, one in spent.items()}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Hold the seconds of passes over batches, and the tokens in these: all, and those that are no padding."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    own: int = 0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(self.seconds + other.seconds, self.tokens + other.tokens, self.own + other.own)
+
+    @property
+    def padding(self) -> float:
+        """Return the share of the tokens that are padding."""
+        return 1 - self.own / self.tokens
+
+
+def differentiated(model: Any, dataset: PackedDataset, indices: Sequence[int]) -> Spent:
     """Compute what training compares with the teacher's, and a gradient of it."""
-    found = class_scores(model, batch, classes) if classes else answer_states(model, batch, batch["labels"])[0]
-    found.float().square().mean().backward()
-    if found.is_cuda:
+    return timed(dataset, indices, model, lambda found: found.float().square().mean().backward())
+
+
+@torch.inference_mode()
+def read(model: Any, dataset: PackedDataset, indices: Sequence[int]) -> Spent:
+    """Compute what targets are made of."""
+    return timed(dataset, indices, model, lambda found: found)
+
+
+def timed(dataset: PackedDataset, indices: Sequence[int], model: Any, then: Callable[[Tensor], object]) -> Spent:
+    """Run the model over a batch of these samples, and something more on what comes out, on the clock."""
+    batch = dataset.collate([dataset[index] for index in indices])
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    classes = len(dataset.split.classes or ())
+    started = time.perf_counter()
+    then(class_scores(model, batch, classes) if classes else answer_states(model, batch, batch["labels"])[0])
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
     model.zero_grad()
+    return Spent(seconds, batch["input_ids"].numel(), read_tokens(batch))
 
 
 def read_tokens(batch: dict[str, Any]) -> int:

@@ -217,7 +217,7 @@ SMALL = {
     "settings": (["student-nf4"], "SETTINGS = {name: SETTINGS[name] for name in list(SETTINGS)[::5]}", 2),
     "sweep": (["0.2"], "POINTS = POINTS[:1]", 4),
     "look_once": (["30"], "POINTS = POINTS[:1]", 3),
-    "padding": (["2"], "MICRO_BATCHES, FILE = (4, 16), FILE.with_name('none.csv')", 4),
+    "padding": (["2"], "MICRO_BATCHES, FILE = (4, 16), FILE.with_name('none.csv')", 6),
 }
 # Those that measure the time and memory of processes from their start, or what a start-up file does to them.
 WHOLE_PROCESSES = {"build", "device", "exported", "processes", "settings"}
@@ -403,12 +403,16 @@ def test_ways_to_round_are_compared_on_both_models(rows_of):
 
 @pytest.mark.system
 def test_samples_of_like_length_need_less_padding(rows_of):
-    drawn, ordered, *whole = rows_of("padding")
-    assert (drawn["order"], ordered["order"]) == ("as drawn", "longest first")
-    assert 0 <= ordered["padding"] < drawn["padding"] < 1
+    rows = rows_of("padding")
+    training, whole, targets = rows[:2], rows[2:4], rows[4:]
+    for drawn, ordered in (training, targets):
+        assert (drawn["order"], ordered["order"]) == ("as drawn", "longest first")
+        assert 0 <= ordered["padding"] <= drawn["padding"] < 1
+    assert training[1]["padding"] < training[0]["padding"]
     # A step that is one micro-batch is one in any order.
     assert len({row["padding"] for row in whole}) == 1
-    assert all(row["seconds"] > 0 for row in (drawn, ordered, *whole))
+    assert [row["pass"] for row in rows] == ["training"] * 4 + ["targets"] * 2
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 @pytest.mark.system

@@ -10,6 +10,8 @@ from text_families import TEXT_SAVE, text_workspace
 
 from firstsight.core import params
 from firstsight.core.errors import UserError
+from firstsight.distillation import builder
+from firstsight.distillation.targets import Shards
 from firstsight.loss.distillation_loss import distillation_loss
 from firstsight.loss.teachers import HiddenTeacher
 from firstsight.models.loading import load_model
@@ -109,6 +111,40 @@ def test_two_tokenizers_give_the_same_scores(language_models, tmp_path):
     weights["wte.weight"][[300, 301]] = weights["wte.weight"][[301, 300]].clone()
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     torch.testing.assert_close(scores_of(other, split), scores_of(language_models["gpt2"], split), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_samples_are_scored_by_length_and_written_in_the_order_of_the_split(
+    language_models, tmp_path, settings, monkeypatch
+):
+    monkeypatch.setattr(builder, "_WINDOW", 2)
+    ways = [7 * number % 11 for number in range(10)]
+    asked = {f"{n}": [(f"Where is {'very ' * way}place {n}?", "two" if n % 2 else "")] for n, way in enumerate(ways)}
+    asked["4"] *= 2
+    split, batches = write_classes(tmp_path / "train.parquet", asked), []
+
+    def noted(model, batch, classes):
+        batches.append((batch["segment_ids"] >= 0).sum(1).tolist())
+        return class_scores(model, batch, classes)
+
+    monkeypatch.setattr(builder, "class_scores", noted)
+    folder = language_models["gpt2"]
+    model, dataset = load_model(folder, "float32", "cpu"), ClassDataset(split, load_processor(folder))
+    wanted = settings.targets.model_copy(update={"batch_size": 3})
+    answers = builder.write_class_targets(model, dataset, "train", wanted, tmp_path, 0)
+    # Windows of six samples and of four, the longer ones of each first.
+    assert [len(lengths) for lengths in batches] == [3, 3, 3, 1]
+    for first, second in (batches[:2], batches[2:]):
+        assert min(first) >= max(second)
+    written = Shards(tmp_path, "train")
+    assert len(written) == 11
+    for number in range(len(split)):
+        expected = class_scores(model, dataset.collate([dataset[number]]), len(CLASSES))
+        found = written.rows(dataset.records(number))["hidden"]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        best = [CLASSES[scores.argmax()] for scores in expected]
+        assert all(answers.get(one.id, best[0]) == best[0] for one in split[number].records)
+    assert set(answers) == {one.id for sample in split for one in sample.records if not one.answer}
 
 
 CONTENT_FREE = ("N/A?", "What is [MASK]?")

@@ -6,6 +6,7 @@ are no class. No token is compared, so that teacher and student may have differe
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -24,9 +25,14 @@ from firstsight.packing.dataset import ClassDataset
 from firstsight.packing.forward import answer_states, class_scores, normalisation
 from firstsight.packing.output_head import head_weight
 from firstsight.packing.pack import IGNORE
+from firstsight.records.length import estimated_tokens, longest_first
+from firstsight.records.parquet import AnsweredSplit, Split
 
 # Temperatures at which the error of top-k is measured; it grows with T, as the tail gains probability.
 TEMPERATURES = (1.0, 2.0, 4.0)
+# Batches among which samples are ordered by length, so that they need little padding. They are written together, in the
+# order of the split.
+_WINDOW = 16
 
 
 class TargetBuilder:
@@ -100,18 +106,31 @@ def write_class_targets(
     classes = dataset.split.classes
     normalised = normalisation(settings.class_scores, model, dataset.processor, dataset.split)
 
-    def compute(batches: Sequence[Sequence[int]]) -> Iterator[tuple[dict[str, Tensor], list[int], dict[str, float]]]:
-        loader = DataLoader(dataset, batch_sampler=list(batches), collate_fn=dataset.collate, num_workers=workers)
-        for numbers, batch in zip(batches, loader, strict=True):
-            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            scores = normalised(class_scores(model, on_device, len(classes))).cpu()
-            given = torch.tensor([answer for one in numbers for (answer,) in dataset.answers(one)])
+    def compute(windows: Sequence[range]) -> Iterator[tuple[dict[str, Tensor], list[int], dict[str, float]]]:
+        batches = [_batches(dataset.split, window, settings.batch_size) for window in windows]
+        sampler = list(chain.from_iterable(batches))
+        loader = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=workers))
+        for window, own in zip(windows, batches, strict=True):
+            by_sample = {}
+            for numbers, batch in zip(own, islice(loader, len(own)), strict=True):
+                on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                found = normalised(class_scores(model, on_device, len(classes))).cpu()
+                counts = [len(dataset.records(number)) for number in numbers]
+                by_sample |= dict(zip(numbers, found.split(counts), strict=True))
+            scores = torch.cat([by_sample[number] for number in window])
+            given = torch.tensor([answer for number in window for (answer,) in dataset.answers(number)])
             answers = torch.where(given == IGNORE, scores.argmax(-1), given)
             yield {"answers": answers, "hidden": scores}, [1] * len(answers), {}
 
-    everything = range(len(dataset))
-    batches = [everything[start : start + settings.batch_size] for start in everything[:: settings.batch_size]]
-    write_shared(SplitTargetsWriter, folder, split, batches, compute, f"{STAGE}: {split}", "samples")
+    size = _WINDOW * settings.batch_size
+    windows = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+    write_shared(SplitTargetsWriter, folder, split, windows, compute, f"{STAGE}: {split}", "samples")
     shards = Shards(folder, split)
     records = (record for sample in dataset.split for record in sample.records)
     return {record.id: classes[shards.tokens(number)[0]] for number, record in enumerate(records) if not record.answer}
+
+
+def _batches(split: Split | AnsweredSplit, window: range, batch_size: int) -> list[list[int]]:
+    """Return the numbers of a window's samples in batches of about the same length."""
+    lengths = [estimated_tokens(sample, sample.records) for sample in map(split.__getitem__, window)]
+    return [[window[number] for number in batch] for batch in longest_first(lengths, batch_size)]

@@ -17,3 +17,9 @@ def estimated_tokens(sample: Sample, records: Sequence[Record]) -> float:
     pixels = sum(math.prod(Image.open(io.BytesIO(frame)).size) for frame in sample.frames)
     read = sum(len(record.prompt()) + (len(record.answer) if isinstance(record, Text) else 0) for record in records)
     return pixels / 784 + read / 4
+
+
+def longest_first(lengths: Sequence[float], batch_size: int) -> list[list[int]]:
+    """Return the numbers of sequences of these lengths, in batches that need little padding, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

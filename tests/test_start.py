@@ -40,7 +40,8 @@ CLASSES = ["animal", "plant", "vehicle"]
 PROMPT = "{title}\n{text}\n\nWhich class?"
 # What is asked, in order, by the beginning of the question.
 APPROACH, METHOD, MODEL, DATA, FILE = "What do you", "By which", "Which model", "Which data", "File (.jsonl"
-TEACHER, STUDENT, SIZE, WRITE, RUN = "Which teacher", "Which student", "How many", "Write this", "Run dvc"
+TEACHER, STUDENT, WRITE, RUN = "Which teacher", "Which student", "Write this", "Run dvc"
+LENGTH, SIZE = "How many tokens", "How many training"
 
 
 def write_questions(path: Path, count: int = 300) -> None:
@@ -187,7 +188,7 @@ def test_texts_are_shown_as_they_are_read_and_cut_as_asked(folder):
     terminal = Terminal(folder, *FINETUNE[:-2])
     terminal.answer(DATA, ENTER)
     terminal.answer(FILE, f"notes.txt{ENTER}")
-    terminal.answer("How many tokens at most?", f"{3 * ERASE}1{ENTER}")
+    terminal.answer(LENGTH, f"{3 * ERASE}1{ENTER}")
     terminal.answer("max-tokens: expected at least 2, found 1", f"{ERASE}128{ENTER}")
     terminal.answer(SIZE, f"{3 * ERASE}40{ENTER}")
     terminal.answer(WRITE, ENTER)
@@ -198,7 +199,7 @@ def test_texts_are_shown_as_they_are_read_and_cut_as_asked(folder):
     assert (loaded.data.max_tokens, loaded.data.train_samples) == (128, 40)
     assert (loaded.models.teacher, loaded.train.alpha, loaded.evaluate.continuations) == (None, 0.0, 100)
     assert "left out: 10 heading\n" in terminal.text
-    shown = terminal.text.partition("left out")[2].partition("How many")[0]
+    shown = terminal.text.partition("left out")[2].partition(LENGTH)[0]
     assert re.search(r"split +text\n", shown)  # and no prompt
     assert shown.count("there is a cup , and a ball beside it .") == 3
     assert "= Thing" not in shown

@@ -71,13 +71,16 @@ class Kill:
 
 
 class Repro:
-    """Run `dvc repro` in a project, in its own session; `stages` holds the time at which each stage began."""
+    """Run `dvc repro` in a project, in its own session, as far as the stage `last`, or to the end.
 
-    def __init__(self, project: Path):
+    `stages` holds the time at which each stage began.
+    """
+
+    def __init__(self, project: Path, last: str | None = None):
         self.project, self.stages, self.text = project, {}, ""
         environment = os.environ | {"FIRSTSIGHT_CHECKPOINT_SECONDS": "0", "FIRSTSIGHT_SCRATCH": ""}
         self.process = subprocess.Popen(
-            ["dvc", "repro"],
+            ["dvc", "repro", *([last] if last else [])],
             cwd=project,
             env=environment,
             text=True,
@@ -168,24 +171,28 @@ def durations(repro: Repro) -> dict[str, float]:
     return {stage: moments[number + 1] - moments[number] for number, stage in enumerate(repro.stages)}
 
 
-def campaign(project: Path, kills: list[Kill], seconds: dict[str, float]) -> list[tuple[str, str]]:
+def campaign(
+    project: Path, kills: list[Kill], seconds: dict[str, float], last: str | None = None
+) -> list[tuple[str, str]]:
     """Run and kill until no kills are left, then run to the end; return each killed stage with its victim.
+
+    The end is that of the stage `last`, or of the pipeline.
 
     Raises:
         UserError: a run failed without being killed, or left something behind.
     """
     killed, waiting = [], deque(kills)
     while waiting:
-        repro = Repro(project)
+        repro = Repro(project, last)
         one = repro.kill(waiting, seconds)
         status = repro.wait()
         if one is not None:
             killed.append(one)
         elif status:
             raise UserError(f"{project}: expected dvc repro to resume, found status {status}: {repro.text[-3000:]}")
-    last = Repro(project)
-    if last.wait():
-        raise UserError(f"{project}: expected dvc repro to succeed after the kills, found: {last.text[-3000:]}")
+    repro = Repro(project, last)
+    if repro.wait():
+        raise UserError(f"{project}: expected dvc repro to succeed after the kills, found: {repro.text[-3000:]}")
     if left := leftovers(project):
         raise UserError(f"{project}: expected nothing to be left behind, found {', '.join(left)}")
     return killed

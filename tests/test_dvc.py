@@ -60,7 +60,11 @@ def test_another_control_leaves_the_distilled_student_alone(project):
 
 
 def test_another_evaluation_leaves_the_models_alone(project):
-    assert stages_run(project, "exp", "run", "-S", "evaluate.max_new_tokens=9") == EVALUATIONS | {"report"}
+    values = YAML_SAFE.load(project / "params.yaml")
+    values["evaluate"]["max_new_tokens"] = 9
+    write_params(project, values)
+    # Not the report, because nothing is run that could change what it reads.
+    assert stages_run(project, "repro", "--dry") == EVALUATIONS
 
 
 @pytest.mark.parametrize("name", ["數據, a=b.jsonl", 'it\'s "so" (1) #2.jsonl'])
@@ -93,21 +97,26 @@ def test_runtime_settings_rerun_nothing(project):
     ],
 )
 def test_an_edited_library_file_reruns_the_stages_that_import_it(project, file, expected):
-    """Their outputs come out the same, bit for bit, so that nothing after them runs."""
     path = project / file
     path.write_text(path.read_text() + "\n# edited\n")
-    assert stages_run(project, "repro") == expected
+    assert stages_run(project, "repro", "--dry") == expected
+
+
+def test_what_comes_out_the_same_reruns_nothing_after_it(project):
+    path = project / "firstsight/distillation/vocabulary.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert stages_run(project, "repro") == {"cache-teacher-targets", "distill", "finetune-student"}
 
 
 def test_a_queued_grid_of_temperatures_shows_in_the_experiments(project):
-    # Exporting takes half of the time, and is the same for DVC as the stages beside it.
-    grid = ("-S", "train.temperature=1.5,4", "-S", "export.formats=[]")
-    command(project, "dvc", "exp", "run", "--queue", *grid)
+    # No further than the first stage that the temperature changes.
+    command(project, "dvc", "exp", "run", "--queue", "-S", "train.temperature=1.5,4", "distill")
     command(project, "dvc", "queue", "start", "--jobs", "1", **warm())
     names = re.findall(r"^[0-9a-f]{7}\s+(\S+)", command(project, "dvc", "queue", "status"), re.MULTILINE)
     assert len(names) == 2
     for name in names:
-        command(project, "dvc", "queue", "logs", "--follow", name)  # returns when the experiment ends
+        printed = command(project, "dvc", "queue", "logs", "--follow", name)  # returns when the experiment ends
+        assert "wrote models/student-distilled" in printed
     shown = subprocess.run(["dvc", "exp", "show", "--csv"], cwd=project, capture_output=True, text=True, check=True)
     rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(shown.stdout))}
     assert {rows[name]["train.temperature"] for name in names} == {"1.5", "4"}
@@ -132,10 +141,10 @@ def test_what_one_clone_has_run_another_pulls(project, tmp_path):
     command(clone, "dvc", "remote", "add", "--default", "shared", remote)
     assert stages_run(clone, "repro", "--pull") == set()
     assert (clone / "models/student-distilled/model.safetensors").exists()
-    command(project, "dvc", "exp", "run", "-S", "quantize.methods=[int8]")
+    command(project, "dvc", "exp", "run", "-S", "quantize.methods=[int8]", "quantize-student@int8", **warm())
     command(project, "dvc", "push", "--run-cache")
     shutil.copy(project / "params.yaml", clone / "params.yaml")
-    assert stages_run(clone, "repro", "--pull") <= {"report"}
+    assert stages_run(clone, "repro", "--pull", "quantize-student@int8") == set()
     config = json.loads((clone / "models/student-int8/config.json").read_text())
     assert config["quantization_config"]["load_in_8bit"]
 

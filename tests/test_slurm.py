@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import QUANTIZATIONS, ROOT, command, stages_run
+from conftest import QUANTIZATIONS, ROOT, command, stages_run, warm
+from warm import PYTHON
 
 from firstsight.core.cores import cores
 from slurm.set_params import set_params
@@ -68,7 +69,7 @@ def counting(slurm, tmp_path) -> Path:
     return project
 
 
-def site(project: Path, scratch: Path, environment: Path = Path(sys.executable).parent) -> None:
+def site(project: Path, scratch: Path, environment: Path | str = Path(sys.executable).parent) -> None:
     with (project / "slurm/site.sh").open("a") as file:
         file.write(SITE.format(scratch=scratch, environment=environment))
 
@@ -209,11 +210,16 @@ def test_a_sweep_runs_a_job_a_point_and_its_experiments_arrive_here(slurm, commi
     project = tmp_path / "project"
     command(tmp_path, "git", "clone", "--quiet", str(committed), str(project))
     command(project, "dvc", "cache", "dir", "--local", str(committed / ".dvc/cache"))
-    site(project, tmp_path / "scratch")
+    # How a job's Python starts makes no difference here.
+    variables = warm()
+    python = [str(Path(one).parent) for one in (*variables.get(PYTHON, "").split(), sys.executable)]
+    site(project, tmp_path / "scratch", ":".join(python))
     command(
         project, "git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qam", "this cluster"
     )
-    slurm.run("bash", "slurm/sweep.sh", "evaluate.seed=0", "quantize.double_quantization=true,false", cwd=project)
+    grid = "evaluate.seed=0", "quantize.double_quantization=true,false"
+    variables.pop("PATH", None)  # which site.sh sets
+    slurm.run("bash", "slurm/sweep.sh", *grid, cwd=project, **variables)
     jobs = slurm.run("squeue", "--noheader", "--format=%i").split()
     assert len(jobs) == 2
     for job in jobs:

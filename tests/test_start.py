@@ -614,6 +614,7 @@ def test_what_is_suggested_can_be_planned_and_is_there():
 
 
 @pytest.mark.system
+@pytest.mark.slow
 def test_scripted_to_the_table(settings, processor, tmp_path):
     """On a tiny checkpoint, by flags alone: fine-tuned, measured and compared with what it was before."""
     project = new_project(tmp_path / "project")

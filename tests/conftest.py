@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the internet: what loads models finds them on disk, and `hub_server` turns this off to ask a local hub.
@@ -114,7 +115,7 @@ def run_stage(folder: Path, module: str, *arguments: str) -> None:
 
 
 @cache
-def warm() -> dict[str, str]:
+def warm() -> Mapping[str, str]:
     """Variables with which Python, found by PATH or by torchrun, runs programs in processes of `warm.py`, begun here.
 
     Without them where it may not fork. For tests of what programs do, not of how they start or are killed by others.
@@ -135,7 +136,8 @@ def warm() -> dict[str, str]:
     while not socket.exists():
         assert process.poll() is None
         time.sleep(0.1)
-    return {ADDRESS: str(socket), PYTHON: str(python), "PATH": f"{folder}:{os.environ['PATH']}"}
+    # All tests of a worker get these, and none may change them for the others.
+    return MappingProxyType({ADDRESS: str(socket), PYTHON: str(python), "PATH": f"{folder}:{os.environ['PATH']}"})
 
 
 def run_module(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -57,7 +57,7 @@ def run() -> None:
     rows = [row for row in known() if row["model"] not in {model.config.model_type for model, _ in models.values()}]
     for work, size in (*(("training", size) for size in MICRO_BATCHES), ("targets", loaded.targets.batch_size)):
         model, dataset = models[work]
-        found = compared(model, dataset, size, steps) if work == "training" else ran_over(model, dataset, size, steps)
+        found = (training if work == "training" else reading)(model, dataset, size, steps)
         for order in ORDERS:
             seconds, padding = found[order]
             rows.append({
@@ -83,7 +83,7 @@ def known() -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def compared(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[str, tuple[float, float]]:
+def training(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[str, tuple[float, float]]:
     """Return the seconds of so many training steps, and the share of padding in them, by the samples' order."""
     micro_batches = {}
     for order in ORDERS:
@@ -102,20 +102,18 @@ def compared(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[
     return {order: (one.seconds, one.padding) for order, one in spent.items()}
 
 
-def ran_over(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[str, tuple[float, float]]:
+def reading(model: Any, dataset: PackedDataset, size: int, steps: int) -> dict[str, tuple[float, float]]:
     """Return the seconds of passes without gradients over samples of the split, and the share of padding, by order."""
     count = min(steps * SAMPLES, len(dataset.split))
     chosen = [number * len(dataset.split) // count for number in range(count)]
     lengths = [estimated_tokens(sample, sample.records) for sample in map(dataset.split.__getitem__, chosen)]
-    batches = {
-        "as drawn": [chosen[start : start + size] for start in range(0, count, size)],
-        "longest first": [[chosen[number] for number in batch] for batch in longest_first(lengths, size)],
-    }
+    orders = dict(zip(ORDERS, (chosen, [chosen[number] for number in longest_first(lengths)]), strict=True))
+    starts = range(0, count, size)
     spent = {order: Spent() for order in ORDERS}
-    for number in (-1, *range(len(batches["as drawn"]))):  # the first warms up
-        for order in ORDERS:
-            found = read(model, dataset, batches[order][number])
-            if number >= 0:
+    for number, start in enumerate((0, *starts)):
+        for order, numbers in orders.items():
+            found = read(model, dataset, numbers[start : start + size])
+            if number > 0:  # the first warms up
                 spent[order] += found
     return {order: (one.seconds, one.padding) for order, one in spent.items()}
 

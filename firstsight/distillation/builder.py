@@ -133,4 +133,5 @@ def write_class_targets(
 def _batches(split: Split | AnsweredSplit, window: range, batch_size: int) -> list[list[int]]:
     """Return the numbers of a window's samples in batches of about the same length."""
     lengths = [estimated_tokens(sample, sample.records) for sample in map(split.__getitem__, window)]
-    return [[window[number] for number in batch] for batch in longest_first(lengths, batch_size)]
+    order = [window[number] for number in longest_first(lengths)]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -18,7 +18,7 @@ from firstsight.core.stage import log
 from firstsight.distillation.targets import STAGE, Shards, SplitTargetsWriter
 from firstsight.generation.answering import answer_texts, generated_answers
 from firstsight.records.parquet import Split
-from firstsight.records.sample import LETTERS, Record, Sample
+from firstsight.records.sample import LETTERS, Record
 
 # Name and folder of the shards, as if the answers were those of a split.
 _ANSWERS = "answers"
@@ -69,14 +69,14 @@ def generate_answers(
     Raises:
         UserError: none of the answers is usable.
     """
-    # The samples with such questions, which are read when they are asked: their frames would fill the memory.
-    places = [(split, row) for split in splits for row in split.unanswered()]
-    asked = [record for place in places for record in _unanswered(*place)[1]]
+    # Samples are read when they are asked about, because the frames of all would fill the memory.
+    unanswered = [(split, row, records) for split in splits for row, records in split.unanswered().items()]
+    asked = [record for *_, records in unanswered for record in records]
 
-    def compute(batches: Sequence[Sequence[tuple[Split, int]]]) -> Iterator[tuple]:
+    def compute(batches: Sequence[Sequence[tuple[Split, int, list[Record]]]]) -> Iterator[tuple]:
         for batch in batches:
-            read = [_unanswered(*place) for place in batch]
-            questions = [(sample, record) for sample, records in read for record in records]
+            samples = [(split[row], records) for split, row, records in batch]
+            questions = [(sample, record) for sample, records in samples for record in records]
             given = list(generated_answers(model, processor, questions, len(questions), settings.max_answer_tokens))
             tensors = {"answers": torch.tensor([token for answer in given for token in answer.tokens])}
             # Not for "topk", whose user may have no room for states: they are as large as targets of kind "hidden".
@@ -86,7 +86,7 @@ def generate_answers(
 
     (folder / _ANSWERS).mkdir(exist_ok=True)
     size, label = settings.batch_size, f"{STAGE}: answers"
-    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    batches = [unanswered[start : start + size] for start in range(0, len(unanswered), size)]
     write_shared(SplitTargetsWriter, folder / _ANSWERS, _ANSWERS, batches, compute, label, "samples")
     shards = Shards(folder / _ANSWERS, _ANSWERS)
     tokens = [shards.tokens(number) for number in range(len(shards))]
@@ -105,9 +105,3 @@ def generate_answers(
             )
     numbers = {record.id: number for number, record in enumerate(asked)}
     return TeacherAnswers(texts, numbers, shards, settings.kind == "hidden")
-
-
-def _unanswered(split: Split, row: int) -> tuple[Sample, list[Record]]:
-    """Read a sample, and return it with its records that have no answer."""
-    sample = split[row]
-    return sample, [record for record in sample.records if not record.answer]

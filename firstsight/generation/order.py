@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from firstsight.records.length import estimated_tokens
+from firstsight.records.length import estimated_tokens, longest_first
 from firstsight.records.sample import Record, Sample
 
 
@@ -15,4 +15,4 @@ def by_length(questions: Sequence[tuple[Sample, Record]]) -> list[int]:
     by_sample = [list(group) for _, group in groupby(questions, key=lambda question: question[0].id)]
     lengths = [estimated_tokens(group[0][0], [record for _, record in group]) for group in by_sample]
     of_question = [length for group, length in zip(by_sample, lengths, strict=True) for _ in group]
-    return sorted(range(len(questions)), key=lambda number: -of_question[number])
+    return longest_first(of_question)

@@ -19,7 +19,6 @@ def estimated_tokens(sample: Sample, records: Sequence[Record]) -> float:
     return pixels / 784 + read / 4
 
 
-def longest_first(lengths: Sequence[float], batch_size: int) -> list[list[int]]:
-    """Return the numbers of sequences of these lengths, in batches that need little padding, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def longest_first(lengths: Sequence[float]) -> list[int]:
+    """Return the numbers of sequences of these lengths, those of the longest first, and of equal ones in order."""
+    return sorted(range(len(lengths)), key=lambda number: -lengths[number])

@@ -144,19 +144,16 @@ class Split(Sequence[Sample]):
         """Return the row of a sample in the file."""
         return index
 
-    def unanswered(self) -> dict[int, list[str]]:
-        """Return the ids of the records without an answer, by the row of their sample, without reading the frames."""
-        without = ([one["id"] for one in records if not one["answer"]] for records in self._answers())
-        return {row: ids for row, ids in enumerate(without) if ids}
+    def unanswered(self) -> dict[int, list[Record]]:
+        """Return the records without an answer, by the row of their sample, without reading the frames."""
+        rows = enumerate(self._file.read(columns=["records"]).column("records").to_pylist())
+        without = ((row, [one for one in records if not one["answer"]]) for row, records in rows)
+        return {row: [_record(one, self._max_tokens) for one in records] for row, records in without if records}
 
     def has_answers(self) -> bool:
         """Return whether any record has an answer."""
-        return any(one["answer"] for records in self._answers() for one in records)
-
-    def _answers(self) -> list[list[dict[str, str]]]:
-        """Return id and answer of each sample's records, without reading the frames."""
-        columns = [f"records.list.element.{name}" for name in ("id", "answer")]
-        return self._file.read(columns=columns).column("records").to_pylist()
+        table = self._file.read(columns=["records.list.element.answer"])
+        return any(one["answer"] for records in table.column("records").to_pylist() for one in records)
 
     def answered(self, answers: Mapping[str, str]) -> "AnsweredSplit":
         """Return the samples with missing answers filled in from `answers`, by record id; the rest are left out."""
@@ -188,7 +185,9 @@ class AnsweredSplit(Sequence[Sample]):
 
     def __init__(self, split: Split, answers: Mapping[str, str]):
         self.path, self.classes, self._split, self._given = split.path, split.classes, split, answers
-        lacking = {place: sum(not answers.get(one) for one in ids) for place, ids in split.unanswered().items()}
+        lacking = {
+            place: sum(not answers.get(one.id) for one in records) for place, records in split.unanswered().items()
+        }
         counts = {place: count - lacking.get(place, 0) for place, count in enumerate(split.record_counts())}
         self._places = [place for place, count in counts.items() if count]
         self._counts = [count for count in counts.values() if count]

@@ -7,8 +7,9 @@ vocabulary are divided by eight and the depth stays the same, which keeps the ra
 is forward pass, loss, backward pass and AdamW, fused on CUDA and under bfloat16 autocast there, on samples of one image
 with six questions; data loading is not measured. The student is trained in full with float32 weights, with its vision
 tower frozen, or by rank-16 adapters of its language model over bfloat16 weights (float32 on the CPU), with the tower
-run in the step or its outputs cached. The teacher is loaded as `targets.precision` would load it. The bodies of the
-student's layers are those of transformers, or with Liger's kernels, or compiled.
+run in the step or its outputs cached. The teacher is loaded as `targets.precision` would load it. The student's layers
+run one operation after the other, by Liger's kernels, replayed as CUDA graphs, or compiled and replayed, which is how
+`distill` runs them.
 
 Each case runs in its own process, most important first; the file is written after each, and a case that fails is left
 out with a warning. Memory is the peak of everything allocated after the imports: weights, gradients, optimizer state,
@@ -35,7 +36,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.measuring import alone, environment, write
 from firstsight.acquisition.initialise import build_processor, train_tokenizer
@@ -56,6 +56,7 @@ from firstsight.records.sample import LETTERS, Record, Sample
 from firstsight.scenes.rendering import render
 from firstsight.scenes.scene import sample_scene
 from firstsight.scenes.templates import Draw
+from firstsight.training.compiled_layers import compile_layers
 from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 
@@ -106,20 +107,21 @@ CASES = {
     ),
     "cuda": (
         Case("lora", visual_tokens="cached"),
-        Case("lora", visual_tokens="cached", body="graphs"),
+        Case("lora", visual_tokens="cached", body="compiled"),
         Case("full"),
-        Case("full", body="graphs"),
-        Case("frozen", visual_tokens="cached"),
-        Case("frozen", visual_tokens="cached", body="graphs"),
+        Case("full", body="compiled"),
         Case("frozen", visual_tokens="cached", samples=MANY),
         Case("frozen", visual_tokens="cached", body="compiled", samples=MANY),
         Case("lora", "online, int8"),
         Case("full", "online, int8"),
+        Case("frozen", visual_tokens="cached"),
+        Case("frozen", visual_tokens="cached", body="compiled"),
         Case("frozen", "online, int8"),
-        Case("full", body="compiled"),
         Case("full", samples=MANY),
         Case("full", body="compiled", samples=MANY),
-        Case("lora", visual_tokens="cached", body="compiled"),
+        Case("lora", visual_tokens="cached", body="graphs"),
+        Case("full", body="graphs"),
+        Case("frozen", visual_tokens="cached", body="graphs"),
         Case("full", body="liger"),
         Case("lora", visual_tokens="cached", body="liger"),
         Case("lora"),
@@ -218,6 +220,9 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         model = DistillationModel(
             student, settings, teacher_head=head, teacher=teacher, vocabulary=SharedVocabulary(SHARED // divisor)
         )
+        if case.body == "compiled":
+            torch.set_autocast_cache_enabled(False)
+            compile_layers(student, seen, torch.bfloat16 if device == "cuda" else None)
         if device == "cuda" and case.body in ("graphs", "compiled"):
             GraphedLanguageModel(student)
         # Products of a teacher in 8 bits are not counted, nor are those in compiled layers.
@@ -254,10 +259,6 @@ def fresh_student(case: Case, settings: params.Train, student_config: Qwen2VLCon
         student.model.visual.requires_grad_(False)
     if case.visual_tokens == "cached":
         student.model.visual = None
-    if case.body == "compiled":
-        for module in student.modules():
-            if isinstance(module, GradientCheckpointingLayer):  # decoder layers and vision blocks
-                module.compile(dynamic=True)
     return student
 
 

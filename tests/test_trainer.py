@@ -13,8 +13,10 @@ from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
-from firstsight.packing.dataset import PackedDataset
+from firstsight.packing.dataset import OnlineTeacher, PackedDataset
+from firstsight.packing.forward import last_hidden_states
 from firstsight.records.parquet import Split
+from firstsight.training import fit
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import train
 from firstsight.training.optimizer import trainer_name
@@ -122,6 +124,35 @@ def test_with_eight_bit_moments_the_student_learns_nearly_the_same(settings, par
     assert losses["adamw_8bit"] != losses["adamw"]
     assert losses["adamw_8bit"][-1] < losses["adamw"][0]
     assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.02)
+
+
+@pytest.mark.parametrize("least", [12, 13])
+def test_layers_are_compiled_for_a_long_training(settings, parts, monkeypatch, least):
+    student, (train_set, _) = parts
+    train_set.teacher = OnlineTeacher(train_set.processor)
+    asked = []
+    monkeypatch.setattr(fit, "compile_layers", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(fit, "LEAST_BATCHES", least)
+    steps = fit.total_steps(len(train_set), chosen := optimisation(settings, epochs=2, gradient_accumulation_steps=2))
+    assert fit.speed_up(student.eval(), train_set, chosen) is not None
+    assert 2 * steps == 12
+    if least > 12:
+        assert not asked
+    else:
+        model, batch, dtype = asked[0]
+        assert model.training
+        assert batch.keys() == train_set.collate([train_set[0]]).keys() - {"teacher"}
+        assert len(batch["input_ids"]) == min(2, chosen.batch_size)
+        assert dtype is None
+        last_hidden_states(model, batch)
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"method": "qlora"}])
+def test_passes_that_no_graph_can_hold_are_neither_recorded_nor_compiled(settings, parts, monkeypatch, changes):
+    student, (train_set, _) = parts
+    monkeypatch.setattr(fit, "LEAST_BATCHES", 0)
+    monkeypatch.setattr(fit, "compile_layers", lambda *_: pytest.fail("compiled"))
+    assert fit.speed_up(student, train_set, optimisation(settings, **changes)) is None
 
 
 def test_adamw_is_the_fused_one():

@@ -165,7 +165,10 @@ class _Body(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Return the final hidden states [B, S, H]."""
-        return self._forward(**inputs, use_cache=False).last_hidden_state
+        # Copies, because code of compiled layers is for views or for others, for leaves or others: a recording, whose
+        # inputs are leaves, must not need code that the batch before it did not.
+        copies = {name: one.clone(memory_format=torch.contiguous_format) for name, one in inputs.items()}
+        return self._forward(**copies, use_cache=False).last_hidden_state
 
 
 class _Recording:

@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
 from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
+from firstsight.models.architecture import is_encoder
 from firstsight.models.device import has_bfloat16
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.checkpoints import CheckpointCallback, signal_handler
+from firstsight.training.compiled_layers import LEAST_BATCHES, compile_layers
 from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.optimizer import moments_bytes, trainer_name
@@ -80,11 +82,8 @@ def train(
         scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
     )
     halving = optimisation.auto_batch and processes == 1
-    # Not where a pass that is computed twice saves the state of random numbers, nor over NF4 weights, whose products
-    # wait for the CPU: neither can be recorded. Nor where several processes exchange gradients as they are computed.
-    records = device == "cuda" and processes == 1 and not optimisation.gradient_checkpointing
-    records = records and optimisation.method != "qlora"
-    graphs = GraphedLanguageModel(model.student) if records else None
+    # Not where several processes exchange gradients as they are computed.
+    graphs = speed_up(model.student, train_set, optimisation) if device == "cuda" and processes == 1 else None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
     while True:
@@ -142,6 +141,29 @@ def train(
         for row in trainer.state.log_history
         if "train_loss" not in row  # summary of the steps since the last interruption
     ]
+
+
+def speed_up(
+    student: PreTrainedModel, train_set: PackedDataset, optimisation: Optimisation
+) -> GraphedLanguageModel | None:
+    """Let the passes of a student on a GPU be replayed as CUDA graphs, and compile its layers for a long training.
+
+    Returns the graphs, or None where nothing can be recorded: a pass that is computed twice saves the state of random
+    numbers, and the products of NF4 weights wait for the CPU.
+    """
+    if optimisation.gradient_checkpointing or optimisation.method == "qlora":
+        return None
+    micro_batches = total_steps(len(train_set), optimisation) * optimisation.gradient_accumulation_steps
+    if micro_batches >= LEAST_BATCHES and not is_encoder(student.config.model_type):
+        # Everywhere as where graphs are recorded: other settings of autocast would be compiled once more.
+        torch.set_autocast_cache_enabled(False)
+        # Two samples, if micro-batches have several: code for one sample is for one alone.
+        samples = min(2, optimisation.batch_size, len(train_set))
+        batch = train_set.collate([train_set[index] for index in range(samples)])
+        batch.pop("teacher", None)
+        dtype = torch.bfloat16 if has_bfloat16(student.device.type) else None
+        compile_layers(student.train(), {name: one.to(student.device) for name, one in batch.items()}, dtype)
+    return GraphedLanguageModel(student)
 
 
 def _trainer(

@@ -1,6 +1,7 @@
 """Benchmarks compare what computes the same, and start with nothing installed but what they measure."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -131,10 +132,12 @@ def test_what_there_is_no_time_for_is_ended_with_its_processes_and_left_out(monk
     script.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setattr(sys, "argv", ["card", "0.03"])
-    monkeypatch.setattr(card, "PARTS", ("broken", "slow", "late"))
+    shares = card.PARTS
+    # What the second has is over before the third begins, and the last has less than none.
+    monkeypatch.setattr(card, "PARTS", {"broken": 0.1, "slow": 0.5, "after": 0.4, "late": -0.4})
     card.run()
-    *parts, sleeper = seen.read_text().split()
-    assert parts == ["benchmarks.broken", "benchmarks.slow"]
+    broken, slow, sleeper, after = seen.read_text().split()
+    assert (broken, slow, after) == ("benchmarks.broken", "benchmarks.slow", "benchmarks.after")
     # It has been killed, which takes a moment, and may stay as a zombie where nobody waits for orphans.
     with suppress(psutil.NoSuchProcess):
         ended = psutil.Process(int(sleeper))
@@ -146,8 +149,10 @@ def test_what_there_is_no_time_for_is_ended_with_its_processes_and_left_out(monk
     assert [message.split(" after")[0] for message in caplog.messages] == [
         "benchmarks.broken: failed with status 3",
         "benchmarks.slow: ended, because the time is over,",
+        "benchmarks.after: failed with status 3",
         "benchmarks.late: left out, because the time is over",
     ]
+    assert math.isclose(sum(shares.values()), 1)
 
 
 @pytest.mark.system

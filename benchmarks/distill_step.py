@@ -220,11 +220,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         model = DistillationModel(
             student, settings, teacher_head=head, teacher=teacher, vocabulary=SharedVocabulary(SHARED // divisor)
         )
-        if case.body == "compiled":
-            torch.set_autocast_cache_enabled(False)
-            compile_layers(student, seen, torch.bfloat16 if device == "cuda" else None)
-        if device == "cuda" and case.body in ("graphs", "compiled"):
-            GraphedLanguageModel(student)
+        prepare(student, case.body, seen, device)
         # Products of a teacher in 8 bits are not counted, nor are those in compiled layers.
         counts = case.teacher == "cached" and case.body == "transformers"
         seconds, operations = steps(model, seen, known, device, counts)
@@ -260,6 +256,17 @@ def fresh_student(case: Case, settings: params.Train, student_config: Qwen2VLCon
     if case.visual_tokens == "cached":
         student.model.visual = None
     return student
+
+
+def prepare(student: PreTrainedModel, body: str, batch: dict[str, Tensor], device: str) -> None:
+    """Let the student's passes be replayed as graphs, and compile its layers, as `firstsight.training.fit` does."""
+    graphs = GraphedLanguageModel(student) if device == "cuda" and body in ("graphs", "compiled") else None
+    if body == "compiled":
+        torch.set_autocast_cache_enabled(False)
+        dtype = torch.bfloat16 if device == "cuda" else None
+        with graphs.unrecorded() if graphs else nullcontext():
+            if not compile_layers(student, batch, dtype):
+                raise RuntimeError("expected layers that can be compiled")
 
 
 def steps(

@@ -1,20 +1,21 @@
 """Training with compiled layers gives the losses and gradients that training without them gives.
 
 Without a GPU, layers are traced and differentiated as for one, and then computed operation by operation (PyTorch's
-"aot_eager"); one test has them compiled for the CPU. On a GPU, all of them are compiled for it.
+"aot_eager"); `tests/test_benchmarks.py` has them compiled for the CPU. On a GPU, they are compiled for it.
 """
 
 import copy
 import logging
-import shutil
 
 import pytest
 import torch
 from conftest import make_sample
 from families import SAVE
 from peft import LoraConfig, get_peft_model
+from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
+from firstsight.loss.products import tf32
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing import forward
@@ -35,9 +36,12 @@ def traced(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     if DEVICE == "cpu":
-        monkeypatch.setattr(compiled_layers, "_BACKEND", "aot_eager")
-    with torch._dynamo.config.patch(recompile_limit=8, suppress_errors=False):  # which are set back after the test
+        monkeypatch.setattr(compiled_layers, "_compile", lookup_backend("aot_eager"))
+    cache, precision = torch.is_autocast_cache_enabled(), torch.get_float32_matmul_precision()
+    with torch._dynamo.config.patch(recompile_limit=8):  # which is set back after the test
         yield
+    torch.set_autocast_cache_enabled(cache)
+    torch.set_float32_matmul_precision(precision)
     torch._dynamo.reset()
 
 
@@ -68,8 +72,8 @@ def adapted(model):
     return model
 
 
-def steps(model, batches, rounds: int = 2) -> list:
-    """Losses and gradients of optimizer steps, each of them of all batches."""
+def steps(model, batches, rounds: int = 2, dtype: torch.dtype | None = None) -> list:
+    """Losses and gradients of optimizer steps, each of them of all batches, by autocast to a dtype."""
     training = DistillationModel(model)
     tokens = torch.tensor(sum(int((batch["labels"] >= 0).sum()) for batch in batches))
     optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
@@ -77,8 +81,10 @@ def steps(model, batches, rounds: int = 2) -> list:
         optimizer.zero_grad()
         losses = []
         for batch in batches:
-            loss = training(**batch, num_items_in_batch=tokens)["loss"]
-            loss.backward()
+            with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+                loss = training(**batch, num_items_in_batch=tokens)["loss"]
+            with tf32(True):  # as the loss does on a GPU, which leaves its mark on what code is compiled for
+                loss.backward()
             losses.append(loss.item())
         found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
         optimizer.step()
@@ -107,36 +113,53 @@ def test_losses_and_gradients_are_the_same(make):
     assert_same(steps(model, batches), steps(plain, batches))
 
 
-def test_graphs_of_adapters_need_no_code_that_the_batch_before_did_not(make, monkeypatch):
+def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeypatch):
     model, batches = make("Qwen2ForCausalLM")
     monkeypatch.setattr(cuda_graphs, "_MULTIPLE", batches[0]["input_ids"].shape[1])  # no padding for the first batch
     monkeypatch.setattr(forward, "_TILE", 8)  # masks of the last tokens, and of none
-    plain, compiled = adapted(copy.deepcopy(model)), adapted(model)
-    compiled.load_state_dict(plain.state_dict())
-    assert compile_layers(compiled, batches[0], None)
-    before = []
+    torch.set_autocast_cache_enabled(False)
+    codes = []
 
     def record(_, work):
-        before.append(dict(counters["stats"]))
+        codes.append(dict(counters["stats"]))
         work()
-        assert counters["stats"] == before[-1]
+        assert counters["stats"] == codes[-1]
         return work
 
     if DEVICE == "cpu":
         monkeypatch.setattr(GraphedLanguageModel, "_record_work", record)
+    plain, compiled = adapted(copy.deepcopy(model)), adapted(model)
+    compiled.load_state_dict(plain.state_dict())
     graphs = GraphedLanguageModel(compiled)
-    assert_same(steps(compiled, batches), steps(plain, batches))
+    with graphs.unrecorded():
+        assert compile_layers(compiled, batches[0], torch.bfloat16)
+    assert not graphs._recorded
+    compiled_first = dict(counters["stats"])
+    first = steps(compiled, batches[:1], 1, torch.bfloat16)
+    assert counters["stats"] == compiled_first
+    assert_same(first, steps(plain, batches[:1], 1, torch.bfloat16))
+    assert_same(steps(compiled, batches, 2, torch.bfloat16), steps(plain, batches, 2, torch.bfloat16))
     assert len(graphs._recorded) == 2
     assert all(graphs._recorded.values())
+    trained = dict(counters["stats"])
+    with torch.inference_mode():
+        DistillationModel(compiled).eval()(**batches[0], num_items_in_batch=torch.tensor(1))
+    assert counters["stats"] == trained
 
 
-@pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_layers_compiled_for_this_processor_compute_the_same(make, monkeypatch):
-    monkeypatch.setattr(compiled_layers, "_BACKEND", "inductor")
+def rounding(graph, inputs):
+    """A backend whose code rounds to bfloat16."""
+    return lambda *arguments: tuple(
+        one.bfloat16().to(one.dtype) if isinstance(one, torch.Tensor) else one for one in graph(*arguments)
+    )
+
+
+def test_layers_that_round_otherwise_are_taken(make, monkeypatch):
+    """Behind a norm of equal weights, where the states themselves would be no gradient to compare by."""
+    monkeypatch.setattr(compiled_layers, "_compile", rounding)
     model, batches = make("Qwen2ForCausalLM")
-    plain = copy.deepcopy(model)
-    assert compile_layers(model, batches[0], None)
-    assert_same(steps(model, batches[:1]), steps(plain, batches[:1]))
+    model.get_input_embeddings().weight.data *= 100  # as large as a trained model's states, beside the norm's epsilon
+    assert compile_layers(adapted(model), batches[0], None)
 
 
 def wrong(graph, inputs):
@@ -152,7 +175,7 @@ def missing(graph, inputs):
     ("backend", "said"), [(wrong, "compiled ones compute something else"), (missing, "Failed to find C compiler")]
 )
 def test_layers_are_left_as_they_were_where_compiling_fails(make, monkeypatch, caplog, backend, said):
-    monkeypatch.setattr(compiled_layers, "_BACKEND", backend)
+    monkeypatch.setattr(compiled_layers, "_compile", backend)
     model, batches = make("Qwen2ForCausalLM")
     plain = copy.deepcopy(model)
     logger = logging.getLogger("firstsight")
@@ -175,7 +198,7 @@ def test_a_batch_that_cannot_be_compiled_later_is_computed_without(make, monkeyp
             raise RuntimeError("no kernel for this one")
         return graph
 
-    monkeypatch.setattr(compiled_layers, "_BACKEND", first_only)
+    monkeypatch.setattr(compiled_layers, "_compile", first_only)
     model, batches = make("Qwen2ForCausalLM")
     plain = copy.deepcopy(model)
     assert compile_layers(model, batches[0], None)

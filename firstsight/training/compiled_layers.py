@@ -5,36 +5,34 @@ which reads and writes all of the layer's activations. `torch.compile` makes a f
 layers of a kind and all shapes, so it is compiled for one layer and used by all.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firstsight.core.stage import log
 from firstsight.packing.forward import last_hidden_states
+from firstsight.training.comparison import alike, random_gradient
 
 # Micro-batches of a training from which on compiling pays: it took 10 to 100 s on an H100, where it saves the GPU 20 to
 # 80 ms of each.
 LEAST_BATCHES = 2_000
-# How far states and gradients may be from those of layers that are not compiled, as a share of their norm. In bfloat16,
-# gradients computed twice differ by 0.01, because sums are in another order.
-_TOLERANCE = 0.1
 # Of how many weights gradients are compared. The weights are an odd number of places apart, so that both matrices of an
 # adapter, which come in turns, are among them.
 _COMPARED = 16
 # Kinds of inputs that the code is made for: by layer (text, vision), mask, size of the batch, and what has gradients.
 _KINDS = 64
-_BACKEND = "inductor"
-# Without choosing kernels by timing them, which would round otherwise in another run; and with the random numbers that
-# dropout draws without compiling.
-_OPTIONS = {"deterministic": True, "fallback_random": True}
 
 
 def compile_layers(model: PreTrainedModel, batch: dict[str, Tensor], dtype: torch.dtype | None) -> bool:
-    """Compile the layers of language model and vision tower in place; return whether they are compiled.
+    """Compile the layers of language model and vision tower, for their training alone; return whether they are.
 
     States and gradients of a packed batch are computed without and with compiled layers. Where they differ, or where
-    compiling fails (it needs Triton and a C compiler), the layers are left as they were, and the log says why.
+    compiling fails (it needs Triton and a C compiler), the layers are left as they were, and the log says why. A layer
+    that cannot be compiled later, for a batch of another kind, is computed without for that kind.
 
     Args:
         model: the model, in training mode.
@@ -43,29 +41,73 @@ def compile_layers(model: PreTrainedModel, batch: dict[str, Tensor], dtype: torc
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     torch._dynamo.config.recompile_limit = _KINDS
+    # The loss sets this and sets it back, which leaves it written out. Code is for the one state or for the other.
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = matmul.fp32_precision == "tf32"
     log.info("training: compiling %d layers, which takes 10 to 100 s on a GPU", len(layers))
-    options = {"options": _OPTIONS} if _BACKEND == "inductor" else {}
+    backend = _Backend()
     try:
         expected = _states_and_gradients(model, batch, dtype)
         for layer in layers:
-            layer.compile(backend=_BACKEND, dynamic=True, **options)
+            layer.forward = _InTraining(layer, backend)
         found = _states_and_gradients(model, batch, dtype)
-        if not all(_alike(one, other) for one, other in zip(found, expected, strict=True)):
+        if not all(map(alike, found, expected)):
             raise RuntimeError("compiled ones compute something else")
     except Exception as error:  # of many kinds: Triton or its compiler is missing, or memory
         for layer in layers:
-            layer._compiled_call_impl = None
-        log.warning("training: the layers are not compiled, because %s", " ".join(str(error).split())[:200])
+            vars(layer).pop("forward", None)
+        log.warning("training: the layers are not compiled, because %s", _one_line(error))
         return False
-    # What cannot be compiled later, such as a batch of another size, is computed without, and training goes on.
-    torch._dynamo.config.suppress_errors = True
+    backend.must_compile = False
     log.info("training: the layers are compiled")
     return True
 
 
+class _InTraining:
+    """Replace the `forward` of a layer by one that is compiled, but not for evaluation, which would need other code."""
+
+    def __init__(self, layer: nn.Module, backend: "_Backend"):
+        self._layer, self._forward = layer, layer.forward
+        self._compiled: Callable[..., Any] = torch.compile(layer.forward, backend=backend, dynamic=True)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        trains = self._layer.training and torch.is_grad_enabled()
+        return (self._compiled if trains else self._forward)(*arguments, **named)
+
+
+class _Backend:
+    """Compile what `torch.compile` has traced; unless it must compile, a graph that fails is computed as it was traced.
+
+    PyTorch's own way to go on without (`suppress_errors`) would also give up all code that has been compiled.
+    """
+
+    def __init__(self):
+        self.must_compile = True
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            # Otherwise a backward pass that does not compile fails in the middle of training.
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                return _compile(graph, inputs)
+        except Exception as error:
+            if self.must_compile:
+                raise
+            log.warning("training: layers are not compiled for batches of another kind, because %s", _one_line(error))
+            return graph.forward
+
+
+def _compile(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx  # takes seconds to import, and only long trainings use it
+
+    # With the random numbers that dropout draws without compiling.
+    compiled: Any = compile_fx(graph, inputs, config_patches={"fallback_random": True})
+    return compiled
+
+
 def _states_and_gradients(model: PreTrainedModel, batch: dict[str, Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    """Return the final hidden states [B, S, H] and, for these as their gradient, the gradients of some weights."""
-    trained = [one for one in model.parameters() if one.requires_grad]
+    """Return the final hidden states [B, S, H] and, for a random gradient of these, the gradients of some weights."""
+    # Matrices alone: the gradient of some biases, of keys without rotary embeddings, is nothing but rounding.
+    trained = [one for one in model.parameters() if one.requires_grad and one.ndim > 1]
     some = trained[:: (len(trained) // _COMPARED) | 1]
     device = model.device
     own = torch.get_autocast_dtype(device.type)
@@ -74,9 +116,9 @@ def _states_and_gradients(model: PreTrainedModel, batch: dict[str, Tensor], dtyp
         # With autocast as it is where graphs are recorded, without its cache: other settings need code of their own.
         with torch.autocast(device.type, dtype or own, enabled=dtype is not None, cache_enabled=False):
             states = last_hidden_states(model, batch)
-        gradients = torch.autograd.grad(states, some, states.detach(), allow_unused=True)
+        gradients = torch.autograd.grad(states, some, random_gradient(states), allow_unused=True)
     return [states.detach(), *(one for one in gradients if one is not None)]
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    return bool((found.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -7,7 +7,8 @@ multiple of `_MULTIPLE` tokens, so that a few graphs serve all batches. Vision t
 as always.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +20,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from firstsight.core.stage import log
+from firstsight.training.comparison import alike, random_gradient
 
 _MULTIPLE = 64
 # Shapes that are recorded; batches of others are computed as without graphs.
 _MOST = 32
-# How far the first graph's states and gradients may be from those that are computed without one, as a share of their
-# norm. In bfloat16, gradients computed twice differ by 0.01, because sums are in another order.
-_TOLERANCE = 0.1
 # The tensors that a language model takes of a packed batch: embeddings or tokens, and those that place them.
 _PLACES = {"position_ids", "attention_mask"}
 _INPUTS = {"inputs_embeds", "input_ids", "mm_token_type_ids", *_PLACES}
@@ -54,13 +53,22 @@ class GraphedLanguageModel:
         self._recorded: dict[object, _Recording | None] = {}
         # Of the memory of all graphs, of which one is in use at a time.
         self._pool: Any = None
-        self._enabled = True
+        self._enabled = self._records = True
         self._module.forward = self
 
     def clear(self) -> None:
         """Release the graphs and their memory; later batches are recorded anew."""
         self._recorded.clear()
         self._pool = None
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Compute all batches as the first of their shape, and record none."""
+        self._records = False
+        try:
+            yield
+        finally:
+            self._records = True
 
     def __call__(self, *arguments: Any, **inputs: Any) -> Any:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -78,10 +86,10 @@ class GraphedLanguageModel:
         with torch.autocast(device, autocast[1], enabled=autocast[0], cache_enabled=False):
             known = shape in self._recorded
             recording = self._recorded.get(shape)
-            if known and recording is None:
+            if known and recording is None and self._records:
                 recording = self._record(shape, padded)
             if recording is None:
-                if len(self._recorded) < _MOST:
+                if self._records and len(self._recorded) < _MOST:
                     self._recorded[shape] = None
                 states = self._body(**padded)[:, :length]
             else:
@@ -120,7 +128,7 @@ class GraphedLanguageModel:
     def _is_right(self, recording: "_Recording", inputs: dict[str, Tensor]) -> bool:
         """Return whether the first recording gives the states and gradients that are computed without it.
 
-        Gradients are those of a few weights, for the states themselves as gradient.
+        Gradients are those of a few weights, for a random one of the states.
         """
         own = {name: weight.grad for name, weight in self._weights.items()}
         for name, one in self._trained.items():
@@ -133,15 +141,17 @@ class GraphedLanguageModel:
         devices = [device] if device.type == "cuda" else []
         # From the same random numbers, so that dropout drops the same.
         with torch.random.fork_rng(devices):
-            states = self._body(**{name: one.detach() for name, one in inputs.items()})
-            trained = [self._trained[name] for name in names]
-            gradients = torch.autograd.grad(states, trained, states.detach(), allow_unused=True)
+            # Embeddings with a gradient where they have one: layers that are compiled have code for this.
+            leaves = {name: one.detach().requires_grad_(one.requires_grad) for name, one in inputs.items()}
+            states = self._body(**leaves)
+            trained, gradient = [self._trained[name] for name in names], random_gradient(states)
+            gradients = torch.autograd.grad(states, trained, gradient, allow_unused=True)
         with torch.random.fork_rng(devices):
             found = recording.forward(inputs)
-            recording.backward(found)
+            recording.backward(gradient)
         pairs = [(found, states)]
         pairs += [(own[name], one) for name, one in zip(names, gradients, strict=True) if one is not None]
-        right = all((one.float() - other.float()).norm() <= _TOLERANCE * other.float().norm() for one, other in pairs)
+        right = all(alike(one, other) for one, other in pairs)
         torch._foreach_zero_(list(own.values()))
         return right
 

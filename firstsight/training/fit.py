@@ -153,6 +153,7 @@ def speed_up(
     """
     if optimisation.gradient_checkpointing or optimisation.method == "qlora":
         return None
+    graphs = GraphedLanguageModel(student)
     micro_batches = total_steps(len(train_set), optimisation) * optimisation.gradient_accumulation_steps
     if micro_batches >= LEAST_BATCHES and not is_encoder(student.config.model_type):
         # Everywhere as where graphs are recorded: other settings of autocast would be compiled once more.
@@ -162,8 +163,9 @@ def speed_up(
         batch = train_set.collate([train_set[index] for index in range(samples)])
         batch.pop("teacher", None)
         dtype = torch.bfloat16 if has_bfloat16(student.device.type) else None
-        compile_layers(student.train(), {name: one.to(student.device) for name, one in batch.items()}, dtype)
-    return GraphedLanguageModel(student)
+        with graphs.unrecorded():
+            compile_layers(student.train(), {name: one.to(student.device) for name, one in batch.items()}, dtype)
+    return graphs
 
 
 def _trainer(

@@ -11,11 +11,10 @@ import pytest
 import torch
 from conftest import make_sample
 from families import SAVE
-from peft import LoraConfig, get_peft_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
+from training_steps import DEVICE, adapted, assert_same, steps
 
-from firstsight.loss.products import tf32
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing import forward
@@ -25,7 +24,6 @@ from firstsight.training.compiled_layers import compile_layers
 from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
 pytestmark = pytest.mark.slow
 
@@ -64,41 +62,6 @@ def make(settings, processor, tmp_path):
     return made
 
 
-def adapted(model):
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).get_base_model()
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if "lora_B" in name:  # which is zero at first, so that the other matrix has no gradient
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(DEVICE).manual_seed(number))
-    return model
-
-
-def steps(model, batches, rounds: int = 2, dtype: torch.dtype | None = None) -> list:
-    """Losses and gradients of optimizer steps, each of them of all batches, by autocast to a dtype."""
-    training = DistillationModel(model)
-    tokens = torch.tensor(sum(int((batch["labels"] >= 0).sum()) for batch in batches))
-    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
-    for _ in range(rounds):
-        optimizer.zero_grad()
-        losses = []
-        for batch in batches:
-            with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-                loss = training(**batch, num_items_in_batch=tokens)["loss"]
-            with tf32(True):  # as the loss does on a GPU, which leaves its mark on what code is compiled for
-                loss.backward()
-            losses.append(loss.item())
-        found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-        optimizer.step()
-    return found
-
-
-def assert_same(found: list, expected: list) -> None:
-    for (losses, gradients), (other_losses, others) in zip(found, expected, strict=True):
-        assert losses == pytest.approx(other_losses, rel=1e-4)
-        assert gradients.keys() == others.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-5)
-
-
 # Compiling takes seconds for each kind of layer, mask and batch, so the tests share what they compile.
 
 
@@ -110,7 +73,7 @@ def test_losses_and_gradients_are_the_same(make):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(one.grad is None for one in model.parameters())
     assert counters["stats"]["unique_graphs"]
-    assert_same(steps(model, batches), steps(plain, batches))
+    assert_same(steps(model, batches, 2), steps(plain, batches, 2))
 
 
 def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeypatch):
@@ -185,7 +148,7 @@ def test_layers_are_left_as_they_were_where_compiling_fails(make, monkeypatch, c
     assert "the layers are not compiled, because " in caplog.text
     assert said in caplog.text
     counters.clear()
-    assert_same(steps(model, batches), steps(plain, batches))
+    assert_same(steps(model, batches, 2), steps(plain, batches, 2))
     assert not counters["stats"]
 
 
@@ -203,5 +166,5 @@ def test_a_batch_that_cannot_be_compiled_later_is_computed_without(make, monkeyp
     plain = copy.deepcopy(model)
     assert compile_layers(model, batches[0], None)
     single = {name: one[:1] for name, one in batches[0].items()}
-    assert_same(steps(model, [single]), steps(plain, [single]))
+    assert_same(steps(model, [single], 2), steps(plain, [single], 2))
     assert len(tried) > 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_sample
 from families import SAVE
-from peft import LoraConfig, get_peft_model
+from training_steps import DEVICE, adapted, assert_same, steps
 
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
@@ -22,7 +22,6 @@ from firstsight.training import cuda_graphs
 from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
 FAMILIES = ["Qwen2VLForConditionalGeneration", "Qwen2ForCausalLM", "LlavaOnevisionForConditionalGeneration"]
 
@@ -59,47 +58,15 @@ def recorded(monkeypatch):
     return works
 
 
-def steps(model, batches, rounds: int = 4) -> list:
-    """Losses and gradients of optimizer steps, each of them of all batches."""
-    training = DistillationModel(model)
-    tokens = torch.tensor(sum(int((batch["labels"] >= 0).sum()) for batch in batches))
-    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
-    for _ in range(rounds):
-        optimizer.zero_grad()
-        losses = []
-        for batch in batches:
-            loss = training(**batch, num_items_in_batch=tokens)["loss"]
-            loss.backward()
-            losses.append(loss.item())
-        found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-        optimizer.step()
-    return found
-
-
-def trained(model, how: str):
-    if how == "full":
-        return model
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).get_base_model()
-    for number, (name, parameter) in enumerate(adapted.named_parameters()):
-        if "lora_B" in name:  # which is zero at first, so that the other matrix has no gradient
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator(DEVICE).manual_seed(number))
-    return adapted
-
-
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_losses_and_gradients_are_the_same(parts, recorded, how):
     model, batches = parts
-    plain, graphed = trained(copy.deepcopy(model), how), trained(model, how)
+    plain, graphed = copy.deepcopy(model), model
     if how == "lora":
+        plain, graphed = adapted(plain), adapted(graphed)
         graphed.load_state_dict(plain.state_dict())
     replayed = GraphedLanguageModel(graphed)
-    for (losses, gradients), (expected_losses, expected) in zip(
-        steps(graphed, batches), steps(plain, batches), strict=True
-    ):
-        assert losses == pytest.approx(expected_losses, rel=1e-4)
-        assert gradients.keys() == expected.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    assert_same(steps(graphed, batches, 4), steps(plain, batches, 4))
     shapes = [value for value in replayed._recorded.values() if value is not None]
     assert len(shapes) == len({-(-batch["input_ids"].shape[1] // 48) for batch in batches})
     if DEVICE == "cpu":
@@ -108,15 +75,12 @@ def test_losses_and_gradients_are_the_same(parts, recorded, how):
 
 def test_masks_of_the_last_tokens_alone_are_padded_too(parts, recorded, monkeypatch):
     model, batches = parts
-    expected = steps(copy.deepcopy(model), batches)
+    expected = steps(copy.deepcopy(model), batches, 4)
     monkeypatch.setattr(forward, "_TILE", 8)
     some, none, _ = (attention_mask(model, one["segment_ids"]).shape for one in batches)
     assert 0 == none[2] < some[2] < some[3]
     replayed = GraphedLanguageModel(model)
-    for (losses, gradients), (others, theirs) in zip(steps(model, batches), expected, strict=True):
-        assert losses == pytest.approx(others, rel=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
+    assert_same(steps(model, batches, 4), expected)
     assert all(recording is not None for recording in replayed._recorded.values())
 
 
@@ -145,10 +109,7 @@ def test_graphs_are_not_used_where_one_computes_something_else(parts, recorded, 
     logger = logging.getLogger("firstsight")
     logger.addHandler(caplog.handler)
     replayed = GraphedLanguageModel(model)
-    for (losses, gradients), (expected, theirs) in zip(steps(model, batches), steps(plain, batches), strict=True):
-        assert losses == pytest.approx(expected, rel=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
+    assert_same(steps(model, batches, 4), steps(plain, batches, 4))
     logger.removeHandler(caplog.handler)
     assert "without CUDA graphs, because recording failed: a graph computes something else" in caplog.text
     assert not any(replayed._recorded.values())
@@ -162,8 +123,7 @@ def test_released_graphs_are_recorded_anew(parts, recorded):
     replayed.clear()
     found += steps(model, batches, 2)
     assert any(replayed._recorded.values())
-    for (losses, _), (expected, _) in zip(found, steps(plain, batches), strict=True):
-        assert losses == pytest.approx(expected, rel=1e-4)
+    assert_same(found, steps(plain, batches, 4))
 
 
 def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(parts, monkeypatch, caplog):
@@ -175,7 +135,4 @@ def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(part
 
     monkeypatch.setattr(GraphedLanguageModel, "_record_work", full)
     GraphedLanguageModel(model)
-    for (losses, gradients), (expected, theirs) in zip(steps(model, batches), steps(plain, batches), strict=True):
-        assert losses == pytest.approx(expected, rel=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
+    assert_same(steps(model, batches, 4), steps(plain, batches, 4))

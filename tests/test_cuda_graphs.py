@@ -24,6 +24,7 @@ from firstsight.training.distillation_model import DistillationModel
 
 QUESTIONS = [("What is in your left hand?", "a red cup"), ("How many things are there?", "two"), ("Why?", "because")]
 FAMILIES = ["Qwen2VLForConditionalGeneration", "Qwen2ForCausalLM", "LlavaOnevisionForConditionalGeneration"]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=FAMILIES)

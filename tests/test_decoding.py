@@ -103,6 +103,7 @@ def test_a_step_can_be_recorded(asked, monkeypatch):
     assert len(addresses) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_gives_the_same_answers(asked):
     model, processor, questions = asked

@@ -146,3 +146,13 @@ def test_a_page_opens_with_what_it_answers(path):
     assert title.startswith("# ")
     assert blank == ""
     assert re.match(r"This page answers \w", opening), opening
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
+def test_what_runs_on_a_gpu_is_run_by_the_command_for_it(path):
+    """As many marks as tests that are skipped without a GPU; one for a file whose tests run on either device."""
+    text = path.read_text(encoding="utf-8")
+    skipped = re.findall(r"^@pytest\.mark\.skipif\(not torch\.cuda\.is_available\(\)", text, re.MULTILINE)
+    either = re.findall(r"^from training_steps import DEVICE\b", text, re.MULTILINE)
+    marks = re.findall(r"^(?:@|pytestmark = .*)pytest\.mark\.gpu\b", text, re.MULTILINE)
+    assert len(marks) == len(skipped) + len(either)

@@ -79,6 +79,7 @@ def test_the_kernel_multiplies_by_the_weights_that_levels_stand_for(interpreted,
         assert (one.double() - expected).norm() <= error * expected.norm()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5, 64])

@@ -186,6 +186,7 @@ def test_a_logit_that_is_no_number_gives_a_loss_that_is_none(interpreted):
     assert np.isnan(loss)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.beta}")
 @pytest.mark.parametrize("tokens", [1, 52, 1300])

@@ -160,6 +160,7 @@ def test_adamw_is_the_fused_one():
     assert trainer_name("adamw", "cuda") == trainer_name("adamw", "cpu") == OptimizerNames.ADAMW_TORCH_FUSED
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_eight_bit_moments_are_paged_on_a_gpu():
     assert trainer_name("adamw_8bit", "cuda") == OptimizerNames.PAGED_ADAMW_8BIT

@@ -152,3 +152,7 @@ def test_the_implementation_is_not_saved(loaded, tmp_path):
     model, _ = loaded
     model.save_pretrained(tmp_path / "saved")
     assert text_attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_kernels_whose_gradients_can_be_no_numbers_are_not_used():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

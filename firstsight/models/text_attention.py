@@ -56,3 +56,6 @@ def takes_masks_of_the_last_tokens(model: nn.Module) -> bool:
 AttentionInterface.register(NAME, attend)
 # For masks of [B, S], which transformers expands.
 AttentionMaskInterface.register(NAME, sdpa_mask)
+# PyTorch prefers cuDNN's kernels on an H100, whose gradients of queries can be NaN where there is a mask and the number
+# of tokens is 64 more than a multiple of 128 (pytorch#196678).
+torch.backends.cuda.enable_cudnn_sdp(False)

@@ -95,6 +95,7 @@ def test_evaluation_and_answers_are_passed_on(parts, recorded):
     for _ in range(3):
         DistillationModel(model).eval()(**batches[0], num_items_in_batch=torch.tensor(1))
     assert not replayed._recorded
+    assert all(weight.grad is None for weight in replayed._weights.values())  # memory that an encoder would never use
 
 
 @pytest.mark.parametrize("broken", ["forward", "backward"])
@@ -135,5 +136,6 @@ def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(part
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GraphedLanguageModel, "_record_work", full)
-    GraphedLanguageModel(model)
+    replayed = GraphedLanguageModel(model)
     assert_same(steps(model, batches, 4), steps(plain, batches, 4))
+    assert all(weight.grad is None for weight in replayed._weights.values())

@@ -46,8 +46,6 @@ class GraphedLanguageModel:
         # The same weights as parameters of the graphs' own: autograd adds a gradient on the stream on which it first
         # met a parameter, and only those of the stream that records can be recorded.
         self._weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
-        for weight in self._weights.values():
-            weight.grad = torch.zeros_like(weight)
         # What makes autograd call `_Replay.backward` where the inputs have no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._recorded: dict[object, _Recording | None] = {}
@@ -102,6 +100,9 @@ class GraphedLanguageModel:
         first = not any(self._recorded.values())
         random = _Random(self._anchor.device)
         try:
+            for weight in self._weights.values():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
             recording = _Recording(self._body, self._weights, inputs, self._record_work)
             if first and not self._is_right(recording, inputs):
                 raise RuntimeError("a graph computes something else")
@@ -109,6 +110,8 @@ class GraphedLanguageModel:
             log.warning("training: without CUDA graphs, because recording failed: %s", _first_line(error))
             self._enabled = False
             self.clear()
+            for weight in self._weights.values():
+                weight.grad = None  # those that are attached to the model's weights are kept by these
             random.restore()
             return None
         if first:
@@ -135,7 +138,8 @@ class GraphedLanguageModel:
             if one.grad is own[name]:
                 one.grad = one.grad.clone()  # keeps what is summed so far
         torch._foreach_zero_(list(own.values()))
-        names = list(self._weights)
+        # Matrices alone: the gradient of some biases, of keys without rotary embeddings, is nothing but rounding.
+        names = [name for name, weight in self._weights.items() if weight.ndim > 1]
         names = sorted({names[len(names) * part // 4] for part in range(4)} | {names[-1]})
         device = self._anchor.device
         devices = [device] if device.type == "cuda" else []

@@ -100,8 +100,10 @@ def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeyp
     compiled_first = dict(counters["stats"])
     first = steps(compiled, batches[:1], 1, torch.bfloat16)
     assert counters["stats"] == compiled_first
-    assert_same(first, steps(plain, batches[:1], 1, torch.bfloat16))
-    assert_same(steps(compiled, batches, 2, torch.bfloat16), steps(plain, batches, 2, torch.bfloat16))
+    # Code for a GPU rounds to bfloat16 in other places; traced operations round in the same ones.
+    rounded = DEVICE == "cuda"
+    assert_same(first, steps(plain, batches[:1], 1, torch.bfloat16), rounded)
+    assert_same(steps(compiled, batches, 2, torch.bfloat16), steps(plain, batches, 2, torch.bfloat16), rounded)
     assert len(graphs._recorded) == 2
     assert all(graphs._recorded.values())
     trained = dict(counters["stats"])

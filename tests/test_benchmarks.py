@@ -181,6 +181,9 @@ def test_a_benchmark_imports_only_what_it_measures(script, column, measured, tmp
     assert {row[column] for row in rows} == measured
     assert all(float(row.get("seconds", row.get("token_ms"))) > 0 for row in rows)
     assert all(float(row.get("difference", 0)) < 1e-6 for row in rows)
+    # Its reference is not among the cases, and no other step may stand for it.
+    without = {row["body"] for row in rows if row.get("time_ratio", 1) is None}
+    assert without == ({"compiled"} if script is DISTILL_STEP else set())
 
 
 # Qwen2-VL-2B has 32 layers in its vision tower too, whose graphs take minutes to trace.

@@ -704,6 +704,7 @@ def test_an_encoder_reads_no_names_and_is_not_quantized(in_root):
 def test_gpus_are_known_by_the_names_that_pytorch_gives_them():
     names = {
         "NVIDIA H100 80GB HBM3": "NVIDIA H100",
+        "NVIDIA H200": "NVIDIA H200",
         "NVIDIA A100-SXM4-40GB": "NVIDIA A100",
         "NVIDIA GeForce RTX 4090": "RTX 4090",
         "NVIDIA L4": "NVIDIA L4",

@@ -27,10 +27,11 @@ class Card:
     operations: float
 
 
-# NVIDIA's data sheets and white papers (H100 SXM5; A100; Ada; L4, whose figure there is for sparse products). Not GPUs
-# without bfloat16: they train in float32, of which nothing was measured.
+# NVIDIA's data sheets and white papers (H100 SXM5; H200, which computes as fast; A100; Ada; L4, whose figure there is
+# for sparse products). Not GPUs without bfloat16: they train in float32, of which nothing was measured.
 CARDS = (
     Card(MEASURED, r"H100 80GB HBM3", 989e12),
+    Card("NVIDIA H200", r"H200", 989e12),
     Card("NVIDIA A100", r"A100", 312e12),
     Card("RTX 4090", r"RTX 4090$", 165.2e12),
     Card("NVIDIA L4", r"L4$", 121e12),

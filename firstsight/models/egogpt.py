@@ -121,9 +121,10 @@ class EgoGptModel(LlavaOnevisionModel):
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return `pooler_output` [B, tokens, H], newlines included, of videos [B, frames, 3, height, width]."""
         batch = len(pixel_values_videos)
-        # The last layer's states, before the norm; those of other layers would take memory.
-        states = self.vision_tower(pixel_values_videos.flatten(0, 1), output_hidden_states=[-1]).hidden_states[-1]
-        features = self.multi_modal_projector(states)
+        tower: Any = self.vision_tower
+        # The last layer's states, without the norm after it.
+        patches = tower.embeddings(pixel_values_videos.flatten(0, 1))
+        features = self.multi_modal_projector(tower.encoder(inputs_embeds=patches).last_hidden_state)
         side = isqrt(features.shape[1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         # 27 x 27 becomes 13 x 13: the last row and column are dropped.

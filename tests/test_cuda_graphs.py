@@ -13,6 +13,7 @@ from conftest import make_sample
 from families import SAVE
 from training_steps import DEVICE, adapted, assert_same, steps
 
+from firstsight.models.cuda_graph import record
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing import forward
@@ -63,7 +64,7 @@ def recorded(monkeypatch):
 def test_losses_and_gradients_are_the_same(parts, recorded, how):
     model, batches = parts
     plain, graphed = copy.deepcopy(model), model
-    if how == "lora":
+    if "lora" in how:
         plain, graphed = adapted(plain), adapted(graphed)
         graphed.load_state_dict(plain.state_dict())
     replayed = GraphedLanguageModel(graphed)
@@ -139,3 +140,18 @@ def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(part
     replayed = GraphedLanguageModel(model)
     assert_same(steps(model, batches, 4), steps(plain, batches, 4))
     assert all(weight.grad is None for weight in replayed._weights.values())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_recording_that_fails_leaves_stream_and_random_numbers_as_they_were():
+    stream, ones = torch.cuda.current_stream(), torch.ones(4, device=DEVICE)
+    torch.manual_seed(0)
+    expected = torch.rand(8, device=DEVICE)
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError):
+        record(lambda: torch.rand(8, device=DEVICE).sum().item())
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(8, device=DEVICE).equal(expected)
+    graph = record(lambda: ones.add_(1))
+    graph.replay()
+    assert ones.tolist() == [2] * 4

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 
 from firstsight.core.stage import log
+from firstsight.models.cuda_graph import record
 from firstsight.packing.forward import branch_mask
 
 
@@ -76,15 +77,15 @@ class StaticDecoder:
 
     def _record(self) -> None:
         """Record a step without computing it."""
-        graph = torch.cuda.CUDAGraph()
+
+        def work() -> None:
+            self._recorded = self._compute()
+
         try:
-            with torch.cuda.graph(graph):
-                self._recorded = self._compute()
+            self._graph = record(work)
         except RuntimeError as error:
             log.warning("decoding: the step cannot be recorded as a CUDA graph (%s)", str(error).splitlines()[0])
             self._records = False
-            return
-        self._graph = graph
 
 
 def _states(model: Any, tokens: Tensor, positions: Tensor, mask: Tensor, kept: Cache) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from firstsight.core.stage import log
+from firstsight.models.cuda_graph import record
 from firstsight.training.comparison import alike, random_gradient
 
 _MULTIPLE = 64
@@ -49,9 +50,9 @@ class GraphedLanguageModel:
         # What makes autograd call `_Replay.backward` where the inputs have no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._recorded: dict[object, _Recording | None] = {}
+        self._enabled = self._records = True
         # Of the memory of all graphs, of which one is in use at a time.
         self._pool: Any = None
-        self._enabled = self._records = True
         self._module.forward = self
 
     def clear(self) -> None:
@@ -98,7 +99,6 @@ class GraphedLanguageModel:
     def _record(self, shape: object, inputs: dict[str, Tensor]) -> "_Recording | None":
         """Record the passes over inputs of this shape; None, and no more graphs, where that fails."""
         first = not any(self._recorded.values())
-        random = _Random(self._anchor.device)
         try:
             for weight in self._weights.values():
                 if weight.grad is None:
@@ -108,25 +108,24 @@ class GraphedLanguageModel:
                 raise RuntimeError("a graph computes something else")
         except RuntimeError as error:  # memory does not suffice, or a layer waits for the CPU
             log.warning("training: without CUDA graphs, because recording failed: %s", _first_line(error))
-            self._enabled = False
-            self.clear()
-            for weight in self._weights.values():
-                weight.grad = None  # those that are attached to the model's weights are kept by these
-            random.restore()
+            self._stop()
             return None
         if first:
             log.info("training: the language model's passes are replayed as CUDA graphs")
         self._recorded[shape] = recording
         return recording
 
+    def _stop(self) -> None:
+        """Release the graphs for good, and the memory of their gradients."""
+        self._enabled = False
+        self.clear()
+        for weight in self._weights.values():
+            weight.grad = None  # those that are attached to the model's weights are kept by these
+
     def _record_work(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what a function launches on the GPU, without computing it; return a function that launches it."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # The threads of the data loader may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        return record(work, self._pool).replay
 
     def _is_right(self, recording: "_Recording", inputs: dict[str, Tensor]) -> bool:
         """Return whether the first recording gives the states and gradients that are computed without it.
@@ -233,19 +232,6 @@ class _Recording:
 
     def _differentiate(self) -> None:
         self._states.backward(self._gradient)
-
-
-class _Random:
-    """Keep the GPU's state of random numbers, which a recording that fails leaves unusable."""
-
-    def __init__(self, device: torch.device):
-        self._generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
-        self._state = self._generator.clone_state() if self._generator else None
-
-    def restore(self) -> None:
-        """Continue from the state that was kept."""
-        if self._generator is not None:
-            self._generator.graphsafe_set_state(self._state)
 
 
 class _Replay(torch.autograd.Function):

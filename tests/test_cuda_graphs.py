@@ -60,13 +60,15 @@ def recorded(monkeypatch):
     return works
 
 
-@pytest.mark.parametrize("how", ["full", "lora"])
+@pytest.mark.parametrize("how", ["full", "lora", "full, with checkpointing", "lora, with checkpointing"])
 def test_losses_and_gradients_are_the_same(parts, recorded, how):
     model, batches = parts
     plain, graphed = copy.deepcopy(model), model
     if "lora" in how:
         plain, graphed = adapted(plain), adapted(graphed)
         graphed.load_state_dict(plain.state_dict())
+    if "checkpointing" in how:
+        graphed.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     replayed = GraphedLanguageModel(graphed)
     assert_same(steps(graphed, batches, 4), steps(plain, batches, 4))
     shapes = [value for value in replayed._recorded.values() if value is not None]
@@ -127,6 +129,26 @@ def test_released_graphs_are_recorded_anew(parts, recorded):
     found += steps(model, batches, 2)
     assert any(replayed._recorded.values())
     assert_same(found, steps(plain, batches, 4))
+
+
+@pytest.mark.parametrize("most", [1, 32])
+def test_graphs_give_way_to_batches_of_other_shapes(parts, recorded, monkeypatch, caplog, most):
+    model, batches = parts
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(cuda_graphs, "_has_room", lambda size: False)
+    monkeypatch.setattr(cuda_graphs, "_MOST", most)
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    logger = logging.getLogger("firstsight")
+    logger.addHandler(caplog.handler)
+    replayed = GraphedLanguageModel(model)
+    # Each shape is recorded, and released for the other's first or second batch.
+    order = [batches[0], batches[2], batches[1], batches[0], batches[1]]
+    found = steps(model, order, 3)
+    logger.removeHandler(caplog.handler)
+    assert_same(found, steps(plain, order, 3))
+    assert replayed._released
+    assert any(replayed._recorded.values()) == (most == 32)
+    assert ("without CUDA graphs from here on" in caplog.text) == (most == 1)
 
 
 def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(parts, monkeypatch, caplog):

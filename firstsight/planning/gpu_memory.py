@@ -39,7 +39,8 @@ head is trained, its gradient V h x 4 before it is added to that of earlier micr
 V h_t x 2.
 
 Every stage needs another 1 GiB for CUDA's context, library workspaces and, in training, fragmentation. Not counted:
-outliers of LLM.int8, and cuDNN's workspaces.
+outliers of LLM.int8, cuDNN's workspaces, and CUDA graphs of training, which keep a batch's activations where there is
+room for those of another beside them.
 """
 
 from collections.abc import Sequence

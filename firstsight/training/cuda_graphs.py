@@ -51,14 +51,17 @@ class GraphedLanguageModel:
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._recorded: dict[object, _Recording | None] = {}
         self._enabled = self._records = True
-        # Of the memory of all graphs, of which one is in use at a time.
+        # Of the memory of all graphs, of which one is in use at a time, and its bytes.
         self._pool: Any = None
+        self._held = 0
+        # How often graphs were released for a batch without one.
+        self._released = 0
         self._module.forward = self
 
     def clear(self) -> None:
         """Release the graphs and their memory; later batches are recorded anew."""
         self._recorded.clear()
-        self._pool = None
+        self._pool, self._held = None, 0
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -88,6 +91,7 @@ class GraphedLanguageModel:
             if known and recording is None and self._records:
                 recording = self._record(shape, padded)
             if recording is None:
+                self._make_room()
                 if self._records and len(self._recorded) < _MOST:
                     self._recorded[shape] = None
                 states = self._body(**padded)[:, :length]
@@ -98,7 +102,7 @@ class GraphedLanguageModel:
 
     def _record(self, shape: object, inputs: dict[str, Tensor]) -> "_Recording | None":
         """Record the passes over inputs of this shape; None, and no more graphs, where that fails."""
-        first = not any(self._recorded.values())
+        first, before = not any(self._recorded.values()), _reserved()
         try:
             for weight in self._weights.values():
                 if weight.grad is None:
@@ -113,7 +117,24 @@ class GraphedLanguageModel:
         if first:
             log.info("training: the language model's passes are replayed as CUDA graphs")
         self._recorded[shape] = recording
+        self._held += _reserved() - before
         return recording
+
+    def _make_room(self) -> None:
+        """Release the graphs if they leave too little memory to compute a batch of another shape without.
+
+        Such a batch takes as much again as they hold, and more where it is larger. They are recorded anew, but not
+        forever where that happens again and again.
+        """
+        if not any(self._recorded.values()) or _has_room(2 * self._held):
+            return
+        shapes = dict.fromkeys(self._recorded)
+        self.clear()
+        self._recorded = shapes
+        self._released += 1
+        if self._released == _MOST:
+            log.warning("training: without CUDA graphs from here on, because they leave too little memory for others")
+            self._stop()
 
     def _stop(self) -> None:
         """Release the graphs for good, and the memory of their gradients."""
@@ -247,6 +268,21 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, gradient):
         ctx.attach_gradients()
         return ctx.recording.backward(gradient), None, None, None, None, None
+
+
+def _has_room(size: int) -> bool:
+    """Return whether so many bytes of the current GPU are free, or kept by PyTorch for tensors to come."""
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] >= size:
+        return True
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] >= size
+
+
+def _reserved() -> int:
+    """Return the bytes of the current GPU that PyTorch holds, but for those that it keeps for tensors to come."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def _first_line(error: Exception) -> str:

@@ -76,7 +76,8 @@ def test_losses_and_gradients_are_the_same(make):
     assert_same(steps(model, batches, 2), steps(plain, batches, 2))
 
 
-def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeypatch, checkpointing):
     model, batches = make("Qwen2ForCausalLM")
     monkeypatch.setattr(cuda_graphs, "_MULTIPLE", batches[0]["input_ids"].shape[1])  # no padding for the first batch
     monkeypatch.setattr(forward, "_TILE", 8)  # masks of the last tokens, and of none
@@ -93,6 +94,8 @@ def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeyp
         monkeypatch.setattr(GraphedLanguageModel, "_record_work", record)
     plain, compiled = adapted(copy.deepcopy(model)), adapted(model)
     compiled.load_state_dict(plain.state_dict())
+    if checkpointing:
+        compiled.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     graphs = GraphedLanguageModel(compiled)
     with graphs.unrecorded():
         assert compile_layers(compiled, batches[0], torch.bfloat16)

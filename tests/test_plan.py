@@ -228,7 +228,7 @@ def test_what_should_take_less_takes_less(teacher, student, preset):
     assert distilling(method="qlora").weights < adapters.weights
     assert adapters.training < distilling(method="adalora").training
     assert full.total < distilling(method="full", train_vision=True).total
-    assert adapters.activations < distilling(gradient_checkpointing=False).activations
+    assert adapters.activations > distilling(gradient_checkpointing=True).activations
     assert adapters.activations < distilling(batch_size=2).activations
     eight_bits = distilling(method="full", optimizer="adamw_8bit")
     assert eight_bits.training + eight_bits.cached < 0.7 * full.training
@@ -282,11 +282,11 @@ def test_what_visual_tokens_take_and_save_is_said_where_the_tower_is_frozen(pres
     samples = work.samples["train"] + work.samples["validation"]
     row = next(row for row in plan_table.rows(preset, work) if row.stage == "cache-visual-tokens")
     assert row.disk == samples * 2048 * 1536 * 2
-    cached = r"visual tokens are cached, 5\.\d GB: with their stage, distill takes 6\d% of .*"
+    cached = r"visual tokens are cached, 5\.\d GB: with their stage, distill takes 5\d% of .*"
     assert re.fullmatch(cached, said_of(preset, work))
     choices = {"visual_tokens": "computed"}, {"train_vision": True}
     computed, trained = (but(preset, train=but(preset.train, **choice)) for choice in choices)
-    assert re.fullmatch(r"visual tokens are computed .* cached, 5\.\d GB, .* 6\d% .*", said_of(computed, work))
+    assert re.fullmatch(r"visual tokens are computed .* cached, 5\.\d GB, .* 5\d% .*", said_of(computed, work))
     assert said_of(trained, work) is None
     for loaded in (computed, trained):
         assert "cache-visual-tokens" not in {row.stage for row in plan_table.rows(loaded, work)}

@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 from conftest import make_sample
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
+from firstsight.models.architecture import has_dropout
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
@@ -126,14 +128,15 @@ def test_with_eight_bit_moments_the_student_learns_nearly_the_same(settings, par
     assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.02)
 
 
-@pytest.mark.parametrize("least", [12, 13])
-def test_layers_are_compiled_for_a_long_training(settings, parts, monkeypatch, least):
+@pytest.mark.parametrize(("least", "checkpointing"), [(12, False), (12, True), (13, False)])
+def test_layers_are_compiled_for_a_long_training(settings, parts, monkeypatch, least, checkpointing):
     student, (train_set, _) = parts
     train_set.teacher = OnlineTeacher(train_set.processor)
     asked = []
     monkeypatch.setattr(fit, "compile_layers", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(fit, "LEAST_BATCHES", least)
-    steps = fit.total_steps(len(train_set), chosen := optimisation(settings, epochs=2, gradient_accumulation_steps=2))
+    changes = {"epochs": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
+    steps = fit.total_steps(len(train_set), chosen := optimisation(settings, **changes))
     assert fit.speed_up(student.eval(), train_set, chosen) is not None
     assert 2 * steps == 12
     if least > 12:
@@ -153,7 +156,39 @@ def test_passes_that_no_graph_can_hold_are_neither_recorded_nor_compiled(setting
     student, (train_set, _) = parts
     monkeypatch.setattr(fit, "LEAST_BATCHES", 0)
     monkeypatch.setattr(fit, "compile_layers", lambda *_: pytest.fail("compiled"))
+    student.model.language_model.layers[0].self_attn.attention_dropout = 0.1
     assert fit.speed_up(student, train_set, optimisation(settings, **changes)) is None
+
+
+def test_dropout_of_layers_and_of_adapters_is_found(parts):
+    student, _ = parts
+    assert not has_dropout(student)
+    for share in (0.0, 0.1):
+        adapter = LoraConfig(lora_dropout=share, target_modules=["q_proj"])
+        assert has_dropout(get_peft_model(copy.deepcopy(student), adapter)) == (share > 0)
+    student.model.visual.blocks[0].attn.attention_dropout = 0.1
+    assert has_dropout(student)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_layers_computed_twice_drop_the_same_and_keep_random_numbers_for_nothing_else(
+    settings, parts, tmp_path, monkeypatch, dropout
+):
+    student, (train_set, validation_set) = parts
+    for layer in student.model.language_model.layers:
+        layer.self_attn.attention_dropout = dropout
+    start, weights, kept = copy.deepcopy(student.state_dict()), [], []
+    enable = student.gradient_checkpointing_enable
+    monkeypatch.setattr(student, "gradient_checkpointing_enable", lambda how: (kept.append(how), enable(how)))
+    for checkpointing in (False, True):
+        student.load_state_dict(start)
+        one_epoch = optimisation(settings, epochs=1, gradient_checkpointing=checkpointing)
+        folder = tmp_path / str(checkpointing)
+        train(DistillationModel(student), train_set, validation_set, one_epoch, folder, device="cpu")
+        weights.append(copy.deepcopy(student.state_dict()))
+    assert [how["preserve_rng_state"] for how in kept] == [dropout > 0]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4)
 
 
 def test_adamw_is_the_fused_one():

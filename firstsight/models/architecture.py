@@ -63,6 +63,15 @@ def in_head(name: str, prefix: str) -> bool:
     return not name.startswith(f"{prefix}.") or ".pooler." in name
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Return whether a module, or one within it, drops activations in training, and draws random numbers for this."""
+    return any(
+        (isinstance(one, nn.Dropout) and one.p > 0)
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(one).items())
+        for one in module.modules()
+    )
+
+
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers within a module by name, GPT-2's `Conv1D`, which are linear layers too, among them."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}

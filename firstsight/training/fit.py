@@ -18,7 +18,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
-from firstsight.models.architecture import is_encoder
+from firstsight.models.architecture import has_dropout, is_encoder
 from firstsight.models.device import has_bfloat16
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
@@ -76,7 +76,9 @@ def train(
     processes = PartialState().num_processes
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
-        model.student.gradient_checkpointing_enable({"use_reentrant": False})
+        # The state of random numbers, which no graph can hold, is kept for layers that draw some.
+        again = {"use_reentrant": False, "preserve_rng_state": has_dropout(model.student)}
+        model.student.gradient_checkpointing_enable(again)
     # The last two checkpoints.
     check_disk_space(
         scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
@@ -149,9 +151,9 @@ def speed_up(
     """Let the passes of a student on a GPU be replayed as CUDA graphs, and compile its layers for a long training.
 
     Returns the graphs, or None where nothing can be recorded: a pass that is computed twice saves the state of random
-    numbers, and the products of NF4 weights wait for the CPU.
+    numbers if it has dropout, and the products of NF4 weights wait for the CPU.
     """
-    if optimisation.gradient_checkpointing or optimisation.method == "qlora":
+    if optimisation.method == "qlora" or (optimisation.gradient_checkpointing and has_dropout(student)):
         return None
     graphs = GraphedLanguageModel(student)
     micro_batches = total_steps(len(train_set), optimisation) * optimisation.gradient_accumulation_steps

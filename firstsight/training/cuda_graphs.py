@@ -45,8 +45,8 @@ class GraphedLanguageModel:
         self._body = _Body(self._module, self._forward)
         self._trained = {name: one for name, one in self._body.named_parameters() if one.requires_grad}
         # The same weights as parameters of the graphs' own: autograd adds a gradient on the stream on which it first
-        # met a parameter, and only those of the stream that records can be recorded.
-        self._weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
+        # met a parameter, and only those of the stream that records can be recorded. Made for the first recording.
+        self._weights: dict[str, nn.Parameter] = {}
         # What makes autograd call `_Replay.backward` where the inputs have no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._recorded: dict[object, _Recording | None] = {}
@@ -59,9 +59,10 @@ class GraphedLanguageModel:
         self._module.forward = self
 
     def clear(self) -> None:
-        """Release the graphs and their memory; later batches are recorded anew."""
+        """Release the graphs and their memory, gradients included; later batches are recorded anew."""
         self._recorded.clear()
         self._pool, self._held = None, 0
+        self._weights = {}  # their gradients are kept where they are attached to the model's weights
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -86,6 +87,8 @@ class GraphedLanguageModel:
         device = self._anchor.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, autocast[1], enabled=autocast[0], cache_enabled=False):
+            if self._moved():
+                self.clear()
             known = shape in self._recorded
             recording = self._recorded.get(shape)
             if known and recording is None and self._records:
@@ -102,11 +105,13 @@ class GraphedLanguageModel:
 
     def _record(self, shape: object, inputs: dict[str, Tensor]) -> "_Recording | None":
         """Record the passes over inputs of this shape; None, and no more graphs, where that fails."""
-        first, before = not any(self._recorded.values()), _reserved()
+        first = not any(self._recorded.values())
         try:
-            for weight in self._weights.values():
-                if weight.grad is None:
+            if not self._weights:
+                self._weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
+                for weight in self._weights.values():
                     weight.grad = torch.zeros_like(weight)
+            before = _reserved()
             recording = _Recording(self._body, self._weights, inputs, self._record_work)
             if first and not self._is_right(recording, inputs):
                 raise RuntimeError("a graph computes something else")
@@ -137,11 +142,13 @@ class GraphedLanguageModel:
             self._stop()
 
     def _stop(self) -> None:
-        """Release the graphs for good, and the memory of their gradients."""
+        """Release the graphs for good."""
         self._enabled = False
         self.clear()
-        for weight in self._weights.values():
-            weight.grad = None  # those that are attached to the model's weights are kept by these
+
+    def _moved(self) -> bool:
+        """Return whether weights are no longer where the graphs read them, as after `accelerate` has moved a model."""
+        return any(one.data_ptr() != self._trained[name].data_ptr() for name, one in self._weights.items())
 
     def _record_work(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what a function launches on the GPU, without computing it; return a function that launches it."""
@@ -154,10 +161,6 @@ class GraphedLanguageModel:
         Gradients are those of a few weights, for a random one of the states.
         """
         own = {name: weight.grad for name, weight in self._weights.items()}
-        for name, one in self._trained.items():
-            if one.grad is own[name]:
-                one.grad = one.grad.clone()  # keeps what is summed so far
-        torch._foreach_zero_(list(own.values()))
         # Matrices alone: the gradient of some biases, of keys without rotary embeddings, is nothing but rounding.
         names = [name for name, weight in self._weights.items() if weight.ndim > 1]
         names = sorted({names[len(names) * part // 4] for part in range(4)} | {names[-1]})

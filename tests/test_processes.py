@@ -15,11 +15,22 @@ from firstsight.core.launch import LOST, ended
 from firstsight.core.params import Optimisation
 from firstsight.training.fit import micro_batches
 
+# Distill as on a GPU, where passes are replayed; without one, they are computed again instead.
+REPLAYED = """
+from firstsight.core.stage import main
+from firstsight.training import cuda_graphs, fit
+from stages import distill
+
+cuda_graphs.GraphedLanguageModel._record_work = lambda self, work: (work(), work)[1]
+fit._replays = lambda trainer: True
+main(distill.run)
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.system
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_agree(smoke_copy, processes):
+@pytest.mark.parametrize(("processes", "replayed"), [(2, False), (4, False), (2, True)])
+def test_processes_agree(smoke_copy, processes, replayed):
     # 33 samples: steps of 8, the last of 1, for which most processes get nothing but filling.
     change(smoke_copy, "train", batch_size=4, gradient_accumulation_steps=2, epochs=2)
     run_stage(smoke_copy, "distill")
@@ -27,8 +38,10 @@ def test_processes_agree(smoke_copy, processes):
     alone = load_file(folder / "model.safetensors")
     history = json.loads((folder / "history.json").read_text())
     shutil.rmtree(folder)
-    done = launch(smoke_copy, processes, "-m", "stages.distill")
+    (smoke_copy / "program.py").write_text(REPLAYED)
+    done = launch(smoke_copy, processes, *(["program.py"] if replayed else ["-m", "stages.distill"]))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("replayed as CUDA graphs") == replayed
     assert done.stderr.count("running on the CPU") == done.stderr.count(f"in {processes} processes") == 1
     for name, weight in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(weight, alone[name], atol=2e-5, rtol=1e-4)
@@ -90,6 +103,30 @@ sys.stdout.write("all the same\\n")  # at once, where print would write the end 
 """
     done = run_program(tmp_path, 3, body)
     assert (done.returncode, done.stdout) == (0, "all the same\n" * 3), done.stderr
+
+
+@pytest.mark.system
+def test_gradients_are_averaged_where_some_processes_lack_them(tmp_path):
+    body = """
+import torch
+from firstsight.training import averaging
+averaging._BUCKET = 20
+ones = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in (
+    (3, torch.float32), ((2, 2), torch.float32), (1, torch.bfloat16), (9, torch.float32), (2, torch.float32))]
+ones[0].grad = torch.full((3,), 1.0 + rank)
+if rank == 1: ones[1].grad = torch.tensor([[2.0, 4.0], [6.0, 8.0]])
+ones[2].grad = torch.full((1,), 3.0, dtype=torch.bfloat16)
+kept = ones[3].grad = torch.full((9,), 2.0 * rank)
+frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+averaging.average_gradients([frozen, *ones])
+assert ones[0].grad.tolist() == [1.5] * 3
+assert ones[1].grad.tolist() == [[1, 2], [3, 4]]
+assert (ones[2].grad.tolist(), ones[2].grad.dtype) == ([3], torch.bfloat16)
+assert ones[3].grad is kept and kept.tolist() == [1] * 9  # where a graph adds to it
+assert ones[4].grad is None and frozen.grad is None
+"""
+    done = run_program(tmp_path, 2, body)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.system

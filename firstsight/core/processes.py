@@ -148,6 +148,18 @@ def from_main(value: Any) -> Any:
     return held[0]
 
 
+def in_any(flags: Sequence[bool]) -> list[bool]:
+    """Return for each flag whether it is set in any process; all of them call this, with as many flags."""
+    if _place()[1] == 1:
+        return list(flags)
+    import torch
+    from torch.distributed import ReduceOp, all_reduce
+
+    found = torch.tensor(flags, dtype=torch.uint8)
+    all_reduce(found, ReduceOp.MAX, group=_group())
+    return found.bool().tolist()
+
+
 def wait_for_all() -> None:
     """Return when every process has come to this point."""
     if _place()[1] > 1:

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
@@ -30,6 +30,8 @@ from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.optimizer import moments_bytes, trainer_name
 from firstsight.training.trainer import DistillationTrainer, ShowProgress
 
+# Ways to train in which each process has the whole model.
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU)
 # Optimizer steps between two logged losses.
 _LOGGING_STEPS = 10
 
@@ -83,9 +85,7 @@ def train(
     check_disk_space(
         scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
     )
-    halving = optimisation.auto_batch and processes == 1
-    # Not where several processes exchange gradients as they are computed.
-    graphs = speed_up(model.student, train_set, optimisation) if device == "cuda" and processes == 1 else None
+    halving, graphs = optimisation.auto_batch and processes == 1, None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
     while True:
@@ -103,6 +103,8 @@ def train(
             data_workers=data_workers,
             device=device,
         )
+        if graphs is None and _replays(trainer):
+            graphs = speed_up(model.student, train_set, optimisation)
         try:
             _train_or_resume(trainer, scratch)
             break
@@ -145,6 +147,11 @@ def train(
     ]
 
 
+def _replays(trainer: DistillationTrainer) -> bool:
+    """Return whether passes may be recorded: on CUDA, unless FSDP or the like gathers weights as they are needed."""
+    return trainer.accelerator.distributed_type in _WHOLE and trainer.args.device.type == "cuda"
+
+
 def speed_up(
     student: PreTrainedModel, train_set: PackedDataset, optimisation: Optimisation
 ) -> GraphedLanguageModel | None:
@@ -156,12 +163,13 @@ def speed_up(
     if optimisation.method == "qlora" or (optimisation.gradient_checkpointing and has_dropout(student)):
         return None
     graphs = GraphedLanguageModel(student)
-    micro_batches = total_steps(len(train_set), optimisation) * optimisation.gradient_accumulation_steps
-    if micro_batches >= LEAST_BATCHES and not is_encoder(student.config.model_type):
+    batch_size, accumulation = micro_batches(optimisation, PartialState().num_processes)
+    long = total_steps(len(train_set), optimisation) * accumulation >= LEAST_BATCHES
+    if long and not is_encoder(student.config.model_type):
         # Everywhere as where graphs are recorded: other settings of autocast would be compiled once more.
         torch.set_autocast_cache_enabled(False)
         # Two samples, if micro-batches have several: code for one sample is for one alone.
-        samples = min(2, optimisation.batch_size, len(train_set))
+        samples = min(2, batch_size, len(train_set))
         batch = train_set.collate([train_set[index] for index in range(samples)])
         batch.pop("teacher", None)
         dtype = torch.bfloat16 if has_bfloat16(student.device.type) else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -22,6 +23,7 @@ from firstsight.packing.dataset import PackedDataset
 from firstsight.records.length import estimated_tokens
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
+from firstsight.training.averaging import average_gradients
 from firstsight.training.distillation_model import DistillationModel
 
 # Training stops at a loss this many times the first.
@@ -38,6 +40,7 @@ class DistillationTrainer(Trainer):
 
     Methods of the Trainer that are overridden, private ones included; check them when transformers is upgraded:
 
+        training_step           averages gradients once in a step, in the place of DistributedDataParallel
         log                     raises when the loss explodes
         _get_grad_norm          raises when the gradient is not finite, before the optimizer step spoils the weights
         _get_train_sampler      returns a sampler whose order does not depend on the number of processes
@@ -65,6 +68,15 @@ class DistillationTrainer(Trainer):
     def load_weights(self, checkpoint: Path) -> None:
         """Load the trained parameters of a checkpoint."""
         self.model.load_state_dict(load_file(checkpoint / _WEIGHTS), strict=False)
+
+    def training_step(self, model: nn.Module, *arguments: Any) -> Tensor:
+        if not isinstance(model, DistributedDataParallel):
+            return super().training_step(model, *arguments)
+        with model.no_sync():
+            loss = super().training_step(model, *arguments)
+        if self.accelerator.sync_gradients:
+            average_gradients(model.parameters())
+        return loss
 
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor | float | None:
         # A loss that is not finite has no finite gradient; checking the loss itself would synchronise the GPU at every

@@ -58,7 +58,7 @@ def plan(
     if loaded.targets.kind == "topk" and loaded.targets.k > tokens:
         print(f"\ntargets.k is {loaded.targets.k:,}, more than there are tokens: all of at most {tokens:,} are kept")
     print(
-        "\ncached is what freed tensors leave behind, and paged moments (adamw_8bit): both give way, fits is without it"
+        "\ncached gives way, and fits is without it: what freed tensors leave, CUDA graphs, paged moments (adamw_8bit)"
     )
     print("time is a stage's share of the arithmetic")
     print("how GPU memory is estimated, and what is left out: firstsight/planning/gpu_memory.py")

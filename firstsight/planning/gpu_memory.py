@@ -38,9 +38,11 @@ Loss: logits of 640 answer tokens of student and of teacher, 2 x 640 x V x 4, wh
 head is trained, its gradient V h x 4 before it is added to that of earlier micro-batches. The cached teacher's head is
 V h_t x 2.
 
+CUDA graphs of training keep the language model's activations of a batch, where there is room for those of another
+beside them (`firstsight.training.cuda_graphs`).
+
 Every stage needs another 1 GiB for CUDA's context, library workspaces and, in training, fragmentation. Not counted:
-outliers of LLM.int8, cuDNN's workspaces, and CUDA graphs of training, which keep a batch's activations where there is
-room for those of another beside them.
+outliers of LLM.int8, and cuDNN's workspaces.
 """
 
 from collections.abc import Sequence
@@ -54,6 +56,7 @@ from firstsight.planning import inference
 from firstsight.planning.allocator import reserved
 from firstsight.planning.model_shape import Shape
 from firstsight.planning.workload import Sizes, patches_and_tokens
+from firstsight.training.cuda_graphs import can_record
 from firstsight.training.optimizer import moments_bytes
 
 OVERHEAD = 1 << 30
@@ -64,8 +67,8 @@ class Memory:
     """Hold bytes on the GPU.
 
     `training` is gradients, optimizer state and autocast's copies of weights; `cached` is what gives way when memory
-    runs out: that of freed tensors, which PyTorch's allocator keeps until then, and paged moments, which move to the
-    host's.
+    runs out: that of freed tensors, which PyTorch's allocator keeps until then; CUDA graphs of training; and paged
+    moments, which move to the host's.
     """
 
     weights: float
@@ -91,7 +94,7 @@ def finetuning(shape: Shape, settings: Optimisation, sizes: Sizes) -> Memory:
         weights=_trained_weights(shape, settings),
         training=_optimisation(shape, settings),
         activations=training_activations(shape, settings, sizes) + _loss(shape, settings, None, sizes),
-        cached=_paged(shape, settings),
+        cached=_paged(shape, settings) + graphs(shape, settings, sizes),
     )
 
 
@@ -124,7 +127,8 @@ def distilling(student: Shape, teacher: Shape, params: Params, sizes: Sizes) -> 
     elif targets.kind == "hidden":
         weights += head_bytes(student, teacher)
     activations += _loss(student, settings, teacher, sizes)
-    return Memory(weights, _optimisation(student, settings), activations, cached=_paged(student, settings))
+    cached = _paged(student, settings) + graphs(student, settings, sizes)
+    return Memory(weights, _optimisation(student, settings), activations, cached=cached)
 
 
 def quantizing(shape: Shape, method: str, settings: Quantize, sizes: Sizes) -> Memory:
@@ -208,18 +212,37 @@ def layer_bytes(shape: Shape, settings: Optimisation, sizes: Sizes) -> tuple[flo
 
 def training_activations(shape: Shape, settings: Optimisation, sizes: Sizes) -> float:
     """Return the bytes of a micro-batch's saved activations and of the layer being computed."""
-    patches, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
-    layer, block = layer_bytes(shape, settings, sizes)
-    working = max(layer, block) if settings.train_vision else layer
-    mask = tokens**2 / settings.batch_size * _stream(settings)
-    if settings.gradient_checkpointing:
-        # The current layer is both recomputed and differentiated.
-        working *= 2
-        layer, block = (_stream(settings) * one for one in (tokens * shape.hidden, patches * shape.vision_hidden))
-    if not settings.train_vision and not settings.caches_visual_tokens:
+    patches, _ = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
+    saved, working = _language_model(shape, settings, sizes)
+    if settings.train_vision:
+        _, block = layer_bytes(shape, settings, sizes)
+        working = max(working, block * _passes(settings))
+        saved += shape.vision_layers * (
+            _stream(settings) * patches * shape.vision_hidden if settings.gradient_checkpointing else block
+        )
+    elif not settings.caches_visual_tokens:
         # A frozen tower computes as without training.
         working = max(working, reserved(inference.vision_tower(shape, _stream(settings), patches, sizes.kind)))
-    return layer * shape.layers + (block * shape.vision_layers if settings.train_vision else 0) + mask + working
+    return saved + working
+
+
+def graphs(shape: Shape, settings: Optimisation, sizes: Sizes) -> float:
+    """Return the bytes that CUDA graphs keep of the language model's passes, beside those of one without a graph."""
+    return sum(_language_model(shape, settings, sizes)) if can_record(shape.model, settings) else 0
+
+
+def _language_model(shape: Shape, settings: Optimisation, sizes: Sizes) -> tuple[float, float]:
+    """Return the bytes of the language model's saved activations, and of its layer that is being computed."""
+    _, tokens = (settings.batch_size * one for one in patches_and_tokens(shape.model, sizes))
+    layer, _ = layer_bytes(shape, settings, sizes)
+    saved = _stream(settings) * tokens * shape.hidden if settings.gradient_checkpointing else layer
+    mask = tokens**2 / settings.batch_size * _stream(settings)
+    return saved * shape.layers + mask, layer * _passes(settings)
+
+
+def _passes(settings: Optimisation) -> int:
+    """Return how often the layer being computed is there: with checkpointing, recomputed and differentiated."""
+    return 2 if settings.gradient_checkpointing else 1
 
 
 def _stream(settings: Optimisation) -> int:

@@ -19,7 +19,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
+from firstsight.models.architecture import has_dropout, is_encoder
 from firstsight.models.cuda_graph import record
 from firstsight.training.comparison import alike, random_gradient
 
@@ -29,6 +31,17 @@ _MOST = 32
 # The tensors that a language model takes of a packed batch: embeddings or tokens, and those that place them.
 _PLACES = {"position_ids", "attention_mask"}
 _INPUTS = {"inputs_embeds", "input_ids", "mm_token_type_ids", *_PLACES}
+
+
+def can_record(model: PreTrainedModel, settings: Optimisation) -> bool:
+    """Return whether a model's passes can be recorded, as it is trained by these settings; it may lack its adapters.
+
+    Encoders' are not, products of NF4 weights wait for the CPU, and layers that are computed twice save the state of
+    random numbers if they have dropout.
+    """
+    drops = has_dropout(model) or (settings.method != "full" and settings.adapter.dropout > 0)
+    again = settings.gradient_checkpointing and drops
+    return settings.method != "qlora" and not again and not is_encoder(model.config.model_type)
 
 
 class GraphedLanguageModel:

@@ -18,14 +18,14 @@ from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
-from firstsight.models.architecture import has_dropout, is_encoder
+from firstsight.models.architecture import has_dropout
 from firstsight.models.device import has_bfloat16
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
 from firstsight.training.checkpoints import CheckpointCallback, signal_handler
 from firstsight.training.compiled_layers import LEAST_BATCHES, compile_layers
-from firstsight.training.cuda_graphs import GraphedLanguageModel
+from firstsight.training.cuda_graphs import GraphedLanguageModel, can_record
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.optimizer import moments_bytes, trainer_name
 from firstsight.training.trainer import DistillationTrainer, ShowProgress
@@ -157,15 +157,13 @@ def speed_up(
 ) -> GraphedLanguageModel | None:
     """Let the passes of a student on a GPU be replayed as CUDA graphs, and compile its layers for a long training.
 
-    Returns the graphs, or None where nothing can be recorded: a pass that is computed twice saves the state of random
-    numbers if it has dropout, and the products of NF4 weights wait for the CPU.
+    Returns the graphs, or None where nothing can be recorded.
     """
-    if optimisation.method == "qlora" or (optimisation.gradient_checkpointing and has_dropout(student)):
+    if not can_record(student, optimisation):
         return None
     graphs = GraphedLanguageModel(student)
     batch_size, accumulation = micro_batches(optimisation, PartialState().num_processes)
-    long = total_steps(len(train_set), optimisation) * accumulation >= LEAST_BATCHES
-    if long and not is_encoder(student.config.model_type):
+    if total_steps(len(train_set), optimisation) * accumulation >= LEAST_BATCHES:
         # Everywhere as where graphs are recorded: other settings of autocast would be compiled once more.
         torch.set_autocast_cache_enabled(False)
         # Two samples, if micro-batches have several: code for one sample is for one alone.

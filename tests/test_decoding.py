@@ -103,6 +103,30 @@ def test_a_step_can_be_recorded(asked, monkeypatch):
     assert len(addresses) == 1
 
 
+def test_a_step_that_cannot_be_recorded_is_tried_once(asked, monkeypatch):
+    model, processor, questions = asked
+    tried, made = [], decoding.StaticDecoder.__init__
+
+    def on_a_gpu(decoder, model, *arguments):
+        made(decoder, model, *arguments)
+        decoder._records = model not in decoding._unrecordable
+
+    def failing(work):
+        tried.append(work)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(decoding, "_unrecordable", set())
+    monkeypatch.setattr(decoding.StaticDecoder, "__init__", on_a_gpu)
+    monkeypatch.setattr(decoding, "record", failing)
+    expected, found = (
+        [answer.tokens for answer in generated_answers(model, processor, questions, 2, 9, static=static)]
+        for static in (False, True)
+    )
+    assert found == expected
+    assert len(questions) > 2
+    assert len(tried) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_gives_the_same_answers(asked):

@@ -6,6 +6,7 @@ replayed: a token then costs what its weights cost to read, instead of a thousan
 
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from firstsight.core.stage import log
 from firstsight.models.cuda_graph import record
 from firstsight.packing.forward import branch_mask
+
+# Models whose step could not be recorded; later batches do not try again.
+_unrecordable: WeakSet[PreTrainedModel] = WeakSet()
 
 
 class GrowingDecoder:
@@ -53,7 +57,7 @@ class StaticDecoder:
         self._tokens = self._positions = Tensor()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded = Tensor()
-        self._records = model.device.type == "cuda"
+        self._records = model.device.type == "cuda" and model not in _unrecordable
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """As `GrowingDecoder.step`."""
@@ -83,9 +87,14 @@ class StaticDecoder:
 
         try:
             self._graph = record(work)
-        except RuntimeError as error:
-            log.warning("decoding: the step cannot be recorded as a CUDA graph (%s)", str(error).splitlines()[0])
+        except Exception as error:  # memory does not suffice, or a layer waits for the CPU, or of other kinds
+            _unrecordable.add(self._model)
             self._records = False
+            log.warning(
+                "%s: decoding: step by step from here on, because recording a CUDA graph failed (%s)",
+                self._model.name_or_path,
+                " ".join(str(error).split())[:120],
+            )
 
 
 def _states(model: Any, tokens: Tensor, positions: Tensor, mask: Tensor, kept: Cache) -> Tensor:

@@ -1,6 +1,7 @@
 """Record what is launched on a GPU as a CUDA graph, and go on as before where that fails."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,19 +14,24 @@ def record(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
         pool: the memory of other graphs, none of which is replayed while this one's results are used; None: its own.
 
     Raises:
-        RuntimeError: memory does not suffice, or the function waits for the CPU. The current stream and the state of
-            random numbers are what they were.
+        RuntimeError: memory does not suffice, or the function waits for the CPU. The current stream, the state of
+            random numbers and the allocator are then what they were, and so they are if the function raises.
     """
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    device, pool = torch.cuda.current_device(), pool or torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[device]
     stream, random = torch.cuda.current_stream(), generator.clone_state()
     graph = torch.cuda.CUDAGraph()
     try:
         # The threads of the data loader may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
-    except RuntimeError:
-        # PyTorch 2.11 leaves the stream that recorded current, and the generator drawing for the graph.
+    except Exception:
+        # PyTorch 2.11 leaves the stream that recorded current, the generator drawing for the graph, and the allocator
+        # as if it still recorded: it would never again free what it keeps when memory runs out.
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(random)
+        with suppress(RuntimeError):  # "not recording", as it should be
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
         raise
     return graph

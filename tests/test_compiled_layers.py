@@ -94,12 +94,21 @@ def test_neither_training_nor_graphs_nor_evaluation_need_more_code(make, monkeyp
         monkeypatch.setattr(GraphedLanguageModel, "_record_work", record)
     plain, compiled = adapted(copy.deepcopy(model)), adapted(model)
     compiled.load_state_dict(plain.state_dict())
+    outside = []
     if checkpointing:
         compiled.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for layer in compiled.model.layers:
+            again = layer._gradient_checkpointing_func
+            # Of which Dynamo would say that it compiles, if what is compiled were computed once.
+            layer._gradient_checkpointing_func = lambda *what, again=again: (
+                outside.append(not torch.compiler.is_compiling()) or again(*what)
+            )
     graphs = GraphedLanguageModel(compiled)
     with graphs.unrecorded():
         assert compile_layers(compiled, batches[0], torch.bfloat16)
     assert not graphs._recorded
+    assert all(outside)
+    assert bool(outside) == checkpointing
     compiled_first = dict(counters["stats"])
     first = steps(compiled, batches[:1], 1, torch.bfloat16)
     assert counters["stats"] == compiled_first

@@ -6,6 +6,8 @@ layers of a kind and all shapes, so it is compiled for one layer and used by all
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ def compile_layers(model: PreTrainedModel, batch: dict[str, Tensor], dtype: torc
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     torch._dynamo.config.recompile_limit = _KINDS
+    # In several processes, layers would be split where DistributedDataParallel could send gradients meanwhile.
+    torch._dynamo.config.optimize_ddp = False
     # The loss sets this and sets it back, which leaves it written out. Code is for the one state or for the other.
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = matmul.fp32_precision == "tf32"
@@ -64,15 +68,24 @@ def compile_layers(model: PreTrainedModel, batch: dict[str, Tensor], dtype: torc
 
 
 class _InTraining:
-    """Replace the `forward` of a layer by one that is compiled, but not for evaluation, which would need other code."""
+    """Replace the `forward` of a layer by one that is compiled, but not for evaluation, which would need other code.
+
+    What gradient checkpointing computes again is the compiled layer. transformers 5.17 does so around `forward`, and
+    5.23 within it, where it would be compiled too, and lost where that fails.
+    """
 
     def __init__(self, layer: nn.Module, backend: "_Backend"):
         self._layer, self._forward = layer, layer.forward
-        self._compiled: Callable[..., Any] = torch.compile(layer.forward, backend=backend, dynamic=True)
+        self._checkpoints = "__call__" not in vars(GradientCheckpointingLayer)
+        inner = MethodType(type(layer).forward.__wrapped__, layer) if self._checkpoints else layer.forward
+        self._compiled: Callable[..., Any] = torch.compile(inner, backend=backend, dynamic=True)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        trains = self._layer.training and torch.is_grad_enabled()
-        return (self._compiled if trains else self._forward)(*arguments, **named)
+        if not self._layer.training or not torch.is_grad_enabled():
+            return self._forward(*arguments, **named)
+        if self._checkpoints and self._layer.gradient_checkpointing:
+            return self._layer._gradient_checkpointing_func(partial(self._compiled, **named), *arguments)
+        return self._compiled(*arguments, **named)
 
 
 class _Backend:

@@ -1,7 +1,7 @@
 """Average the gradients of several processes, once in each optimizer step.
 
 DistributedDataParallel averages a gradient when autograd has computed it, which it does not learn of where a pass is
-replayed as a CUDA graph. It also waits for each gradient in every process, with or without one.
+replayed as a CUDA graph.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, get_world_size
+from torch.nn.parallel import DistributedDataParallel
 
 from firstsight.core.processes import in_any
 
@@ -27,10 +28,24 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for one in (one for one, somewhere in zip(trained, used, strict=True) if somewhere and one.grad is None):
         one.grad = torch.zeros_like(one)
     for bucket in _buckets([one.grad for one in trained if one.grad is not None]):
-        together = torch.cat([one.reshape(-1) for one in bucket]).div_(get_world_size())
-        all_reduce(together)
-        parts = together.split([one.numel() for one in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
+        together = torch.cat([one.reshape(-1) for one in bucket]) if len(bucket) > 1 else bucket[0]
+        all_reduce(together.div_(get_world_size()))
+        if len(bucket) > 1:
+            parts = together.split([one.numel() for one in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
+
+
+def leave_gradients_alone(model: nn.Module) -> None:
+    """Keep DistributedDataParallel, which is to wrap the model, from sending gradients.
+
+    It keeps room for all that it sends, as much as gradients take. It wants a parameter, and is left the smallest.
+    Nor does it send weights as training begins: each process loads the same files, and draws by the same seed.
+    """
+    smallest, _ = min(
+        ((name, one) for name, one in model.named_parameters() if one.requires_grad), key=lambda pair: pair[1].numel()
+    )
+    ignored = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name != smallest]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -23,7 +23,7 @@ from firstsight.packing.dataset import PackedDataset
 from firstsight.records.length import estimated_tokens
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
-from firstsight.training.averaging import average_gradients
+from firstsight.training.averaging import average_gradients, leave_gradients_alone
 from firstsight.training.distillation_model import DistillationModel
 
 # Training stops at a loss this many times the first.
@@ -62,6 +62,9 @@ class DistillationTrainer(Trainer):
         self._shuffle = EpochShuffle(self.train_dataset, self.args.seed, per_step, micro_batch)
         self._trainable = trainable
         self.add_callback(SetEpoch(self._shuffle, self._steps_per_epoch()))
+        self._averages = self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if self._averages:
+            leave_gradients_alone(self.model)
         if trainable is not None:
             self.add_callback(UpdateRanks(trainable))
 
@@ -70,9 +73,9 @@ class DistillationTrainer(Trainer):
         self.model.load_state_dict(load_file(checkpoint / _WEIGHTS), strict=False)
 
     def training_step(self, model: nn.Module, *arguments: Any) -> Tensor:
-        if not isinstance(model, DistributedDataParallel):
+        if not self._averages:
             return super().training_step(model, *arguments)
-        with model.no_sync():
+        with self.accelerator.no_sync(model):
             loss = super().training_step(model, *arguments)
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())

@@ -136,37 +136,81 @@ def test_released_graphs_are_recorded_anew_and_those_of_weights_that_have_moved(
     assert_same(found, steps(plain, batches, 4))
 
 
-@pytest.mark.parametrize("most", [1, 32])
-def test_graphs_give_way_to_batches_of_other_shapes(parts, recorded, monkeypatch, caplog, most):
+def shapes_in_turn(batches):
+    """Of two shapes, the first of which is met again after the other has been recorded."""
+    return [batches[0], batches[2], batches[1], batches[0], batches[1]]
+
+
+def test_graphs_give_way_to_batches_of_other_shapes_and_are_recorded_anew(parts, recorded, monkeypatch):
+    model, batches = parts
+    plain = copy.deepcopy(model)
+    asked = []
+    monkeypatch.setattr(cuda_graphs, "_has_room", lambda size: asked.append(size) is not None)
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    reserved = iter(range(0, 100_000, 1000))
+    monkeypatch.setattr(cuda_graphs, "_bytes_in_use", lambda: next(reserved))
+    replayed = GraphedLanguageModel(model)
+    assert_same(steps(model, shapes_in_turn(batches), 3), steps(plain, shapes_in_turn(batches), 3))
+    tokens = [-(-one["input_ids"].shape[1] // 8) for one in batches]
+    assert asked == [2 * 1000 * tokens[1] / tokens[0]]  # in proportion to the batch that has no graph
+    assert all(replayed._recorded.values())
+    assert len(replayed._recorded) == 2
+
+
+def test_graphs_end_where_others_do_not_fit_beside_them_again_and_again(parts, recorded, monkeypatch, caplog):
     model, batches = parts
     plain = copy.deepcopy(model)
     monkeypatch.setattr(cuda_graphs, "_has_room", lambda size: False)
-    monkeypatch.setattr(cuda_graphs, "_MOST", most)
     monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    monkeypatch.setattr(cuda_graphs, "_SHAPES", 1)
+    monkeypatch.setattr(cuda_graphs, "_RELEASES", 2)
     logger = logging.getLogger("firstsight")
     logger.addHandler(caplog.handler)
     replayed = GraphedLanguageModel(model)
-    # Each shape is recorded, and released for the other's first or second batch.
-    order = [batches[0], batches[2], batches[1], batches[0], batches[1]]
-    found = steps(model, order, 3)
+    assert_same(steps(model, shapes_in_turn(batches), 3), steps(plain, shapes_in_turn(batches), 3))
     logger.removeHandler(caplog.handler)
-    assert_same(found, steps(plain, order, 3))
-    assert replayed._released
-    assert any(replayed._recorded.values()) == (most == 32)
-    assert ("without CUDA graphs from here on" in caplog.text) == (most == 1)
+    assert "without CUDA graphs from here on" in caplog.text
+    assert not any(replayed._recorded.values())
 
 
-def test_memory_that_does_not_suffice_for_a_graph_leaves_training_as_it_was(parts, monkeypatch, caplog):
+def test_longer_batches_are_recorded_before_shorter_ones(parts, recorded, monkeypatch):
+    """Recorded the other way round, they would take the sum of their memory."""
+    model, (long, short, _) = parts
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    order, record = [], GraphedLanguageModel._record
+    monkeypatch.setattr(
+        GraphedLanguageModel, "_record", lambda self, *what: order.append(what[0]) or record(self, *what)
+    )
+    replayed = GraphedLanguageModel(model)
+    batches = [short, short, long, long, short, long]
+    assert_same(steps(model, batches, 2), steps(plain, batches, 2))
+    less, more = replayed._recorded
+    assert order == [less, more, less]
+
+
+def test_a_batch_whose_graph_does_not_fit_is_computed_without(parts, recorded, monkeypatch, caplog):
     model, batches = parts
     plain = copy.deepcopy(model)
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    is_right = GraphedLanguageModel._is_right
 
-    def full(_, work):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(self, recording, inputs):
+        if inputs["position_ids"].shape[-1] > batches[1]["input_ids"].shape[1] + 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return is_right(self, recording, inputs)
 
-    monkeypatch.setattr(GraphedLanguageModel, "_record_work", full)
+    monkeypatch.setattr(GraphedLanguageModel, "_is_right", full)
+    logger = logging.getLogger("firstsight")
+    logger.addHandler(caplog.handler)
     replayed = GraphedLanguageModel(model)
     assert_same(steps(model, batches, 4), steps(plain, batches, 4))
-    assert not replayed._weights
+    logger.removeHandler(caplog.handler)
+    assert caplog.text.count("are not replayed, because memory does not suffice") == 1
+    assert len(replayed._recorded) == 1
+    assert all(replayed._recorded.values())
+    replayed.clear()  # as for smaller batches, which are tried anew
+    assert not replayed._too_large
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -179,6 +223,11 @@ def test_a_recording_that_fails_leaves_stream_and_random_numbers_as_they_were():
         record(lambda: torch.rand(8, device=DEVICE).sum().item())
     assert torch.cuda.current_stream() == stream
     assert torch.rand(8, device=DEVICE).equal(expected)
+    large = torch.empty(64 << 20, device=DEVICE)
+    held = torch.cuda.memory_reserved()
+    del large
+    torch.cuda.empty_cache()  # would keep it if the allocator recorded still
+    assert torch.cuda.memory_reserved() < held
     graph = record(lambda: ones.add_(1))
     graph.replay()
     assert ones.tolist() == [2] * 4

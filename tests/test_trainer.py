@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from firstsight.core.errors import UserError
 from firstsight.core.params import Optimisation
-from firstsight.models.architecture import has_dropout
+from firstsight.models.architecture import draws_random_numbers
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing.dataset import OnlineTeacher, PackedDataset
@@ -162,12 +162,12 @@ def test_passes_that_no_graph_can_hold_are_neither_recorded_nor_compiled(setting
 
 def test_dropout_of_layers_and_of_adapters_is_found(parts):
     student, _ = parts
-    assert not has_dropout(student)
+    assert not draws_random_numbers(student)
     for share in (0.0, 0.1):
         adapter = LoraConfig(lora_dropout=share, target_modules=["q_proj"])
-        assert has_dropout(get_peft_model(copy.deepcopy(student), adapter)) == (share > 0)
+        assert draws_random_numbers(get_peft_model(copy.deepcopy(student), adapter)) == (share > 0)
     student.model.visual.blocks[0].attn.attention_dropout = 0.1
-    assert has_dropout(student)
+    assert draws_random_numbers(student)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -63,13 +63,14 @@ def in_head(name: str, prefix: str) -> bool:
     return not name.startswith(f"{prefix}.") or ".pooler." in name
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Return whether a module, or one within it, drops activations in training, and draws random numbers for this."""
-    return any(
-        (isinstance(one, nn.Dropout) and one.p > 0)
-        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(one).items())
-        for one in module.modules()
-    )
+def draws_random_numbers(module: nn.Module) -> bool:
+    """Return whether a module, or one within it, draws random numbers in training: for dropout, or a router's noise."""
+
+    def draws(one: nn.Module) -> bool:
+        shares = [value for name, value in vars(one).items() if "drop" in name or "noise" in name]
+        return (isinstance(one, nn.Dropout) and one.p > 0) or any(isinstance(s, float) and s > 0 for s in shares)
+
+    return any(map(draws, module.modules()))
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:

@@ -21,13 +21,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
-from firstsight.models.architecture import has_dropout, is_encoder
+from firstsight.models.architecture import draws_random_numbers, is_encoder
 from firstsight.models.cuda_graph import record
 from firstsight.training.comparison import alike, random_gradient
 
 _MULTIPLE = 64
 # Shapes that are recorded; batches of others are computed as without graphs.
-_MOST = 32
+_SHAPES = 32
+# How often graphs are released for batches of shapes that are not recorded.
+_RELEASES = 4
 # The tensors that a language model takes of a packed batch: embeddings or tokens, and those that place them.
 _PLACES = {"position_ids", "attention_mask"}
 _INPUTS = {"inputs_embeds", "input_ids", "mm_token_type_ids", *_PLACES}
@@ -39,7 +41,7 @@ def can_record(model: PreTrainedModel, settings: Optimisation) -> bool:
     Encoders' are not, products of NF4 weights wait for the CPU, and layers that are computed twice save the state of
     random numbers if they have dropout.
     """
-    drops = has_dropout(model) or (settings.method != "full" and settings.adapter.dropout > 0)
+    drops = draws_random_numbers(model) or (settings.method != "full" and settings.adapter.dropout > 0)
     again = settings.gradient_checkpointing and drops
     return settings.method != "qlora" and not again and not is_encoder(model.config.model_type)
 
@@ -62,20 +64,26 @@ class GraphedLanguageModel:
         self._weights: dict[str, nn.Parameter] = {}
         # What makes autograd call `_Replay.backward` where the inputs have no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        # The graphs of each shape that has been met; None before they are recorded.
         self._recorded: dict[object, _Recording | None] = {}
+        # Shapes for which memory did not suffice.
+        self._too_large: set[object] = set()
         self._enabled = self._records = True
-        # Of the memory of all graphs, of which one is in use at a time, and its bytes.
+        # Whether graphs were found to compute what is computed without.
+        self._checked = False
+        # The memory of all graphs, of which one is in use at a time; its bytes, and the tokens of the largest shape.
         self._pool: Any = None
-        self._held = 0
-        # How often graphs were released for a batch without one.
+        self._pool_bytes = self._most_tokens = 0
+        # How often graphs were released for shapes that are not recorded.
         self._released = 0
         self._module.forward = self
 
     def clear(self) -> None:
-        """Release the graphs and their memory, gradients included; later batches are recorded anew."""
-        self._recorded.clear()
-        self._pool, self._held = None, 0
+        """Begin anew: release the graphs and their memory, gradients included, and record later batches."""
+        self._release()
+        self._recorded, self._too_large = {}, set()
         self._weights = {}  # their gradients are kept where they are attached to the model's weights
+        self._enabled, self._checked, self._released = True, False, 0
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -102,14 +110,11 @@ class GraphedLanguageModel:
         with torch.autocast(device, autocast[1], enabled=autocast[0], cache_enabled=False):
             if self._moved():
                 self.clear()
-            known = shape in self._recorded
             recording = self._recorded.get(shape)
-            if known and recording is None and self._records:
+            if recording is None and shape in self._recorded and self._records:
                 recording = self._record(shape, padded)
             if recording is None:
-                self._make_room()
-                if self._records and len(self._recorded) < _MOST:
-                    self._recorded[shape] = None
+                self._make_room(shape, padded)
                 states = self._body(**padded)[:, :length]
             else:
                 embeddings = tensors.get("inputs_embeds")
@@ -117,47 +122,68 @@ class GraphedLanguageModel:
         return BaseModelOutputWithPast(last_hidden_state=states)
 
     def _record(self, shape: object, inputs: dict[str, Tensor]) -> "_Recording | None":
-        """Record the passes over inputs of this shape; None, and no more graphs, where that fails."""
-        first = not any(self._recorded.values())
+        """Record the passes over inputs of this shape; None where that fails, and no more graphs if it is for good."""
+        tokens = _tokens(inputs)
+        if tokens > self._most_tokens:
+            # While it is recorded, nothing is given back to the GPU: recorded from short to long, the shapes would take
+            # the sum of their memory. Those of shorter ones fit into that of a longer one.
+            self._release()
         try:
             if not self._weights:
                 self._weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
                 for weight in self._weights.values():
                     weight.grad = torch.zeros_like(weight)
-            before = _reserved()
+            before = _bytes_in_use()
             recording = _Recording(self._body, self._weights, inputs, self._record_work)
-            if first and not self._is_right(recording, inputs):
+            if not self._checked and not self._is_right(recording, inputs):
                 raise RuntimeError("a graph computes something else")
-        except RuntimeError as error:  # memory does not suffice, or a layer waits for the CPU
+        except torch.OutOfMemoryError:
+            log.warning("training: batches of %d tokens are not replayed, because memory does not suffice", tokens)
+            self._too_large.add(shape)
+            self._recorded.pop(shape)
+            self._release()
+            return None
+        except Exception as error:  # a layer waits for the CPU, or another reason, of many kinds
             log.warning("training: without CUDA graphs, because recording failed: %s", _first_line(error))
             self._stop()
             return None
-        if first:
+        if not self._checked:
             log.info("training: the language model's passes are replayed as CUDA graphs")
+        self._checked = True
         self._recorded[shape] = recording
-        self._held += _reserved() - before
+        self._most_tokens = max(tokens, self._most_tokens)
+        self._pool_bytes += _bytes_in_use() - before
         return recording
 
-    def _make_room(self) -> None:
+    def _make_room(self, shape: object, inputs: dict[str, Tensor]) -> None:
         """Release the graphs if they leave too little memory to compute a batch of another shape without.
 
-        Such a batch takes as much again as they hold, and more where it is larger. They are recorded anew, but not
-        forever where that happens again and again.
+        Such a batch takes about as much as they hold, if it has as many tokens. They are recorded anew, but not forever
+        where that happens again and again: a shape is met first once, but others are not recorded at all.
         """
-        if not any(self._recorded.values()) or _has_room(2 * self._held):
+        passing = shape in self._too_large or (shape not in self._recorded and len(self._recorded) >= _SHAPES)
+        if self._records and not passing:
+            self._recorded.setdefault(shape)
+        needed = 2 * self._pool_bytes * _tokens(inputs) / max(1, self._most_tokens)
+        if not any(self._recorded.values()) or _has_room(needed):
             return
-        shapes = dict.fromkeys(self._recorded)
-        self.clear()
-        self._recorded = shapes
-        self._released += 1
-        if self._released == _MOST:
+        self._release()
+        self._released += passing
+        if self._released == _RELEASES:
             log.warning("training: without CUDA graphs from here on, because they leave too little memory for others")
             self._stop()
 
+    def _release(self) -> None:
+        """Release the graphs and their memory."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # none is being replayed
+        self._recorded = dict.fromkeys(self._recorded)
+        self._pool, self._pool_bytes, self._most_tokens = None, 0, 0
+
     def _stop(self) -> None:
-        """Release the graphs for good."""
-        self._enabled = False
+        """Release the graphs, and record no others."""
         self.clear()
+        self._enabled = False
 
     def _moved(self) -> bool:
         """Return whether weights are no longer where the graphs read them, as after `accelerate` has moved a model."""
@@ -169,11 +195,12 @@ class GraphedLanguageModel:
         return record(work, self._pool).replay
 
     def _is_right(self, recording: "_Recording", inputs: dict[str, Tensor]) -> bool:
-        """Return whether the first recording gives the states and gradients that are computed without it.
+        """Return whether a recording, the first, gives the states and gradients that are computed without it.
 
         Gradients are those of a few weights, for a random one of the states.
         """
         own = {name: weight.grad for name, weight in self._weights.items()}
+        torch._foreach_zero_(list(own.values()))
         # Matrices alone: the gradient of some biases, of keys without rotary embeddings, is nothing but rounding.
         names = [name for name, weight in self._weights.items() if weight.ndim > 1]
         names = sorted({names[len(names) * part // 4] for part in range(4)} | {names[-1]})
@@ -268,7 +295,9 @@ class _Recording:
             self._states = functional_call(self._body, self._weights, kwargs=self._inputs)
 
     def _differentiate(self) -> None:
-        self._states.backward(self._gradient)
+        # As training does it; layers that are computed again do so as in their forward pass.
+        with torch.autocast(self._states.device.type, enabled=False):
+            self._states.backward(self._gradient)
 
 
 class _Replay(torch.autograd.Function):
@@ -286,7 +315,12 @@ class _Replay(torch.autograd.Function):
         return ctx.recording.backward(gradient), None, None, None, None, None
 
 
-def _has_room(size: int) -> bool:
+def _tokens(inputs: dict[str, Tensor]) -> int:
+    """Return how many tokens all sequences of a batch have, padding included."""
+    return inputs["position_ids"].shape[-2:].numel()
+
+
+def _has_room(size: float) -> bool:
     """Return whether so many bytes of the current GPU are free, or kept by PyTorch for tensors to come."""
     if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] >= size:
         return True
@@ -295,8 +329,8 @@ def _has_room(size: int) -> bool:
     return torch.cuda.mem_get_info()[0] >= size
 
 
-def _reserved() -> int:
-    """Return the bytes of the current GPU that PyTorch holds, but for those that it keeps for tensors to come."""
+def _bytes_in_use() -> int:
+    """Return the bytes of the current GPU that PyTorch holds, after it has given back those that nothing needs."""
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved()
 

@@ -18,7 +18,7 @@ from firstsight.core.errors import UserError
 from firstsight.core.faults import check_disk_space
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
-from firstsight.models.architecture import has_dropout
+from firstsight.models.architecture import draws_random_numbers
 from firstsight.models.device import has_bfloat16
 from firstsight.packing.dataset import PackedDataset
 from firstsight.training import checkpoints
@@ -79,7 +79,7 @@ def train(
     batch_size, accumulation = micro_batches(optimisation, processes)
     if optimisation.gradient_checkpointing:
         # The state of random numbers, which no graph can hold, is kept for layers that draw some.
-        again = {"use_reentrant": False, "preserve_rng_state": has_dropout(model.student)}
+        again = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model.student)}
         model.student.gradient_checkpointing_enable(again)
     # The last two checkpoints.
     check_disk_space(

@@ -18,16 +18,9 @@ from firstsight.training.fit import micro_batches
 # Distill as on a GPU, where passes are replayed; without one, they are computed again instead.
 REPLAYED = """
 from firstsight.core.stage import main
-from firstsight.training import cuda_graphs, fit, trainer
+from firstsight.training import cuda_graphs, fit
 from stages import distill
 
-class Trainer(trainer.DistillationTrainer):
-    def training_step(self, model, *arguments):
-        one, = model._module_parameters  # for which DistributedDataParallel keeps room
-        assert one.numel() < 100
-        return super().training_step(model, *arguments)
-
-fit.DistillationTrainer = Trainer
 cuda_graphs.GraphedLanguageModel._record_work = lambda self, work: (work(), work)[1]
 fit._replays = lambda trainer: True
 main(distill.run)
@@ -110,6 +103,27 @@ sys.stdout.write("all the same\\n")  # at once, where print would write the end 
 """
     done = run_program(tmp_path, 3, body)
     assert (done.returncode, done.stdout) == (0, "all the same\n" * 3), done.stderr
+
+
+@pytest.mark.system
+def test_processes_start_from_the_same_weights_and_keep_no_room_for_their_gradients(tmp_path):
+    body = """
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from firstsight.training.averaging import prepare_for_averaging
+torch.manual_seed(rank)
+model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "norm": nn.LayerNorm(4, bias=False), "head": nn.Linear(4, 9)})
+model["head"].weight = model["embed"].weight  # tied
+prepare_for_averaging(model)
+sums = [None, None]
+torch.distributed.all_gather_object(sums, [float(one.sum()) for one in model.parameters()])
+assert sums[0] == sums[1] != [0, 4, 0]
+parameters, _ = DistributedDataParallel(model)._build_params_for_reducer()
+assert [one.shape for one in parameters] == [(4,)]
+"""
+    done = run_program(tmp_path, 2, body)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.system

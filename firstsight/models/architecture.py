@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -68,7 +69,7 @@ def draws_random_numbers(module: nn.Module) -> bool:
 
     def draws(one: nn.Module) -> bool:
         shares = [value for name, value in vars(one).items() if "drop" in name or "noise" in name]
-        return (isinstance(one, nn.Dropout) and one.p > 0) or any(isinstance(s, float) and s > 0 for s in shares)
+        return (isinstance(one, _DropoutNd) and one.p > 0) or any(isinstance(s, float) and s > 0 for s in shares)
 
     return any(map(draws, module.modules()))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, get_world_size
+from torch.distributed import all_reduce, broadcast, get_world_size
 from torch.nn.parallel import DistributedDataParallel
 
 from firstsight.core.processes import in_any
@@ -35,17 +35,20 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
 
-def leave_gradients_alone(model: nn.Module) -> None:
-    """Keep DistributedDataParallel, which is to wrap the model, from sending gradients.
+@torch.no_grad()
+def prepare_for_averaging(model: nn.Module) -> None:
+    """Give all processes the trained weights of the first, and keep DistributedDataParallel from sending gradients.
 
-    It keeps room for all that it sends, as much as gradients take. It wants a parameter, and is left the smallest.
-    Nor does it send weights as training begins: each process loads the same files, and draws by the same seed.
+    It is to wrap the model, and keeps room for all that it sends, as much as gradients take. It wants a parameter, and
+    is left the smallest.
     """
-    smallest, _ = min(
-        ((name, one) for name, one in model.named_parameters() if one.requires_grad), key=lambda pair: pair[1].numel()
-    )
-    ignored = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name != smallest]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    for one in trained.values():
+        broadcast(one, 0)
+    smallest = min(trained, key=lambda name: trained[name].numel())
+    # All names of a weight: DistributedDataParallel looks in each module.
+    names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names - {smallest}))
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

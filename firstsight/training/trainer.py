@@ -23,7 +23,7 @@ from firstsight.packing.dataset import PackedDataset
 from firstsight.records.length import estimated_tokens
 from firstsight.training import checkpoints
 from firstsight.training.adapters import TrainableModel
-from firstsight.training.averaging import average_gradients, leave_gradients_alone
+from firstsight.training.averaging import average_gradients, prepare_for_averaging
 from firstsight.training.distillation_model import DistillationModel
 
 # Training stops at a loss this many times the first.
@@ -64,7 +64,7 @@ class DistillationTrainer(Trainer):
         self.add_callback(SetEpoch(self._shuffle, self._steps_per_epoch()))
         self._averages = self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         if self._averages:
-            leave_gradients_alone(self.model)
+            prepare_for_averaging(self.model)
         if trainable is not None:
             self.add_callback(UpdateRanks(trainable))
 

@@ -6,6 +6,7 @@ is padded, where gradients are summed and when a shape is recorded is then teste
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import make_sample
 from families import SAVE
 from training_steps import DEVICE, adapted, assert_same, steps
 
-from firstsight.models.cuda_graph import record
+from firstsight.models.cuda_graph import is_out_of_memory, record
 from firstsight.models.loading import load_model
 from firstsight.models.processors import load_processor
 from firstsight.packing import forward
@@ -152,7 +153,11 @@ def test_graphs_give_way_to_batches_of_other_shapes_and_are_recorded_anew(parts,
     replayed = GraphedLanguageModel(model)
     assert_same(steps(model, shapes_in_turn(batches), 3), steps(plain, shapes_in_turn(batches), 3))
     tokens = [-(-one["input_ids"].shape[1] // 8) for one in batches]
-    assert asked == [2 * 1000 * tokens[1] / tokens[0]]  # in proportion to the batch that has no graph
+    assert [size for size in asked if size] == [
+        2 * 1000 * tokens[1] / tokens[0]
+    ]  # in proportion to the batch that has no graph
+    assert len({id(one.grad) for one in replayed._weights.values()}) == len(replayed._weights)
+    assert all(replayed._trained[name].grad is one.grad for name, one in replayed._weights.items())  # not twice
     assert all(replayed._recorded.values())
     assert len(replayed._recorded) == 2
 
@@ -178,6 +183,7 @@ def test_longer_batches_are_recorded_before_shorter_ones(parts, recorded, monkey
     model, (long, short, _) = parts
     plain = copy.deepcopy(model)
     monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    monkeypatch.setattr(cuda_graphs, "_has_room", lambda size: False)
     order, record = [], GraphedLanguageModel._record
     monkeypatch.setattr(
         GraphedLanguageModel, "_record", lambda self, *what: order.append(what[0]) or record(self, *what)
@@ -206,11 +212,44 @@ def test_a_batch_whose_graph_does_not_fit_is_computed_without(parts, recorded, m
     replayed = GraphedLanguageModel(model)
     assert_same(steps(model, batches, 4), steps(plain, batches, 4))
     logger.removeHandler(caplog.handler)
-    assert caplog.text.count("are not replayed, because memory does not suffice") == 1
+    assert caplog.text.count("are not replayed: memory does not suffice") == 1
     assert len(replayed._recorded) == 1
     assert all(replayed._recorded.values())
-    replayed.clear()  # as for smaller batches, which are tried anew
-    assert not replayed._too_large
+    assert replayed._too_many < math.inf
+    replayed.clear()  # as for smaller micro-batches, which are tried anew
+    assert replayed._too_many == math.inf
+
+
+def test_gradients_that_do_not_fit_leave_none_behind(parts, recorded, monkeypatch):
+    """A graph would not add to what some weights lack."""
+    model, batches = parts
+    plain = copy.deepcopy(model)
+    made, zeros = [], torch.zeros_like
+
+    def few(one, **options):
+        made.append(one)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(one, **options)
+
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    monkeypatch.setattr(cuda_graphs.torch, "zeros_like", few)
+    replayed = GraphedLanguageModel(model)
+    assert_same(steps(model, shapes_in_turn(batches), 3), steps(plain, shapes_in_turn(batches), 3))
+    assert any(replayed._recorded.values())
+    assert all(one.grad is not None for one in replayed._weights.values())
+
+
+def test_memory_errors_of_all_libraries_are_known():
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+    except RuntimeError as error:
+        assert is_out_of_memory(error)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -19,6 +19,7 @@ from firstsight.packing.dataset import OnlineTeacher, PackedDataset
 from firstsight.packing.forward import last_hidden_states
 from firstsight.records.parquet import Split
 from firstsight.training import fit
+from firstsight.training.cuda_graphs import GraphedLanguageModel
 from firstsight.training.distillation_model import DistillationModel
 from firstsight.training.fit import train
 from firstsight.training.optimizer import trainer_name
@@ -158,6 +159,32 @@ def test_passes_that_no_graph_can_hold_are_neither_recorded_nor_compiled(setting
     monkeypatch.setattr(fit, "compile_layers", lambda *_: pytest.fail("compiled"))
     student.model.language_model.layers[0].self_attn.attention_dropout = 0.1
     assert fit.speed_up(student, train_set, optimisation(settings, **changes)) is None
+
+
+def test_where_memory_ends_beside_graphs_training_goes_on_without(settings, parts, tmp_path, monkeypatch):
+    """In the second step, after graphs of the first: it begins again, and ends as one that has never had graphs."""
+    student, (train_set, validation_set) = parts
+    start = copy.deepcopy(student.state_dict())
+    one_epoch = optimisation(settings, epochs=1)
+    train(DistillationModel(student), train_set, validation_set, one_epoch, tmp_path / "plain", device="cpu")
+    expected = copy.deepcopy(student.state_dict())
+    student.load_state_dict(start)
+    monkeypatch.setattr(GraphedLanguageModel, "_record_work", lambda self, work: (work(), work)[1])
+    monkeypatch.setattr(fit, "_replays", lambda trainer: True)
+    monkeypatch.setattr(fit, "_restarts", lambda optimisation, device: True)
+    graphs, step = [], fit.DistillationTrainer.training_step
+
+    def short_of_memory(self, *arguments):
+        graphs.append(any(self.model.student.model.language_model.forward._recorded.values()))
+        if graphs[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(fit.DistillationTrainer, "training_step", short_of_memory)
+    train(DistillationModel(student), train_set, validation_set, one_epoch, tmp_path / "graphs", device="cpu")
+    assert graphs.count(True) == 1
+    for name, weight in expected.items():
+        torch.testing.assert_close(student.state_dict()[name], weight, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_of_layers_and_of_adapters_is_found(parts):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 
 from firstsight.core.stage import log
-from firstsight.models.cuda_graph import record
+from firstsight.models.cuda_graph import is_out_of_memory, record
 from firstsight.packing.forward import branch_mask
 
 # Models whose step could not be recorded; later batches do not try again.
@@ -88,11 +88,15 @@ class StaticDecoder:
         try:
             self._graph = record(work)
         except Exception as error:  # memory does not suffice, or a layer waits for the CPU, or of other kinds
-            _unrecordable.add(self._model)
             self._records = False
+            until = "for this batch"
+            if not is_out_of_memory(error):  # a smaller batch may fit
+                _unrecordable.add(self._model)
+                until = "from here on"
             log.warning(
-                "%s: decoding: step by step from here on, because recording a CUDA graph failed (%s)",
+                "%s: decoding: step by step %s, because recording a CUDA graph failed (%s)",
                 self._model.name_or_path,
+                until,
                 " ".join(str(error).split())[:120],
             )
 

@@ -7,6 +7,7 @@ multiple of `_MULTIPLE` tokens, so that a few graphs serve all batches. Vision t
 as always.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,14 +23,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from firstsight.core.params import Optimisation
 from firstsight.core.stage import log
 from firstsight.models.architecture import draws_random_numbers, is_encoder
-from firstsight.models.cuda_graph import record
+from firstsight.models.cuda_graph import is_out_of_memory, record
 from firstsight.training.comparison import alike, random_gradient
 
 _MULTIPLE = 64
 # Shapes that are recorded; batches of others are computed as without graphs.
 _SHAPES = 32
-# How often graphs are released for batches of shapes that are not recorded.
-_RELEASES = 4
+# How often in a row graphs are released in vain, for batches of shapes that are not recorded: before each has been
+# replayed this often.
+_RELEASES, _REPLAYS = 4, 8
 # The tensors that a language model takes of a packed batch: embeddings or tokens, and those that place them.
 _PLACES = {"position_ids", "attention_mask"}
 _INPUTS = {"inputs_embeds", "input_ids", "mm_token_type_ids", *_PLACES}
@@ -66,24 +68,31 @@ class GraphedLanguageModel:
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         # The graphs of each shape that has been met; None before they are recorded.
         self._recorded: dict[object, _Recording | None] = {}
-        # Shapes for which memory did not suffice.
-        self._too_large: set[object] = set()
+        # The fewest tokens of a batch for whose graph memory did not suffice.
+        self._too_many = math.inf
         self._enabled = self._records = True
         # Whether graphs were found to compute what is computed without.
         self._checked = False
         # The memory of all graphs, of which one is in use at a time; its bytes, and the tokens of the largest shape.
         self._pool: Any = None
         self._pool_bytes = self._most_tokens = 0
-        # How often graphs were released for shapes that are not recorded.
-        self._released = 0
+        # Replays since the last release, and releases in vain.
+        self._replayed = self._vain = 0
         self._module.forward = self
 
     def clear(self) -> None:
         """Begin anew: release the graphs and their memory, gradients included, and record later batches."""
         self._release()
-        self._recorded, self._too_large = {}, set()
+        self._recorded, self._too_many = {}, math.inf
         self._weights = {}  # their gradients are kept where they are attached to the model's weights
-        self._enabled, self._checked, self._released = True, False, 0
+        self._enabled, self._checked, self._vain = True, False, 0
+
+    def stop(self) -> bool:
+        """Release the graphs and record no others, until `clear`; return whether there were any."""
+        held = any(self._recorded.values())
+        self.clear()
+        self._enabled = False
+        return held
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -115,8 +124,11 @@ class GraphedLanguageModel:
                 recording = self._record(shape, padded)
             if recording is None:
                 self._make_room(shape, padded)
+                if self._weights:  # otherwise there would be gradients twice
+                    self._attach_gradients()
                 states = self._body(**padded)[:, :length]
             else:
+                self._replayed += 1
                 embeddings = tensors.get("inputs_embeds")
                 states = _Replay.apply(embeddings, self._anchor, padded, length, recording, self._attach_gradients)
         return BaseModelOutputWithPast(last_hidden_state=states)
@@ -124,28 +136,30 @@ class GraphedLanguageModel:
     def _record(self, shape: object, inputs: dict[str, Tensor]) -> "_Recording | None":
         """Record the passes over inputs of this shape; None where that fails, and no more graphs if it is for good."""
         tokens = _tokens(inputs)
-        if tokens > self._most_tokens:
+        if tokens > self._most_tokens and not self._has_room_for(tokens):
             # While it is recorded, nothing is given back to the GPU: recorded from short to long, the shapes would take
             # the sum of their memory. Those of shorter ones fit into that of a longer one.
             self._release()
         try:
             if not self._weights:
-                self._weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
-                for weight in self._weights.values():
+                weights = {name: nn.Parameter(one.detach()) for name, one in self._trained.items()}
+                for weight in weights.values():
                     weight.grad = torch.zeros_like(weight)
+                self._weights = weights
             before = _bytes_in_use()
             recording = _Recording(self._body, self._weights, inputs, self._record_work)
             if not self._checked and not self._is_right(recording, inputs):
                 raise RuntimeError("a graph computes something else")
-        except torch.OutOfMemoryError:
-            log.warning("training: batches of %d tokens are not replayed, because memory does not suffice", tokens)
-            self._too_large.add(shape)
-            self._recorded.pop(shape)
-            self._release()
-            return None
-        except Exception as error:  # a layer waits for the CPU, or another reason, of many kinds
-            log.warning("training: without CUDA graphs, because recording failed: %s", _first_line(error))
-            self._stop()
+        except Exception as error:  # memory does not suffice, or a layer waits for the CPU, or of other kinds
+            if is_out_of_memory(error):
+                log.warning("training: batches of %d tokens are not replayed: memory does not suffice", tokens)
+                self._too_many = min(tokens, self._too_many)
+                self._recorded.pop(shape)
+                self._release()
+                self._weights = {}  # with their gradients, where these are not the model's by now
+            else:
+                log.warning("training: without CUDA graphs, because recording failed: %s", _first_line(error))
+                self.stop()
             return None
         if not self._checked:
             log.info("training: the language model's passes are replayed as CUDA graphs")
@@ -158,32 +172,33 @@ class GraphedLanguageModel:
     def _make_room(self, shape: object, inputs: dict[str, Tensor]) -> None:
         """Release the graphs if they leave too little memory to compute a batch of another shape without.
 
-        Such a batch takes about as much as they hold, if it has as many tokens. They are recorded anew, but not forever
-        where that happens again and again: a shape is met first once, but others are not recorded at all.
+        They are recorded anew. A shape that is new is recorded at its next batch, and releases them once; shapes that
+        are never recorded could do so at every batch, and end graphs if that happens again and again.
         """
-        passing = shape in self._too_large or (shape not in self._recorded and len(self._recorded) >= _SHAPES)
-        if self._records and not passing:
+        tokens = _tokens(inputs)
+        never = tokens >= self._too_many or (shape not in self._recorded and len(self._recorded) >= _SHAPES)
+        if self._records and not never:
             self._recorded.setdefault(shape)
-        needed = 2 * self._pool_bytes * _tokens(inputs) / max(1, self._most_tokens)
-        if not any(self._recorded.values()) or _has_room(needed):
+        if not any(self._recorded.values()) or self._has_room_for(tokens):
             return
+        if never:
+            graphs = sum(one is not None for one in self._recorded.values())
+            self._vain = 0 if self._replayed >= _REPLAYS * graphs else self._vain + 1
         self._release()
-        self._released += passing
-        if self._released == _RELEASES:
+        if self._vain == _RELEASES:
             log.warning("training: without CUDA graphs from here on, because they leave too little memory for others")
-            self._stop()
+            self.stop()
+
+    def _has_room_for(self, tokens: int) -> bool:
+        """Return whether there is memory for a batch of so many tokens beside the graphs, by what these take."""
+        return _has_room(2 * self._pool_bytes * tokens / max(1, self._most_tokens))
 
     def _release(self) -> None:
         """Release the graphs and their memory."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # none is being replayed
         self._recorded = dict.fromkeys(self._recorded)
-        self._pool, self._pool_bytes, self._most_tokens = None, 0, 0
-
-    def _stop(self) -> None:
-        """Release the graphs, and record no others."""
-        self.clear()
-        self._enabled = False
+        self._pool, self._pool_bytes, self._most_tokens, self._replayed = None, 0, 0, 0
 
     def _moved(self) -> bool:
         """Return whether weights are no longer where the graphs read them, as after `accelerate` has moved a model."""
@@ -197,7 +212,8 @@ class GraphedLanguageModel:
     def _is_right(self, recording: "_Recording", inputs: dict[str, Tensor]) -> bool:
         """Return whether a recording, the first, gives the states and gradients that are computed without it.
 
-        Gradients are those of a few weights, for a random one of the states.
+        Gradients are those of a few weights, for a random one of the states. Those of the graphs' weights are not the
+        model's yet.
         """
         own = {name: weight.grad for name, weight in self._weights.items()}
         torch._foreach_zero_(list(own.values()))
@@ -212,7 +228,8 @@ class GraphedLanguageModel:
             leaves = {name: one.detach().requires_grad_(one.requires_grad) for name, one in inputs.items()}
             states = self._body(**leaves)
             trained, gradient = [self._trained[name] for name in names], random_gradient(states)
-            gradients = torch.autograd.grad(states, trained, gradient, allow_unused=True)
+            with torch.autocast(device.type, enabled=False):
+                gradients = torch.autograd.grad(states, trained, gradient, allow_unused=True)
         with torch.random.fork_rng(devices):
             found = recording.forward(inputs)
             recording.backward(gradient)

@@ -57,8 +57,9 @@ def train(
     SIGTERM or SIGUSR1, a last checkpoint is written at the end of the current step.
 
     The loss of a step is the mean over the answer tokens of all its micro-batches, in all processes; the number of
-    processes changes rounding alone. With `auto_batch`, a single process that runs out of memory continues from its
-    last checkpoint with micro-batches of half the size or less, and as many more of them per step.
+    processes changes rounding alone. A single process that runs out of memory continues from its last checkpoint: with
+    `auto_batch`, by micro-batches of half the size or less, and as many more of them per step; where that is not asked
+    for, or they are of one sample, without CUDA graphs if there are any.
 
     Args:
         trainable: the model as its fine-tuning method prepared it, for the state of that method.
@@ -85,9 +86,9 @@ def train(
     check_disk_space(
         scratch, 2 * _checkpoint_bytes(model, optimisation), "free some space (dvc gc --workspace, make clean-scratch)"
     )
-    halving, graphs = optimisation.auto_batch and processes == 1, None
+    restarts, graphs = _restarts(optimisation, device), None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if halving else {}
+    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()} if restarts else {}
     while True:
         trainer = _trainer(
             model,
@@ -109,7 +110,8 @@ def train(
             _train_or_resume(trainer, scratch)
             break
         except torch.OutOfMemoryError:
-            if not halving or batch_size == 1:
+            halves = restarts and optimisation.auto_batch and batch_size > 1
+            if not halves and not (restarts and graphs is not None and graphs.stop()):
                 raise UserError(
                     f"memory: expected enough for micro-batches of {batch_size}, found too little; lower batch_size "
                     "and raise gradient_accumulation_steps (auto_batch: true does so), or set gradient_checkpointing: "
@@ -117,13 +119,19 @@ def train(
                 ) from None
         # Not in the except block, where the error still refers to tensors of the step.
         del trainer
-        samples_per_step = batch_size * accumulation
-        batch_size = max(size for size in range(1, batch_size // 2 + 1) if samples_per_step % size == 0)
-        accumulation = samples_per_step // batch_size
-        log.warning("out of memory: continuing with micro-batches of %d, %d per step", batch_size, accumulation)
+        if halves:
+            samples_per_step = batch_size * accumulation
+            batch_size = max(size for size in range(1, batch_size // 2 + 1) if samples_per_step % size == 0)
+            accumulation = samples_per_step // batch_size
+            log.warning("out of memory: continuing with micro-batches of %d, %d per step", batch_size, accumulation)
+            if graphs is not None:
+                graphs.clear()
+        else:
+            log.warning(
+                "out of memory: continuing without CUDA graphs, which is slower; gradient_checkpointing: true or a "
+                "lower batch_size would leave room for them"
+            )
         model.zero_grad()
-        if graphs is not None:
-            graphs.clear()
         model.load_state_dict(start, strict=False)
         if trainable is not None:
             trainable.load_state_dict({})
@@ -145,6 +153,11 @@ def train(
         for row in trainer.state.log_history
         if "train_loss" not in row  # summary of the steps since the last interruption
     ]
+
+
+def _restarts(optimisation: Optimisation, device: str) -> bool:
+    """Return whether training begins again where memory runs out: with smaller micro-batches, or without graphs."""
+    return (optimisation.auto_batch or device == "cuda") and PartialState().num_processes == 1
 
 
 def _replays(trainer: DistillationTrainer) -> bool:

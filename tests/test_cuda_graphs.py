@@ -220,6 +220,19 @@ def test_a_batch_whose_graph_does_not_fit_is_computed_without(parts, recorded, m
     assert replayed._too_many == math.inf
 
 
+def test_shapes_as_long_as_one_that_did_not_fit_are_not_tried(parts, recorded, monkeypatch):
+    model, batches = parts
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(cuda_graphs, "_MULTIPLE", 8)
+    replayed = GraphedLanguageModel(model)
+    found = steps(model, batches[:2], 1)  # meets both shapes
+    long, _ = replayed._recorded
+    replayed._too_many = cuda_graphs._tokens({"position_ids": batches[0]["input_ids"]})
+    found += steps(model, batches[:2], 2)
+    assert_same(found, steps(plain, batches[:2], 3))
+    assert [shape for shape, one in replayed._recorded.items() if one is None] == [long]
+
+
 def test_gradients_that_do_not_fit_leave_none_behind(parts, recorded, monkeypatch):
     """A graph would not add to what some weights lack."""
     model, batches = parts

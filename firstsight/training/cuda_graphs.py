@@ -120,7 +120,8 @@ class GraphedLanguageModel:
             if self._moved():
                 self.clear()
             recording = self._recorded.get(shape)
-            if recording is None and shape in self._recorded and self._records:
+            met = shape in self._recorded and _tokens(padded) < self._too_many
+            if recording is None and met and self._records:
                 recording = self._record(shape, padded)
             if recording is None:
                 self._make_room(shape, padded)

@@ -153,9 +153,8 @@ def test_graphs_give_way_to_batches_of_other_shapes_and_are_recorded_anew(parts,
     replayed = GraphedLanguageModel(model)
     assert_same(steps(model, shapes_in_turn(batches), 3), steps(plain, shapes_in_turn(batches), 3))
     tokens = [-(-one["input_ids"].shape[1] // 8) for one in batches]
-    assert [size for size in asked if size] == [
-        2 * 1000 * tokens[1] / tokens[0]
-    ]  # in proportion to the batch that has no graph
+    in_proportion = 2 * 1000 * tokens[1] / tokens[0]  # to the batch that has no graph
+    assert [size for size in asked if size] == [in_proportion]
     assert len({id(one.grad) for one in replayed._weights.values()}) == len(replayed._weights)
     assert all(replayed._trained[name].grad is one.grad for name, one in replayed._weights.items())  # not twice
     assert all(replayed._recorded.values())
